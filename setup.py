@@ -1,0 +1,44 @@
+"""Packaging. The name and version come from settings.ini, which nbdev reads too."""
+from configparser import ConfigParser
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+here = Path(__file__).parent
+config = ConfigParser()
+config.read(here / 'settings.ini', encoding='utf-8')
+cfg = config['DEFAULT']
+
+# The losses need these three alone.
+core = ['torch>=2.4', 'numpy', 'soundfile>=0.12']
+metrics = ['pesq>=0.0.4', 'pystoi>=0.4', 'speechmos>=0.0.1.1', 'onnxruntime', 'librosa', 'scipy', 'soxr', 'typer', 'rich']
+train = ['accelerate>=1.0', 'safetensors', 'huggingface_hub', 'tensorboard', 'pyroomacoustics', 'tqdm']
+reproduce = [*metrics, *train, 'papermill>=2.6', 'ipykernel', 'matplotlib', 'pandas']
+ssl = ['transformers>=4.40', 'torchaudio']
+docs = ['nbdev>=2.4.14,<3', 'execnb<0.2', 'fastcore<2', 'ghapi<2', 'pypandoc-binary']
+dev = [*reproduce, *docs, 'pytest', 'pytest-xdist', 'hypothesis', 'ruff', 'jupyterlab', 'auraloss', 'build']
+
+setup(
+    name=cfg['lib_name'],
+    version=cfg['version'],
+    description=cfg['description'],
+    long_description=(here / 'README.md').read_text(encoding='utf-8') if (here / 'README.md').exists() else '',
+    long_description_content_type='text/markdown',
+    author=cfg['author'],
+    author_email=cfg['author_email'],
+    url=cfg['git_url'],
+    license='Apache-2.0',
+    keywords=cfg['keywords'].split(),
+    python_requires='>=' + cfg['min_python'],
+    # The kernels and the paper notebooks live in folders of their own and install inside the package.
+    packages=[*find_packages(include=['speechloss', 'speechloss.*']), 'speechloss.kernels', 'speechloss.papers'],
+    package_dir={'speechloss.kernels': 'kernels', 'speechloss.papers': 'nbs/papers'},
+    package_data={'speechloss': ['data/*'], 'speechloss.papers': ['*.ipynb', '*.toml']},
+    install_requires=core,
+    extras_require=dict(metrics=metrics, reproduce=reproduce, ssl=ssl, docs=docs, dev=dev),
+    entry_points=dict(
+        console_scripts=['speechloss = speechloss.__main__:main'],
+        nbdev=['speechloss = speechloss._modidx:d'],
+    ),
+    zip_safe=False,
+)
