@@ -1,0 +1,98 @@
+# speechloss: every command sets up what it needs, once, in one virtual environment.
+# `make` alone lists the commands.
+
+PAPER  ?= all
+SCALE  ?= smoke
+SEED   ?= 0
+OUT    ?= runs
+CORPUS ?=
+CORPUS_DIR ?=
+PYTHON ?= python3
+VENV   ?= .venv
+
+SHELL := /bin/bash
+MAKEFLAGS += --no-print-directory
+.DEFAULT_GOAL := help
+.PHONY: help setup reproduce test notebooks smoke pytest lint docs readme lab export clean FORCE
+
+# One thread a process: the work is spread over processes instead.
+export OMP_NUM_THREADS ?= 1
+export MPLBACKEND ?= Agg
+
+run   := "$(VENV)/bin/python"
+ready := $(VENV)/.ready
+
+help:  ## this list
+	@echo 'speechloss'
+	@grep -hE '^[a-z]+:.*## ' Makefile | sed -E 's/:.*## /\t/' | \
+	    while IFS=$$'\t' read -r name text; do printf '  make %-10s %s\n' "$$name" "$$text"; done
+	@echo
+	@echo '  PAPER=$(PAPER) SCALE=$(SCALE) SEED=$(SEED) OUT=$(OUT) CORPUS= CORPUS_DIR=   of make reproduce'
+	@echo '  PYTHON=$(PYTHON) VENV=$(VENV)                               of every command'
+
+reproduce: $(ready)  ## run a paper (PAPER=, SCALE=smoke|laptop|paper) up to its verdicts
+	@$(run) -m speechloss reproduce "$(PAPER)" --scale "$(SCALE)" --seed "$(SEED)" --out "$(OUT)" \
+	    $(if $(CORPUS),--corpus "$(CORPUS)") $(if $(CORPUS_DIR),--corpus-dir "$(CORPUS_DIR)")
+
+# The parts run one after the other, each on all processors.
+test: $(ready)  ## everything: style, notebooks, smoke reproduction, pytest
+	@$(MAKE) lint notebooks smoke pytest
+	@echo 'make test: everything passed.'
+
+lint: $(ready)
+	@echo '== style (ruff)'
+	@$(run) -m ruff check
+
+notebooks: $(ready)
+	@echo '== the cells of the notebooks (nbdev_test)'
+	@"$(VENV)/bin/nbdev_test" --n_workers 2 --timing --skip_folder_re '^([_.].*|papers)$$'
+
+smoke: $(ready)
+	@echo '== every paper at smoke scale'
+	@rm -rf build/smoke
+	@$(MAKE) reproduce PAPER=all SCALE=smoke SEED=0 OUT=build/smoke
+
+pytest: $(ready)
+	@echo '== pytest: export in sync, notebooks clean, site, wheel, numerics, faults'
+	@$(run) -m pytest -n 2
+
+docs: $(ready)  ## build the site in _site (needs quarto; without it, check the pages)
+	@PATH="$$PWD/$(VENV)/bin:$$PATH" $(run) .ci/pages.py site
+
+readme: $(ready)  ## run nbs/index.ipynb and write README.md from it
+	@$(run) .ci/pages.py readme
+
+export: $(ready)  ## write speechloss/*.py from the notebooks, and clean the notebooks
+	@"$(VENV)/bin/nbdev_export"
+	@"$(VENV)/bin/nbdev_clean"
+
+lab: $(ready)  ## open the notebooks in JupyterLab
+	@$(run) -m jupyter lab --notebook-dir=nbs
+
+clean:  ## remove what was built (keeps the environment and the runs)
+	@rm -rf build dist _site .quarto .pytest_cache .ruff_cache .hypothesis *.egg-info
+	@find . -name __pycache__ -type d -not -path './$(VENV)/*' -prune -exec rm -rf {} +
+
+setup: $(ready)
+
+# The stamp holds the place of the checkout: a moved checkout is set up again.
+ifneq ($(shell cat "$(ready)" 2>/dev/null),$(CURDIR))
+$(ready): FORCE
+endif
+
+$(ready): setup.py settings.ini constraints.txt
+	@command -v "$(PYTHON)" >/dev/null || { \
+	    echo 'speechloss: no $(PYTHON) here: install Python 3.10 or newer, or name one with PYTHON='; exit 2; }
+	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { \
+	    echo "speechloss: needs Python 3.10 or newer, this is $$("$(PYTHON)" -V 2>&1): name a newer one with PYTHON="; exit 2; }
+	@"$(PYTHON)" -c 'import ensurepip, venv' 2>/dev/null || { \
+	    echo 'speechloss: this Python cannot make virtual environments: install its venv package (Debian: python3-venv)'; exit 2; }
+	@command -v cc gcc clang >/dev/null || { \
+	    echo 'speechloss: no C compiler, and the PESQ metric is built from source: install gcc'; exit 2; }
+	@"$(PYTHON)" -c 'import os, sys, sysconfig; sys.exit(not os.path.exists(sysconfig.get_path("include") + "/Python.h"))' || { \
+	    echo 'speechloss: no Python headers, and the PESQ metric is built from source: install them (Debian: python3-dev)'; exit 2; }
+	@echo 'Setting up $(VENV): some minutes and 3 GB, once.'
+	@"$(PYTHON)" -m venv "$(VENV)"
+	@$(run) -m pip install $$([ -t 1 ] || echo -q) --disable-pip-version-check -c constraints.txt -e '.[dev]' || { \
+	    echo 'speechloss: pip could not install the packages, its reason is above; run the same command again to go on'; exit 2; }
+	@printf %s "$(CURDIR)" > "$@"
