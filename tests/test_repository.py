@@ -1,0 +1,261 @@
+"""The repository itself: notebooks and package in step, wheel, imports, set-up, site."""
+import importlib.metadata as metadata
+import importlib.util
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import nbformat
+import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+ROOT = Path(__file__).resolve().parents[1]
+spec = importlib.util.spec_from_file_location('pages', ROOT/'.ci/pages.py')
+pages = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(pages)
+
+NOTEBOOKS = pages.notebooks()
+BIN = Path(sys.executable).parent
+
+
+def command(*args, cwd=ROOT, check=True, **env):
+    "Run a command, with its output as text"
+    environment = {**os.environ, 'PATH': f'{BIN}{os.pathsep}{os.environ["PATH"]}', **env}
+    done = subprocess.run([str(a) for a in args], cwd=cwd, env=environment, text=True,
+                          stdin=subprocess.DEVNULL, capture_output=True)
+    assert not check or done.returncode == 0, done.stdout + done.stderr
+    return done
+
+
+def python(code, cwd, executable=sys.executable, **env):
+    return command(executable, '-c', code, cwd=cwd, **env).stdout.strip()
+
+
+@pytest.fixture(scope='module')
+def clone(tmp_path_factory):
+    "A copy of the sources, to be written on"
+    return pages.copy(tmp_path_factory.mktemp('clone with spaces')/'speechloss')
+
+
+# --- notebooks and package ---
+
+def test_export_is_in_sync(clone):
+    command(BIN/'nbdev_export', cwd=clone)
+    for path in sorted((clone/'speechloss').rglob('*.py')):
+        name = path.relative_to(clone)
+        if name.name == '_modidx.py': continue
+        assert (ROOT/name).exists(), f'{name} is not exported: run `make export`'
+        assert path.read_text() == (ROOT/name).read_text(), f'{name} is stale: run `make export`'
+
+
+def test_every_module_comes_from_a_notebook():
+    hand_written = {'speechloss/__init__.py', 'speechloss/_modidx.py'}
+    for path in sorted((ROOT/'speechloss').rglob('*.py')):
+        name, text = path.relative_to(ROOT).as_posix(), path.read_text()
+        if name in hand_written or not text.strip(): continue
+        source = re.search(r'File to edit: (\S+\.ipynb)', text)
+        assert source, f'{name} names no notebook'
+        assert (path.parent/source[1]).resolve().exists(), f'{name} comes from a lost notebook'
+
+
+@pytest.mark.parametrize('name', NOTEBOOKS)
+def test_notebook_is_clean(name, clone):
+    nb = nbformat.read(ROOT/name, as_version=4)
+    nbformat.validate(nb)
+    command(BIN/'nbdev_clean', '--fname', clone/name, cwd=clone)
+    assert (clone/name).read_text() == (ROOT/name).read_text(), f'{name}: run `make export`'
+    if any('#| default_exp' in cell.source for cell in nb.cells):
+        assert not any(cell.get('outputs') for cell in nb.cells), f'{name} has outputs'
+    assert 'audio/' not in json.dumps([c.get('outputs') for c in nb.cells]), f'{name} has audio'
+    assert nb.cells[0].source.startswith('# '), f'{name} does not open with its title'
+
+
+@pytest.mark.parametrize('name', NOTEBOOKS)
+def test_notebook_tells_nothing_of_its_machine(name):
+    text = (ROOT/name).read_text()
+    assert not re.search(r'/home/\w|/Users/\w|/root/|/tmp/\w|[A-Z]:\\\\Users', text)
+
+
+# --- the package ---
+
+@pytest.fixture(scope='module')
+def wheel(clone, tmp_path_factory):
+    out = tmp_path_factory.mktemp('wheel')
+    command(sys.executable, '-m', 'build', '--wheel', '--no-isolation', '--outdir', out, clone,
+            cwd=out)
+    return next(out.glob('speechloss-*.whl'))
+
+
+@pytest.mark.slow
+def test_wheel_installs_and_imports_outside_the_clone(wheel, tmp_path):
+    "A new environment sees only the dependencies of this one"
+    command(sys.executable, '-m', 'venv', '--without-pip', tmp_path/'venv')
+    here = tmp_path/'venv/bin/python'
+    site = Path(python('import site; print(site.getsitepackages()[0])', tmp_path, here))
+    dependencies = Path(metadata.distribution('torch').locate_file(''))
+    command(sys.executable, '-m', 'pip', '--python', here, 'install', '--no-deps', '--no-index',
+            wheel, cwd=tmp_path)
+    (site/'dependencies.pth').write_text(f'{dependencies}\n')
+    modules = [p.relative_to(ROOT).with_suffix('').as_posix().replace('/', '.')
+               for p in sorted((ROOT/'speechloss').rglob('*.py')) if p.stem[0] != '_']
+    python(f'import importlib\nfor name in {modules}: importlib.import_module(name)', tmp_path, here)
+    where = python('import speechloss; print(speechloss.__file__)', tmp_path, here)
+    assert Path(where).is_relative_to(site)
+    have = {p.relative_to(site).as_posix() for p in (site/'speechloss').rglob('*') if p.is_file()}
+    want = {f'speechloss/papers/{p.name}' for p in (ROOT/'nbs/papers').iterdir() if p.is_file()}
+    want |= {f'speechloss/data/{p.name}' for p in (ROOT/'speechloss/data').glob('*')}
+    want |= {f'speechloss/kernels/{p.name}' for p in (ROOT/'kernels').glob('*.py')}
+    assert want <= have, f'the wheel lacks {sorted(want - have)}'
+    assert (tmp_path/'venv/bin/speechloss').exists()
+
+
+def requirements(name, extra=''):
+    "The distributions that a distribution needs, their own needs included"
+    todo, found = [(name, extra)], set()
+    while todo:
+        name, extra = todo.pop()
+        for line in metadata.requires(name) or []:
+            need = Requirement(line)
+            if need.marker and not need.marker.evaluate({'extra': extra}): continue
+            key = canonicalize_name(need.name)
+            if key in found: continue
+            found.add(key)
+            todo += [(key, e) for e in (need.extras or {''})]
+    return found
+
+
+def test_core_adds_at_most_three_packages():
+    base = requirements('torch') | requirements('numpy') | {'torch', 'numpy'}
+    assert len(added := requirements('speechloss') - base) <= 3, sorted(added)
+
+
+def test_import_takes_less_than_a_second():
+    code = ('import time, torch; start = time.perf_counter(); import speechloss, speechloss.losses;'
+            'print(time.perf_counter() - start)')
+    seconds = min(float(python(code, ROOT)) for _ in range(3))
+    assert seconds < 1, f'import speechloss.losses adds {seconds:.2f} s to import torch'
+
+
+def test_losses_import_only_the_core():
+    code = ('import sys, torch; before = set(sys.modules); import speechloss.losses;'
+            'print(*{m.split(".")[0] for m in set(sys.modules) - before})')
+    allowed = {'torch', 'numpy', 'soundfile', '_soundfile', '_soundfile_data', 'cffi', '_cffi_backend',
+               'speechloss', *sys.stdlib_module_names}
+    added = {name for name in python(code, ROOT).split() if not name.startswith('__editable__')}
+    assert added <= allowed, f'import speechloss.losses also loads {sorted(added - allowed)}'
+
+
+def test_extras_name_what_the_readme_names():
+    extras = set(metadata.metadata('speechloss').get_all('Provides-Extra'))
+    assert {'metrics', 'reproduce', 'ssl', 'docs', 'dev'} <= extras
+    named = re.findall(r"speechloss\[([a-z,]+)\]", (ROOT/'README.md').read_text())
+    assert {e for group in named for e in group.split(',')} <= extras
+
+
+# --- set-up ---
+
+def make(*args, **env):
+    return command('make', *args, check=False, **env)
+
+
+def shim(folder, name, text):
+    "A program that stands in the way of the real one"
+    (folder/name).write_text(f'#!/bin/sh\n{text}\n')
+    (folder/name).chmod(0o755)
+    return folder/name
+
+
+def test_make_alone_lists_the_commands():
+    shown = make().stdout
+    for name in ('reproduce', 'test', 'docs', 'lab', 'clean'): assert f'make {name} ' in shown
+
+
+@pytest.mark.parametrize('given, wanted', [
+    (['PAPER=model_as_loss'], '"model_as_loss" --scale "smoke" --seed "0" --out "runs"'),
+    (['PAPER=all', 'SCALE=laptop', 'SEED=2', 'OUT=my runs', 'CORPUS=laptop', 'CORPUS_DIR=a b'],
+     '"all" --scale "laptop" --seed "2" --out "my runs"'),
+    (['CORPUS=laptop', 'CORPUS_DIR=a b'], '--corpus "laptop" --corpus-dir "a b"')])
+def test_make_reproduce_passes_its_variables(given, wanted):
+    assert wanted in re.sub(r'\s*\\\n\s*', ' ', make('-n', 'reproduce', *given).stdout)
+
+
+def test_set_up_says_what_the_machine_lacks(tmp_path):
+    venv = f'VENV={tmp_path/"venv"}'
+    old = shim(tmp_path, 'python-old', '[ "$1" = -V ] && echo "Python 3.8.1"; exit 1')
+    for python, reason in [('no-such-python', 'install Python 3.10 or newer'),
+                           (old, 'needs Python 3.10 or newer, this is Python 3.8.1')]:
+        done = make('setup', venv, f'PYTHON={python}')
+        assert done.returncode == 2 and reason in done.stdout
+        assert len(done.stdout.splitlines()) == 1 and not (tmp_path/'venv').exists()
+
+
+def test_set_up_asks_for_a_compiler(tmp_path):
+    "On a PATH with nothing but what make itself needs"
+    tools = tmp_path/'bin'
+    tools.mkdir()
+    for name in ('bash', 'sh', 'cat', 'make'):
+        (tools/name).symlink_to(shutil.which(name))
+    done = make('setup', f'VENV={tmp_path/"venv"}', f'PYTHON={sys.executable}', PATH=str(tools))
+    assert done.returncode == 2 and 'install gcc' in done.stdout
+
+
+def test_ci_needs_no_arguments_and_no_terminal():
+    text = (ROOT/'.ci/run').read_text()
+    assert os.access(ROOT/'.ci/run', os.X_OK) and 'make test </dev/null' in text
+    command('bash', '-n', ROOT/'.ci/run')
+
+
+# --- the site ---
+
+def test_list_of_pages():
+    assert not list(pages.structure())
+
+
+@pytest.mark.slow
+def test_every_page_can_be_shown_and_every_link_leads_somewhere(clone):
+    assert not pages.problems(clone)
+
+
+def test_a_broken_page_is_found(tmp_path):
+    "The check itself notices a lost file, a lost heading and a page that no menu knows"
+    (tmp_path/'nbs').mkdir()
+    (tmp_path/'a.md').write_text('# A\n[lost](b.md) [there](a.md#a) [gone](a.md#b) [out](x.txt)\n')
+    (tmp_path/'_quarto.yml').write_text(
+        'project: {render: [a.md]}\n'
+        'website: {site-url: "https://x.org", sidebar: {contents: [a.md, c.md]}, navbar: {}}\n')
+    assert 'c.md' in ' '.join(pages.structure(tmp_path))
+    text = pages.html(tmp_path/'a.md', tmp_path/'media')
+    anchors = {'a.md': pages.Links(text).anchors}
+    found = ' '.join(pages.broken('a.md', text, tmp_path, anchors))
+    assert 'b.md' in found and 'a.md#b' in found and 'x.txt' in found and '#a ' not in found
+
+
+@pytest.mark.slow
+def test_readme_is_the_executed_front_page():
+    assert (ROOT/'README.md').read_text() == pages.readme_text(ROOT/pages.INDEX), \
+        'README.md is stale: run `make readme`'
+    again, kept = pages.execute(ROOT/pages.INDEX), nbformat.read(ROOT/pages.INDEX, 4)
+
+    def texts(nb):
+        return [o.get('text') or dict(o.data) for c in nb.cells for o in c.get('outputs', [])]
+    assert texts(again) == texts(kept), 'the front page says something else now: run `make readme`'
+
+
+def test_site_without_quarto_says_how_to_get_it(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(pages, 'check', lambda: None)
+    monkeypatch.setenv('PATH', str(tmp_path))
+    pages.site()
+    assert 'quarto.org' in capsys.readouterr().out
+
+
+def test_citation_and_version_agree():
+    import speechloss
+    cff = (ROOT/'CITATION.cff').read_text()
+    version = re.search(r'^version: (\S+)', cff, re.M)[1]
+    assert version == speechloss.__version__ == metadata.version('speechloss')
+    assert f'## {version}' in (ROOT/'CHANGELOG.md').read_text()
