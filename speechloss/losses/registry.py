@@ -60,7 +60,7 @@ def cards() -> list[dict]:
     "The cards as rows, for tables"
     return [asdict(card) | {'loss': card.loss.__name__} for card in CARDS.values()]
 
-# %% ../../nbs/losses/registry.ipynb #722de81a
+# %% ../../nbs/losses/registry.ipynb #b813c16c
 FEATURES = dict(stft=STFTFeatures, mel=MelFeatures, random=RandomFeatures)
 
 
@@ -99,6 +99,8 @@ def build(
     SNRLoss()
     """
     spec = {'name': spec} if isinstance(spec, str) else dict(spec)
+    if 'terms' in spec:
+        return build_objective(spec, model=model, load=load)   # a sum within a sum
     kind = _pick('name', spec.pop('name', None), CARDS).loss
     try:
         if kind is ModelAsLoss:
