@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['PACKAGES', 'version', 'cpu', 'environment', 'Check', 'doctor', 'look_basics', 'look_device', 'look_triton',
-           'look_torchaudio', 'look_formats', 'look_packages', 'extra', 'look_cache', 'human', 'look_corpora', 'rows']
+           'look_torchaudio', 'look_formats', 'look_packages', 'extra', 'look_cache', 'human', 'present',
+           'look_corpora', 'rows']
 
 # %% ../nbs/reproduce/doctor.ipynb #d026a62d
 import importlib.metadata
@@ -62,7 +63,7 @@ def environment() -> dict:
         device=torch.cuda.get_device_name() if cuda else 'cpu',
         packages={name: found for name in PACKAGES if (found := version(name))})
 
-# %% ../nbs/reproduce/doctor.ipynb #9aebeda2
+# %% ../nbs/reproduce/doctor.ipynb #f8326753
 @dataclass(frozen=True)
 class Check:
     "One line of the report."
@@ -179,12 +180,19 @@ def human(size: float) -> str:
     return f'{size:.3g} {unit}'
 
 
+def present() -> dict[str, Path | None]:
+    "The corpora by name, and the folder of each that is on this machine."
+    from speechloss import corpus
+    folders = {name: Path(home()) / 'corpora' / name for name in corpus.CORPORA}
+    return {name: folder if (folder / 'manifest.jsonl').is_file() else None
+            for name, folder in folders.items()}
+
+
 def look_corpora() -> list[Check]:
     "The corpora, and which are here."
-    from speechloss import corpus
-    return [Check(f'corpus {name}', 'ok' if there else 'missing', 'here' if there else 'not here yet',
-                  '' if there else f'speechloss data get {name}')
-            for name, there in corpus.present().items()]
+    return [Check(f'corpus {name}', 'ok' if folder else 'missing', str(folder or 'not here yet'),
+                  '' if folder else f'speechloss data get {name}')
+            for name, folder in present().items()]
 
 
 def rows() -> list[dict]:

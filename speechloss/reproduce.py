@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PYTHON', 'KERNEL', 'papers', 'find_paper', 'unknown', 'read_notebook', 'identity', 'is_complete', 'claim_folder',
            'locked', 'kernel', 'environ', 'NotebookError', 'execute', 'is_user_error', 'watch', 'follow', 'bar', 'run',
-           'execute_into', 'tidy', 'need']
+           'execute_into', 'tidy', 'check_corpus', 'need']
 
 # %% ../nbs/reproduce/reproduce.ipynb #d0567eb2
 import contextlib
@@ -26,7 +26,7 @@ from .claims import SCALES, failures, registry
 from .results import (CORPORA, PROGRESS, ReproduceError, Run, load_results, progress,
                                 run_folder, write_json, write_text)
 
-# %% ../nbs/reproduce/reproduce.ipynb #4e55eac6
+# %% ../nbs/reproduce/reproduce.ipynb #34315f03
 PYTHON = dict(display_name='python3', language='python', name='python3')
 
 
@@ -57,7 +57,8 @@ def unknown(
     import difflib
     near = difflib.get_close_matches(str(got), list(choices), n=1)
     hint = f'did you mean {near[0]!r}? ' if near else ''
-    return f'{what} {got!r} is unknown: {hint}choose one of {", ".join(choices) or "none"}'
+    return f'{what} {got!r} is unknown: {hint}' + (
+        f'choose one of {", ".join(choices)}' if choices else 'there is none here')
 
 
 def read_notebook(path: Path) -> Any:
@@ -210,7 +211,7 @@ def is_user_error(
     kind = getattr(builtins, name, type(None))
     return name in names or isinstance(kind, type) and issubclass(kind, OSError)
 
-# %% ../nbs/reproduce/reproduce.ipynb #90475d70
+# %% ../nbs/reproduce/reproduce.ipynb #704c4110
 @contextlib.contextmanager
 def watch(
     report: Path,                             # where the kernel tells its progress
@@ -248,8 +249,15 @@ def follow(report: Path, draw: Callable[[str, int, int], None], stop: threading.
 
 
 @contextlib.contextmanager
-def bar(title: str) -> Iterator[Callable[[str, int, int], None]]:
-    "A progress bar on stderr, or a line per label where there is no terminal."
+def bar(
+    title: str,
+    *,
+    hide: bool = False,
+) -> Iterator[Callable[[str, int, int], None]]:  # call it with label, done, total
+    "A progress bar on stderr; where there is no terminal, a line when something new begins."
+    if hide:
+        yield lambda label, done, total: None
+        return
     import rich.progress as rp
     from rich.console import Console
     console, seen = Console(stderr=True), set()
@@ -267,7 +275,7 @@ def bar(title: str) -> Iterator[Callable[[str, int, int], None]]:
         yield lambda label, done, total: shown.update(
             task, description=f'{title}: {label}', completed=done, total=total)
 
-# %% ../nbs/reproduce/reproduce.ipynb #62cab402
+# %% ../nbs/reproduce/reproduce.ipynb #1cbf726a
 def run(
     paper: str,                              # its name, see `papers`
     *,
@@ -294,6 +302,7 @@ def run(
     if workers is not None and workers < 1:
         raise ReproduceError(f'workers is {workers}: use 1 or more')
     source = find_paper(paper, notebook)
+    check_corpus(corpus or CORPORA[scale])
     need('papermill', 'ipykernel', 'matplotlib')
     parsed, folder = read_notebook(source), run_folder(out, paper, scale, seed)
     wanted = identity(paper, scale, seed, corpus or CORPORA[scale], parsed)
@@ -336,6 +345,15 @@ def tidy(notebook: Any) -> Any:
     for cell in notebook.cells:
         cell.metadata = {k: v for k, v in cell.metadata.items() if k == 'tags'}
     return notebook
+
+
+def check_corpus(name: str) -> None:
+    "Raises `ReproduceError` when a corpus is neither known nor the path of a manifest."
+    from speechloss import corpus
+    if name.endswith('.jsonl') and not Path(name).is_file():
+        raise ReproduceError(f'corpus {name} does not exist: name the manifest (.jsonl) of a corpus')
+    if not name.endswith('.jsonl') and name not in corpus.CORPORA:
+        raise ReproduceError(unknown('corpus', name, corpus.CORPORA) + ', or the path of a manifest (.jsonl)')
 
 
 def need(*packages: str) -> None:
