@@ -36,7 +36,7 @@ def home() -> Path:
     "Cache folder of the package: `$SPEECHLOSS_HOME`, else `~/.cache/speechloss`"
     return Path(os.environ.get('SPEECHLOSS_HOME') or '~/.cache/speechloss').expanduser()
 
-# %% ../nbs/signal/audio.ipynb #6fe7f499
+# %% ../nbs/signal/audio.ipynb #25687e04
 class Info(NamedTuple):
     "What a file's header says"
     frames: int       # samples per channel
@@ -132,7 +132,7 @@ def save(
     if path.suffix.lower() not in SUFFIXES:
         raise AudioError(f'{path}: unknown audio format {path.suffix!r}: use .wav or .flac')
     with atomic(path) as part:
-        soundfile.write(str(part), x.T.numpy(), int(sample_rate), subtype=subtype)
+        soundfile.write(str(part), x.numpy().T, int(sample_rate), subtype=subtype)
     return path
 
 

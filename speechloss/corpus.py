@@ -5,16 +5,17 @@
 # %% auto #0
 __all__ = ['CORPORA', 'get']
 
-# %% ../nbs/signal/corpus.ipynb #3b1dff4b
+# %% ../nbs/signal/corpus.ipynb #769e214d
 from pathlib import Path
 
 from .audio import home
 from .fetch import laptop, opened
 from .manifest import CorpusError, Manifest, Recording
+from .wheels import mini
 
 __all__ = ['CORPORA', 'CorpusError', 'Manifest', 'Recording', 'get']
 
-CORPORA = dict(laptop=laptop)  # name -> makes it: (folder, from_dir) -> Manifest
+CORPORA = dict(mini=mini, laptop=laptop)  # name -> makes it: (folder, from_dir) -> Manifest
 
 
 def get(
