@@ -73,12 +73,11 @@ def filtered(path):
         if cell['cell_type'] != 'code': continue
         cell['execution_count'] = None
         for output in cell.setdefault('outputs', []):
-            if output.pop('execution_count', 0) is None or 'data' in output:
-                output['output_type'] = 'display_data'
-                output.setdefault('metadata', {})
-    nb = nbformat.from_dict(nb)
-    for cell in nb.cells: cell.source = ''.join(cell.source)
+            output.pop('execution_count', None)
+            if output['output_type'] == 'execute_result': output['output_type'] = 'display_data'
+    nb = nbformat.reads(json.dumps(nb), as_version=4)
     nbformat.validate(nb)
+    nb.metadata['language_info'] = {'name': 'python'}
     return nb
 
 
@@ -94,7 +93,7 @@ def shown(nb):
 
 def html(path, media):
     "The page as pandoc shows it"
-    options = [f'--extract-media={media}', '--mathjax', '--wrap=none']
+    options = [f'--extract-media={media}', '--mathml', '--fail-if-warnings', '--wrap=none']
     if path.suffix != '.ipynb':
         return pypandoc.convert_file(str(path), 'html', format='gfm', extra_args=options)
     nb = shown(filtered(path))
@@ -165,12 +164,18 @@ def problems(root=ROOT):
     wrong = list(structure(root))
     if wrong: return wrong
     with tempfile.TemporaryDirectory() as media:
-        texts = {page: html(root/page, media) for page in pages(root)}
+        texts = {}
+        for page in pages(root):
+            try: texts[page] = html(root/page, media)
+            except Exception as error:  # nbdev and pandoc raise what they like
+                wrong.append(f'{page}: cannot be shown ({error.__cause__!r}). The documentation '
+                             'runs the cells that import or export, and only those: give imports '
+                             f'a cell of their own. {error}')
         parsed = {page: Links(text) for page, text in texts.items()}
         anchors = {page: links.anchors for page, links in parsed.items()}
         for page, text in texts.items():
             if not parsed[page].headings: wrong.append(f'{page}: no title')
-            if re.search(r'#\|\s*(hide|export|default_exp)', text):
+            if page.endswith('.ipynb') and re.search(r'#\|\s*(hide|export|default_exp)', text):
                 wrong.append(f'{page}: a directive is visible')
             wrong += broken(page, text, root, anchors)
     return wrong
@@ -188,6 +193,7 @@ def execute(path, root=ROOT):
                 if c.cell_type == 'code' and re.search(rf'^#\| *({flags})\b', c.source, re.M)]
     for cell in left_out: cell.cell_type = 'raw'
     client = NotebookClient(nb, timeout=600, kernel_name='python3',
+                            extra_arguments=['--log-level=ERROR'],
                             resources={'metadata': {'path': str(root/'nbs')}})
     client.execute()
     for cell in left_out: cell.cell_type = 'code'
@@ -206,7 +212,8 @@ def write(nb, path):
                                   'name': 'python3'}}
     path.write_text(json.dumps(nb, indent=1, sort_keys=True, ensure_ascii=False) + '\n',
                     encoding='utf-8')
-    subprocess.run(['nbdev_clean', '--fname', path], check=True, cwd=path.parent)
+    clean = Path(sys.executable).with_name('nbdev_clean')
+    subprocess.run([clean, '--fname', path], check=True, cwd=path.parent)
 
 
 def readme_text(path):

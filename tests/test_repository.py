@@ -213,12 +213,14 @@ def test_ci_needs_no_arguments_and_no_terminal():
 # --- the site ---
 
 def test_list_of_pages():
-    assert not list(pages.structure())
+    wrong = list(pages.structure())
+    assert not wrong, '\n'.join(wrong)
 
 
 @pytest.mark.slow
 def test_every_page_can_be_shown_and_every_link_leads_somewhere(clone):
-    assert not pages.problems(clone)
+    wrong = pages.problems(clone)
+    assert not wrong, '\n'.join(wrong)
 
 
 def test_a_broken_page_is_found(tmp_path):
@@ -233,6 +235,9 @@ def test_a_broken_page_is_found(tmp_path):
     anchors = {'a.md': pages.Links(text).anchors}
     found = ' '.join(pages.broken('a.md', text, tmp_path, anchors))
     assert 'b.md' in found and 'a.md#b' in found and 'x.txt' in found and '#a ' not in found
+    (tmp_path/'a.md').write_text('# A\n$\\foo{x}$\n')
+    (tmp_path/'_quarto.yml').write_text((tmp_path/'_quarto.yml').read_text().replace(', c.md', ''))
+    assert 'cannot be shown' in ' '.join(pages.problems(tmp_path))
 
 
 @pytest.mark.slow
