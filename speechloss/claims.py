@@ -6,12 +6,12 @@
 __all__ = ['SCALES', 'KINDS', 'RULES', 'reading', 'Claim', 'registry', 'load_claims', 'Verdict', 'text', 'judge', 'Verdicts',
            'judge_all', 'failures']
 
-# %% ../nbs/reproduce/claims.ipynb #1dfbf758
+# %% ../nbs/reproduce/claims.ipynb #b110d435
 import html
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Mapping
 
 import speechloss
 from .audio import SpeechLossError
@@ -55,7 +55,7 @@ def reading(
     inside, outside = max(-low, high) <= holds['margin'], max(low, -high) > holds['margin']
     return 'holds' if inside else 'fails' if outside else 'open'
 
-# %% ../nbs/reproduce/claims.ipynb #43b5d9dc
+# %% ../nbs/reproduce/claims.ipynb #f84aeb6e
 @dataclass(frozen=True)
 class Claim:
     """One claim of a paper, as `claims.toml` holds it.
@@ -78,17 +78,20 @@ class Claim:
         rule = dict(self.holds)
         required, optional = RULES.get(kind := rule.pop('kind', None), (None, None))
         if required is None:
-            raise SpeechLossError(f'claim {self.id!r} has the rule {kind!r}: use {", ".join(RULES)}')
+            raise SpeechLossError(f'claim {self.id!r} has the rule {kind!r}: '
+                                  f'use {", ".join(RULES)}')
         if not required <= rule.keys() <= required | optional:
             raise SpeechLossError(f'claim {self.id!r} gives the rule {kind!r} {sorted(rule)}, '
                                   f'which takes {sorted(required | optional)}')
         if self.kind not in KINDS:
-            raise SpeechLossError(f'claim {self.id!r} is of kind {self.kind!r}: use {", ".join(KINDS)}')
+            raise SpeechLossError(f'claim {self.id!r} is of kind {self.kind!r}: '
+                                  f'use {", ".join(KINDS)}')
         if not self.scales or not set(self.scales) <= set(SCALES):
             raise SpeechLossError(f'claim {self.id!r} is judged at {list(self.scales)}: '
                                   f'name some of {", ".join(SCALES)}')
         if not self.measure:
-            raise SpeechLossError(f'claim {self.id!r} measures nothing: name a number of the results')
+            raise SpeechLossError(f'claim {self.id!r} measures nothing: '
+                                  'name a number of the results')
 
 
 def registry() -> Path:
@@ -118,21 +121,18 @@ def load_claims(
     except (tomllib.TOMLDecodeError, KeyError, TypeError) as error:
         raise SpeechLossError(f'{path.name} cannot be read ({error}): mend the entry') from error
     if repeated := {c.id for c in claims if sum(c.id == d.id for d in claims) > 1}:
-        raise SpeechLossError(f'{path.name} holds {sorted(repeated)} twice: give each claim its own id')
+        raise SpeechLossError(f'{path.name} holds {sorted(repeated)} twice: '
+                              'give each claim an id of its own')
     return [c for c in claims if paper in (None, c.paper)]
 
-# %% ../nbs/reproduce/claims.ipynb #dfc84dfb
+# %% ../nbs/reproduce/claims.ipynb #880049b2
 @dataclass(frozen=True)
 class Verdict:
     "What a run says about one claim, with the numbers it rests on."
     claim: Claim
-    verdict: str                # 'reproduced', 'tied', 'not reproduced', 'needs scale ...', 'not measured'
-    readings: Mapping[str, str] # number -> 'holds', 'open', 'fails', 'missing'
-    measured: str               # the numbers, for people
-
-    @property
-    def judged(self) -> bool:
-        return not self.verdict.startswith('needs scale')
+    verdict: str                 # one of the table at the top
+    readings: Mapping[str, str]  # number -> 'holds', 'open', 'fails', 'missing'
+    measured: str                # the numbers, for people
 
     def row(self) -> dict:
         "A flat, JSON-able row for `results.json` and tables."
@@ -153,7 +153,8 @@ def text(
         shown = f'{name} = {number["value"]:.4g}'
     else:
         shown = f'{name} = {number["value"]:+.3g} [{low:+.3g}, {high:+.3g}]'
-    return shown + (f' {unit}' if unit else '') + (f', n = {number["n"]}' if number.get('n') else '')
+    count = f', n = {number["n"]}' if number.get('n') else ''
+    return shown + (f' {unit}' if unit else '') + count
 
 
 def judge(
@@ -175,7 +176,7 @@ def judge(
     shown = '; '.join(text(name, n) for name, n in measured.items())
     return Verdict(claim, verdict, readings, shown)
 
-# %% ../nbs/reproduce/claims.ipynb #88ea4481
+# %% ../nbs/reproduce/claims.ipynb #80adbed1
 class Verdicts(list):
     "The verdicts of one run: a list with a face."
 
@@ -193,7 +194,8 @@ class Verdicts(list):
 
     def _repr_markdown_(self) -> str:
         def line(cells): return '| ' + ' | '.join(str(c).replace('|', '\\|') for c in cells) + ' |'
-        body = [line([*(r[c] for c in self.columns[:-1]), f'**{r["verdict"]}**']) for r in self.rows()]
+        body = [line([*(r[c] for c in self.columns[:-1]), f'**{r["verdict"]}**'])
+                for r in self.rows()]
         return '\n'.join([line(self.columns), line('---' for _ in self.columns), *body])
 
     def _repr_html_(self) -> str:

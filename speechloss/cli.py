@@ -7,18 +7,18 @@ __all__ = ['FILE_SYSTEM', 'app', 'data', 'Json', 'Quiet', 'verdict_of', 'complai
            'reproduce', 'enhance', 'pairs', 'train', 'read_recipe', 'overrides', 'build_recipe', 'data_list',
            'data_get', 'data_show', 'data_check', 'here', 'losses', 'doctor', 'show_version', 'top']
 
-# %% ../nbs/reproduce/cli.ipynb #02750456
+# %% ../nbs/reproduce/cli.ipynb #df218126
 import errno
 import json
 import sys
-from enum import Enum
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated, Any, Iterable, Optional
+from typing import Annotated, Any
 
 import typer
 from typer.core import TyperGroup
 
-# %% ../nbs/reproduce/cli.ipynb #698e7a4d
+# %% ../nbs/reproduce/cli.ipynb #fe758f1b
 FILE_SYSTEM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM,
                errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG)
 
@@ -31,7 +31,8 @@ def verdict_of(error: BaseException) -> tuple[str, int] | None:
     if type(error).__name__ == 'NotebookError':
         return str(error), 1
     if isinstance(error, OSError) and error.errno in FILE_SYSTEM:
-        return f'{error.filename or "output"}: {error.strerror}: choose another place or make room', 2
+        return (f'{error.filename or "the output"} cannot be written ({error.strerror}): '
+                'choose another place or make room'), 2
     if isinstance(error, ModuleNotFoundError) and not (error.name or '').startswith('speechloss'):
         return f"this needs {error.name}: pip install 'speechloss[reproduce]'", 2
     if isinstance(error, KeyboardInterrupt):
@@ -53,19 +54,20 @@ class Commands(TyperGroup):
         except (Exception, KeyboardInterrupt) as error:
             if isinstance(error, BrokenPipeError):  # `speechloss losses | head`
                 sys.stdout = None
-                raise typer.Exit(0)
+                raise typer.Exit(0) from None
             if (said := verdict_of(error)) is None:
                 raise
             complain(said[0])
-            raise typer.Exit(said[1])
+            raise typer.Exit(said[1]) from None
 
 
-app = typer.Typer(cls=Commands, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
+app = typer.Typer(cls=Commands, no_args_is_help=True, add_completion=False,
+                  pretty_exceptions_enable=False,
                   help='Losses for speech enhancement, and the papers behind them, reproduced.')
 data = typer.Typer(no_args_is_help=True, help='Prepare corpora: fetch, list, show and check them.')
 app.add_typer(data, name='data')
 
-# %% ../nbs/reproduce/cli.ipynb #1ef71029
+# %% ../nbs/reproduce/cli.ipynb #4a3164f0
 def show(
     rows: Iterable[dict],       # all with the keys `columns`
     columns: tuple[str, ...],
@@ -84,7 +86,7 @@ def show(
             table.add_row(*(Text(str(row[c])) for c in columns))
         Console().print(table)
     else:
-        for row in [dict(zip(columns, columns)), *rows]:
+        for row in [{c: c for c in columns}, *rows]:
             print('\t'.join(' '.join(str(row[c]).split()) for c in columns))
 
 
@@ -114,7 +116,7 @@ def torch_device(name: str | None) -> str:
         raise SpeechLossError(f'device {name!r} is not here: this machine has {", ".join(there)}')
     return name if name == 'cuda' else one_of('device', name, there)
 
-# %% ../nbs/reproduce/cli.ipynb #4649ffa5
+# %% ../nbs/reproduce/cli.ipynb #2ea76958
 Json = Annotated[bool, typer.Option('--json', help='JSON instead of a table.')]
 Quiet = Annotated[bool, typer.Option('--quiet', '-q', help='No progress.')]
 
@@ -122,12 +124,17 @@ Quiet = Annotated[bool, typer.Option('--quiet', '-q', help='No progress.')]
 @app.command()
 def reproduce(
     paper: Annotated[str, typer.Argument(help='A paper, or "all".')],
-    scale: Annotated[str, typer.Option(help='smoke (minutes), laptop (an honest small study) or paper (GPUs).')] = 'smoke',
+    scale: Annotated[str, typer.Option(
+        help='smoke (minutes), laptop (an honest small study) or paper (GPUs).')] = 'smoke',
     seed: Annotated[int, typer.Option(help='Seed of everything.')] = 0,
-    out: Annotated[Path, typer.Option(help='Where runs lie: OUT/PAPER-SCALE-SEED.')] = Path('runs'),
-    corpus: Annotated[Optional[str], typer.Option(help='Corpus, or the path of a manifest; else the one of the scale.')] = None,
-    corpus_dir: Annotated[Optional[Path], typer.Option(help='Folder that holds its published files: no network.')] = None,
-    workers: Annotated[Optional[int], typer.Option(help='Processes; else the cores that are free.')] = None,
+    out: Annotated[Path, typer.Option(
+        help='Where runs lie, each in OUT/PAPER-SCALE-SEED.')] = Path('runs'),
+    corpus: Annotated[str | None, typer.Option(
+        help='Corpus, or the path of a manifest; else the one of the scale.')] = None,
+    corpus_dir: Annotated[Path | None, typer.Option(
+        help='Folder that holds its published files: no network.')] = None,
+    workers: Annotated[int | None, typer.Option(
+        help='Processes; else the cores that are free.')] = None,
     quiet: Quiet = False,
 ):
     """Run a paper from nothing to verdicts; started again, it goes on where it was.
@@ -140,8 +147,8 @@ def reproduce(
         find_paper(paper)  # says that there is none
     for name in names:
         try:
-            folder = run(name, scale=scale, seed=seed, out=out, corpus=corpus, corpus_dir=corpus_dir,
-                         workers=workers, progress=not quiet)
+            folder = run(name, scale=scale, seed=seed, out=out, corpus=corpus,
+                         corpus_dir=corpus_dir, workers=workers, progress=not quiet)
         except Exception as error:
             if paper != 'all' or (said := verdict_of(error)) is None:
                 raise
@@ -149,21 +156,25 @@ def reproduce(
             worst = max(worst, said[1])
             continue
         results = load_results(folder)
-        show(({'paper': name, **row} for row in results['claims']), ('paper', 'id', 'kind', 'verdict', 'measured'))
+        show(({'paper': name, **row} for row in results['claims']),
+             ('paper', 'id', 'kind', 'verdict', 'measured'))
         complain(f'{name}: {folder / "notebook.ipynb"}')
         for failure in results['failures']:
             complain(failure)
             worst = max(worst, 1)
     raise typer.Exit(worst)
 
-# %% ../nbs/reproduce/cli.ipynb #9c973569
+# %% ../nbs/reproduce/cli.ipynb #73e5ae8c
 @app.command()
 def enhance(
     source: Annotated[Path, typer.Argument(help='An audio file, or a folder of them.')],
-    target: Annotated[Path, typer.Argument(help='The enhanced file, or the folder of the same tree.')],
+    target: Annotated[Path, typer.Argument(
+        help='The enhanced file, or the folder of the same tree.')],
     model: Annotated[str, typer.Option(help='Folder of a trained model, or its name on the hub.')],
-    device: Annotated[Optional[str], typer.Option(help='cpu, cuda, cuda:1 ...; else the GPU if there is one.')] = None,
-    skip_existing: Annotated[bool, typer.Option(help='Leave files that are there already.')] = False,
+    device: Annotated[str | None, typer.Option(
+        help='cpu, cuda, cuda:1 ...; else the GPU if there is one.')] = None,
+    skip_existing: Annotated[bool, typer.Option(
+        '--skip-existing', help='Leave files that are there already.')] = False,
     quiet: Quiet = False,
 ):
     """Enhance recordings of any rate and length.
@@ -211,10 +222,11 @@ def pairs(
     if target.resolve() == source.resolve():
         raise SpeechLossError(f'{target} is the source too: choose another name')
     if target.suffix.lower() not in SUFFIXES:
-        raise SpeechLossError(f'{target} is no audio file: end its name in one of {", ".join(SUFFIXES)}')
+        raise SpeechLossError(f'{target} is no audio file: end its name in one of '
+                              f'{", ".join(SUFFIXES)}')
     return [(source, target)]
 
-# %% ../nbs/reproduce/cli.ipynb #ee1bf24b
+# %% ../nbs/reproduce/cli.ipynb #fff73eb0
 @app.command(context_settings=dict(allow_extra_args=True, ignore_unknown_options=True))
 def train(
     ctx: typer.Context,
@@ -271,7 +283,7 @@ def overrides(args: list[str]) -> dict[str, Any]:
 
 
 def build_recipe(kind: type, fields: dict, options: dict[str, Any]) -> Any:
-    "A recipe from a file's fields and dotted options; raises `SpeechLossError` for an unknown field."
+    "A recipe from fields and dotted options; raises `SpeechLossError` for an unknown field."
     from dataclasses import fields as fields_of
     for key, value in options.items():
         *parents, last = key.split('.')
@@ -283,7 +295,7 @@ def build_recipe(kind: type, fields: dict, options: dict[str, Any]) -> Any:
         one_of('field', name, [f.name for f in fields_of(kind)])
     return kind(**fields)
 
-# %% ../nbs/reproduce/cli.ipynb #06ed4a1c
+# %% ../nbs/reproduce/cli.ipynb #c8d9bbc9
 @data.command('list')
 def data_list(as_json: Json = False):
     "The corpora, and which are on this machine."
@@ -295,7 +307,8 @@ def data_list(as_json: Json = False):
 @data.command('get')
 def data_get(
     name: Annotated[str, typer.Argument(help='A corpus, see `speechloss data list`.')],
-    from_dir: Annotated[Optional[Path], typer.Option('--from', help='Folder that holds its published files: no network.')] = None,
+    from_dir: Annotated[Path | None, typer.Option(
+        '--from', help='Folder that holds its published files: no network.')] = None,
 ):
     "Fetch a corpus, check it and print where it lies."
     from speechloss import corpus
@@ -308,7 +321,8 @@ def data_get(
 
 @data.command('show')
 def data_show(
-    name: Annotated[str, typer.Argument(help='A corpus that is here, or the path of a manifest (.jsonl).')],
+    name: Annotated[str, typer.Argument(
+        help='A corpus that is here, or the path of a manifest (.jsonl).')],
 ):
     "Hours, speakers, noises, languages and licences of a corpus, as JSON."
     print(json.dumps(here(name).summary(), indent=1, ensure_ascii=False))
@@ -316,7 +330,8 @@ def data_show(
 
 @data.command('check')
 def data_check(
-    name: Annotated[str, typer.Argument(help='A corpus that is here, or the path of a manifest (.jsonl).')],
+    name: Annotated[str, typer.Argument(
+        help='A corpus that is here, or the path of a manifest (.jsonl).')],
 ):
     "Read every recording of a corpus, and check that no speaker or noise is in two splits."
     from speechloss.audio import SpeechLossError, load

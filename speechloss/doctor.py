@@ -22,16 +22,17 @@ import speechloss
 from . import __version__
 from .audio import home
 
-# %% ../nbs/reproduce/doctor.ipynb #656199f2
+# %% ../nbs/reproduce/doctor.ipynb #8be508a7
 #: Distributions whose version can change a number, and the extra that brings each.
 PACKAGES = {
-    'torch': '', 'numpy': '', 'soundfile': '',
-    'soxr': 'metrics', 'scipy': 'metrics', 'pesq': 'metrics', 'pystoi': 'metrics', 'speechmos': 'metrics',
-    'onnxruntime': 'metrics', 'librosa': 'metrics', 'accelerate': 'reproduce', 'safetensors': 'reproduce',
+    'torch': '', 'numpy': '', 'soundfile': '', 'triton': '',
+    'soxr': 'metrics', 'scipy': 'metrics', 'pesq': 'metrics', 'pystoi': 'metrics',
+    'speechmos': 'metrics', 'onnxruntime': 'metrics', 'librosa': 'metrics',
+    'accelerate': 'reproduce', 'safetensors': 'reproduce',
     'huggingface_hub': 'reproduce', 'pyroomacoustics': 'reproduce', 'tensorboard': 'reproduce',
-    'papermill': 'reproduce', 'ipykernel': 'reproduce', 'matplotlib': 'reproduce', 'pandas': 'reproduce',
-    'typer': 'reproduce', 'rich': 'reproduce', 'transformers': 'ssl', 'torchaudio': 'ssl', 'triton': '',
-    'nbdev': 'docs',
+    'papermill': 'reproduce', 'ipykernel': 'reproduce', 'matplotlib': 'reproduce',
+    'pandas': 'reproduce', 'typer': 'reproduce', 'rich': 'reproduce',
+    'transformers': 'ssl', 'torchaudio': 'ssl', 'nbdev': 'docs',
 }
 
 
@@ -47,7 +48,8 @@ def cpu() -> str:
     "The name of the processor."
     try:
         lines = Path('/proc/cpuinfo').read_text().splitlines()
-        return next(line.partition(':')[2].strip() for line in lines if line.startswith('model name'))
+        return next(line.partition(':')[2].strip() for line in lines
+                    if line.startswith('model name'))
     except (OSError, StopIteration):
         return platform.processor() or platform.machine()
 
@@ -63,7 +65,7 @@ def environment() -> dict:
         device=torch.cuda.get_device_name() if cuda else 'cpu',
         packages={name: found for name in PACKAGES if (found := version(name))})
 
-# %% ../nbs/reproduce/doctor.ipynb #f8326753
+# %% ../nbs/reproduce/doctor.ipynb #317e94f8
 @dataclass(frozen=True)
 class Check:
     "One line of the report."
@@ -76,8 +78,8 @@ class Check:
 def doctor() -> list[Check]:
     "Look at everything; takes a few seconds, raises nothing."
     checks = []
-    for look in (look_basics, look_device, look_triton, look_torchaudio, look_formats, look_packages,
-                 look_cache, look_corpora):
+    for look in (look_basics, look_device, look_triton, look_torchaudio, look_formats,
+                 look_packages, look_cache, look_corpora):
         try:
             checks += look()
         except Exception as error:
@@ -88,10 +90,11 @@ def doctor() -> list[Check]:
 
 def look_basics() -> list[Check]:
     "Version, Python and processor."
-    facts = environment()
-    return [Check('speechloss', 'ok', f'{__version__} in {Path(speechloss.__file__).resolve().parent}'),
+    facts, place = environment(), Path(speechloss.__file__).resolve().parent
+    return [Check('speechloss', 'ok', f'{__version__} in {place}'),
             Check('python', 'ok', f'{facts["python"]} ({facts["system"]}) {sys.executable}'),
-            Check('cpu', 'ok', f'{facts["cpu"]}, {facts["cores"]} cores, {facts["threads"]} threads for torch')]
+            Check('cpu', 'ok', f'{facts["cpu"]}, {facts["cores"]} cores, '
+                               f'{facts["threads"]} threads for torch')]
 
 
 def look_device() -> list[Check]:
@@ -106,9 +109,9 @@ def look_device() -> list[Check]:
 def look_triton() -> list[Check]:
     "Whether the Triton back end serves, and why not."
     from speechloss.kernels import why_not
-    reason = why_not()
-    return [Check('triton', 'note' if reason else 'ok',
-                  f'the torch back end serves: {reason}' if reason else f'{version("triton")} serves')]
+    if reason := why_not():
+        return [Check('triton', 'note', f'the torch back end serves: {reason}')]
+    return [Check('triton', 'ok', f'{version("triton")} serves')]
 
 
 def look_torchaudio() -> list[Check]:
@@ -118,12 +121,13 @@ def look_torchaudio() -> list[Check]:
     """
     if find_spec('torchaudio') is None:
         return [Check('torchaudio', 'missing', 'SSL features of its bundles', extra('ssl'))]
-    result = subprocess.run([sys.executable, '-c', 'import torchaudio'], capture_output=True, text=True)
+    result = subprocess.run([sys.executable, '-c', 'import torchaudio'], capture_output=True,
+                            text=True)
     if result.returncode == 0:
         return [Check('torchaudio', 'ok', version('torchaudio') or 'found')]
-    reason = (result.stderr.strip().splitlines() or ['unknown'])[-1]
-    return [Check('torchaudio', 'note', f'{version("torchaudio")}: its compiled part does not load beside '
-                  f'this torch ({reason[:90]}), and its Python parts serve')]
+    reason = (result.stderr.strip().splitlines() or ['unknown'])[-1].partition(':')[0]
+    return [Check('torchaudio', 'note', f'{version("torchaudio")}: its compiled part does not load '
+                  f'beside this torch ({reason}); its Python parts serve')]
 
 
 def look_formats() -> list[Check]:
@@ -131,13 +135,15 @@ def look_formats() -> list[Check]:
     import soundfile
     can = soundfile.available_formats()
     subtypes = {name for kind in can for name in soundfile.available_subtypes(kind)}
-    formats = dict(wav='WAV' in can, flac='FLAC' in can, ogg='VORBIS' in subtypes, mp3='MPEG_LAYER_III' in subtypes,
-                   opus='OPUS' in subtypes)
-    lacking = [name for name, there in formats.items() if not there]
-    return [Check('audio files', 'note' if lacking else 'ok',
-                  f'{", ".join(name for name, there in formats.items() if there)} (libsndfile '
-                  f'{soundfile.__libsndfile_version__})' + (f'; not {", ".join(lacking)}' if lacking else ''),
-                  'a newer soundfile brings a newer libsndfile' if lacking else '')]
+    formats = dict(wav='WAV' in can, flac='FLAC' in can, ogg='VORBIS' in subtypes,
+                   mp3='MPEG_LAYER_III' in subtypes, opus='OPUS' in subtypes)
+    lacking = ', '.join(name for name, there in formats.items() if not there)
+    found = (', '.join(name for name, there in formats.items() if there)
+             + f' (libsndfile {soundfile.__libsndfile_version__})')
+    if lacking:
+        return [Check('audio files', 'note', f'{found}; not {lacking}',
+                      'pip install --upgrade soundfile')]
+    return [Check('audio files', 'ok', found)]
 
 
 def look_packages() -> list[Check]:
@@ -171,13 +177,8 @@ def look_cache() -> list[Check]:
 
 def human(size: float) -> str:
     "A number of bytes for people."
-    for unit in ('B', 'kB', 'MB', 'GB'):
-        if size < 1000:
-            break
-        size /= 1000
-    else:
-        unit = 'TB'
-    return f'{size:.3g} {unit}'
+    power = min(len(f'{int(size)}') - 1, 14) // 3
+    return f'{size / 1000 ** power:.3g} {("B", "kB", "MB", "GB", "TB")[power]}'
 
 
 def present() -> dict[str, Path | None]:

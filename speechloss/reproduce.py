@@ -7,7 +7,7 @@ __all__ = ['PYTHON', 'KERNEL', 'papers', 'find_paper', 'unknown', 'read_notebook
            'locked', 'kernel', 'environ', 'NotebookError', 'execute', 'is_user_error', 'watch', 'follow', 'bar', 'run',
            'execute_into', 'tidy', 'check_corpus', 'need']
 
-# %% ../nbs/reproduce/reproduce.ipynb #d0567eb2
+# %% ../nbs/reproduce/reproduce.ipynb #c6545f9b
 import contextlib
 import hashlib
 import importlib.util
@@ -17,16 +17,18 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Callable, Iterator
+from typing import Any
 
 from . import __version__
 from .audio import SpeechLossError
-from .claims import SCALES, failures, registry
-from .results import (CORPORA, PROGRESS, ReproduceError, Run, load_results, progress,
-                                run_folder, write_json, write_text)
+from .claims import SCALES, registry
+from speechloss.results import (  # noqa: F401 (Run, progress: for notebooks)
+    CORPORA, PROGRESS, ReproduceError, Run, load_results, progress, run_folder, write_json,
+    write_text)
 
-# %% ../nbs/reproduce/reproduce.ipynb #34315f03
+# %% ../nbs/reproduce/reproduce.ipynb #a9c9ceea
 PYTHON = dict(display_name='python3', language='python', name='python3')
 
 
@@ -67,16 +69,18 @@ def read_notebook(path: Path) -> Any:
     try:
         notebook = nbformat.read(path, as_version=4)
     except Exception as error:  # not JSON, not a notebook
-        raise ReproduceError(f'{path} is not a notebook ({type(error).__name__}): check the file') from error
+        raise ReproduceError(f'{path} is not a notebook ({type(error).__name__}): '
+                             'check the file') from error
     notebook.metadata['kernelspec'] = dict(PYTHON)
     for cell in notebook.cells:
         first = cell.source.lstrip().partition('\n')[0].strip().lower()
         if cell.cell_type == 'code' and first in ('# parameters', '#| parameters'):
             cell.metadata['tags'] = ['parameters']
             return notebook
-    raise ReproduceError(f'{path} has no parameters cell: begin one with the comment "# parameters"')
+    raise ReproduceError(f'{path} has no parameters cell: '
+                         'begin one with the comment "# parameters"')
 
-# %% ../nbs/reproduce/reproduce.ipynb #db1d7325
+# %% ../nbs/reproduce/reproduce.ipynb #2837f126
 def identity(
     paper: str,
     scale: str,
@@ -132,10 +136,11 @@ def locked(folder: Path) -> Iterator[None]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            raise ReproduceError(f'{folder} is being written by another process: wait for it') from None
+            raise ReproduceError(f'{folder} is being written by another process: '
+                                 'wait for it') from None
         yield
 
-# %% ../nbs/reproduce/reproduce.ipynb #d7ab0b0b
+# %% ../nbs/reproduce/reproduce.ipynb #a7027701
 KERNEL = 'speechloss-reproduce'
 
 
@@ -149,8 +154,9 @@ def kernel(report: Path) -> Iterator[str]:
                 '--log-level=ERROR']
         write_json(spec / 'kernel.json', dict(argv=argv, display_name='Python', language='python'))
         paths = os.pathsep.join(filter(None, (home, os.environ.get('JUPYTER_PATH'))))
-        with environ(JUPYTER_PATH=paths, JUPYTER_RUNTIME_DIR=f'{home}/runtime', IPYTHONDIR=f'{home}/ipython',
-                     PYDEVD_DISABLE_FILE_VALIDATION='1', **{PROGRESS: str(report.resolve())}):
+        with environ(JUPYTER_PATH=paths, JUPYTER_RUNTIME_DIR=f'{home}/runtime',
+                     IPYTHONDIR=f'{home}/ipython', PYDEVD_DISABLE_FILE_VALIDATION='1',
+                     **{PROGRESS: str(report.resolve())}):
             yield KERNEL
 
 
@@ -211,12 +217,12 @@ def is_user_error(
     kind = getattr(builtins, name, type(None))
     return name in names or isinstance(kind, type) and issubclass(kind, OSError)
 
-# %% ../nbs/reproduce/reproduce.ipynb #704c4110
+# %% ../nbs/reproduce/reproduce.ipynb #14072b38
 @contextlib.contextmanager
 def watch(
     report: Path,                             # where the kernel tells its progress
     title: str,
-    show: bool | Callable[[str, int, int], None] = True,  # a bar, nothing, or called with label, done, total
+    show: bool | Callable[[str, int, int], None] = True,  # a bar, or what is called instead
 ) -> Iterator[None]:
     "Show the progress of a run while the block runs."
     if not show:
@@ -275,7 +281,7 @@ def bar(
         yield lambda label, done, total: shown.update(
             task, description=f'{title}: {label}', completed=done, total=total)
 
-# %% ../nbs/reproduce/reproduce.ipynb #1cbf726a
+# %% ../nbs/reproduce/reproduce.ipynb #b7dca782
 def run(
     paper: str,                              # its name, see `papers`
     *,
@@ -324,8 +330,14 @@ def run(
     return folder
 
 
-def execute_into(folder: Path, notebook: Any, parameters: dict, title: str, show: bool | Callable) -> None:
-    "Execute a notebook and leave it in the folder, whole; the half of a failed one has its own name."
+def execute_into(
+    folder: Path,
+    notebook: Any,           # as read
+    parameters: dict,
+    title: str,              # of the bar
+    show: bool | Callable,   # as `watch` takes it
+) -> None:
+    "Execute a notebook and leave it in the folder, whole; half a notebook has another name."
     import nbformat
     part, report = folder / 'notebook.partial.ipynb', folder / 'progress.jsonl'
     for stale in (report, folder / 'results.json', folder / 'notebook.ipynb'):
@@ -333,8 +345,10 @@ def execute_into(folder: Path, notebook: Any, parameters: dict, title: str, show
     with watch(report, title, show):
         execute(notebook, part, parameters, report)
     if not (folder / 'results.json').is_file():
-        raise NotebookError(f'the notebook wrote no results.json: end it with run.finish() ({part})')
-    write_text(folder / 'notebook.ipynb', nbformat.writes(tidy(nbformat.read(part, as_version=4))) + '\n')
+        raise NotebookError(f'the notebook wrote no results.json: end it with run.finish() '
+                            f'({part})')
+    executed = tidy(nbformat.read(part, as_version=4))
+    write_text(folder / 'notebook.ipynb', nbformat.writes(executed) + '\n')
     part.unlink()
 
 
@@ -351,9 +365,11 @@ def check_corpus(name: str) -> None:
     "Raises `ReproduceError` when a corpus is neither known nor the path of a manifest."
     from speechloss import corpus
     if name.endswith('.jsonl') and not Path(name).is_file():
-        raise ReproduceError(f'corpus {name} does not exist: name the manifest (.jsonl) of a corpus')
+        raise ReproduceError(f'corpus {name} does not exist: '
+                             'name the manifest (.jsonl) of a corpus')
     if not name.endswith('.jsonl') and name not in corpus.CORPORA:
-        raise ReproduceError(unknown('corpus', name, corpus.CORPORA) + ', or the path of a manifest (.jsonl)')
+        raise ReproduceError(unknown('corpus', name, corpus.CORPORA)
+                             + ', or the path of a manifest (.jsonl)')
 
 
 def need(*packages: str) -> None:

@@ -6,7 +6,7 @@
 __all__ = ['PROGRESS', 'CORPORA', 'ReproduceError', 'write_text', 'write_json', 'plain', 'is_interval', 'progress', 'run_folder',
            'Run', 'slug', 'detached', 'available_cores', 'load_results']
 
-# %% ../nbs/reproduce/results.ipynb #4d2d4be4
+# %% ../nbs/reproduce/results.ipynb #20724daf
 import html
 import json
 import math
@@ -14,8 +14,9 @@ import os
 import re
 import sys
 import time
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, Iterable, Mapping
+from typing import Any
 
 from . import __version__
 from .audio import SpeechLossError, save
@@ -99,7 +100,7 @@ def progress(
 
 progress.last = ('', 0.)
 
-# %% ../nbs/reproduce/results.ipynb #c8ee9274
+# %% ../nbs/reproduce/results.ipynb #cf167fb4
 #: The corpus of each scale, unless the user names another.
 CORPORA = {'smoke': 'mini', 'laptop': 'laptop', 'paper': 'voicebank-demand'}
 
@@ -157,7 +158,7 @@ class Run:
     def record(
         self,
         name: str,                     # such as 'metric/pesq/frozen-base'
-        value: Any,                    # a number, a truth value, or an interval (mean, low, high, n)
+        value: Any,                    # a number, a truth value, or an interval
         *,
         low: float | None = None,      # ends of the interval
         high: float | None = None,
@@ -238,7 +239,7 @@ class Run:
         from IPython.display import HTML
         names = list(names or (slug(f'{prefix}-{label}' if prefix else label) for label in waves))
         cells = ''
-        for name, (label, wave) in zip(names, waves.items()):
+        for name, (label, wave) in zip(names, waves.items(), strict=True):
             path = self._path('audio', name, '.flac')
             save(path, detached(wave), sample_rate)
             self.sounds[name] = dict(path=self._relative(path), label=label)
