@@ -250,10 +250,10 @@ def site():
                      'https://quarto.org/docs/get-started/ and run `make docs` again.')
     place = ROOT/'build/site'
     shutil.rmtree(place, ignore_errors=True)
-    copy(place)
-    for page in pages():  # the pictures of the chapters are drawn now, and never committed
+    copy(place, ROOT)
+    for page in pages(ROOT):  # the pictures of the chapters are drawn now, and never committed
         nb = nbformat.read(place/page, 4) if page.endswith('.ipynb') else None
-        if nb and '#| default_exp' in str(nb): nbformat.write(execute(place/page), place/page)
+        if nb and '#| default_exp' in str(nb): nbformat.write(execute(place/page, place), place/page)
     subprocess.run(['quarto', 'render', place], check=True)
     shutil.rmtree(ROOT/'_site', ignore_errors=True)
     shutil.move(place/'_site', ROOT/'_site')

@@ -258,6 +258,30 @@ def test_site_without_quarto_says_how_to_get_it(tmp_path, monkeypatch, capsys):
     assert 'quarto.org' in capsys.readouterr().out
 
 
+def test_site_is_built_by_quarto_from_a_copy_with_drawn_chapters(tmp_path, monkeypatch):
+    "Quarto is stood in for; what it is given and what is done with its site are real"
+    home, tools = tmp_path/'a home', tmp_path/'bin'
+    (home/'nbs').mkdir(parents=True)
+    tools.mkdir()
+    chapter = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell('#| default_exp a\n1')])
+    for name in ('chapter', 'guide'): nbformat.write(chapter, home/f'nbs/{name}.ipynb')
+    (home/'nbs/guide.ipynb').write_text(json.dumps(nbformat.v4.new_notebook()))
+    (home/'_quarto.yml').write_text('project: {render: [nbs/chapter.ipynb, nbs/guide.ipynb]}')
+    shim(tools, 'quarto', 'mkdir -p "$2/_site"; cp "$2/nbs/chapter.ipynb" "$2/_site/$1"')
+
+    def drawn(path, root):
+        nb = nbformat.read(path, 4)
+        nb.cells[0].outputs = [nbformat.v4.new_output('stream', text='drawn')]
+        return nb
+    monkeypatch.setattr(pages, 'check', lambda: None)
+    monkeypatch.setattr(pages, 'execute', drawn)
+    monkeypatch.setattr(pages, 'ROOT', home)
+    monkeypatch.setenv('PATH', f'{tools}{os.pathsep}{os.environ["PATH"]}')
+    pages.site()
+    assert 'drawn' in (home/'_site/render').read_text()
+    assert 'drawn' not in (home/'nbs/chapter.ipynb').read_text()
+
+
 def test_citation_and_version_agree():
     import speechloss
     cff = (ROOT/'CITATION.cff').read_text()
