@@ -36,7 +36,7 @@ def home() -> Path:
     "Cache folder of the package: `$SPEECHLOSS_HOME`, else `~/.cache/speechloss`"
     return Path(os.environ.get('SPEECHLOSS_HOME') or '~/.cache/speechloss').expanduser()
 
-# %% ../nbs/signal/audio.ipynb #25687e04
+# %% ../nbs/signal/audio.ipynb #77b93144
 class Info(NamedTuple):
     "What a file's header says"
     frames: int       # samples per channel
@@ -131,8 +131,12 @@ def save(
         raise AudioError(f'{path}: the wave holds NaN or infinite samples, nothing is written')
     if path.suffix.lower() not in SUFFIXES:
         raise AudioError(f'{path}: unknown audio format {path.suffix!r}: use .wav or .flac')
-    with atomic(path) as part:
-        soundfile.write(str(part), x.numpy().T, int(sample_rate), subtype=subtype)
+    try:
+        with atomic(path) as part:
+            soundfile.write(str(part), x.numpy().T, int(sample_rate), subtype=subtype)
+    except (soundfile.SoundFileError, ValueError, OSError) as e:
+        raise AudioError(f'{path} cannot be written ({_reason(e)}): check the folder, its free '
+                         'space and the format') from None
     return path
 
 

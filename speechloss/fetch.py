@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['DATA', 'COMMITS', 'RAW', 'table', 'sha256', 'say', 'seal', 'opened', 'download', 'laptop']
 
-# %% ../nbs/signal/fetch.ipynb #54332894
+# %% ../nbs/signal/fetch.ipynb #18c2e8af
 import csv
 import hashlib
 import os
@@ -16,10 +16,11 @@ import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import speechloss
 from .audio import SAMPLE_RATE, atomic, info, load, save
 from .manifest import CorpusError, Manifest, Recording
 
-DATA = Path(__file__).parent / 'data' if '__file__' in globals() else Path('speechloss/data')
+DATA = Path(speechloss.__file__).parent / 'data'
 
 
 def table(name: str) -> list[dict[str, str]]:
@@ -64,14 +65,14 @@ def opened(folder: Path) -> Manifest | None:
         say(f'{folder}: a file is missing or damaged, so the corpus is made again')
         return None
 
-# %% ../nbs/signal/fetch.ipynb #531580c1
+# %% ../nbs/signal/fetch.ipynb #6e901e25
 def download(
     wanted: list[tuple[str, Path, str]],  # (url, target, sha256)
     *,
     threads: int = 8,
     attempts: int = 3,
     wait: float = 1.,    # s before the second attempt; doubles
-    timeout: float = 30.,
+    timeout: float = 15.,
 ) -> None:
     "Fetch files in parallel, verified and atomic; `CorpusError` with the first failure"
     pool = ThreadPoolExecutor(threads)

@@ -47,7 +47,7 @@ class Recording:
     @property
     def seconds(self) -> float: return self.frames / self.sample_rate if self.sample_rate else 0.
 
-# %% ../nbs/signal/manifest.ipynb #ce9c41a5
+# %% ../nbs/signal/manifest.ipynb #833949df
 PLACE = ('path', 'clean_path')  # differs between machines, so not in the hash
 
 
@@ -57,16 +57,20 @@ class Manifest:
     recordings: tuple[Recording, ...]
     name: str = ''
     skipped: tuple[tuple[str, str], ...] = field(default=(), compare=False)  # (path, reason)
+    note: str = ''  # what a user of the corpus should know, such as what is only inferred
 
     def __post_init__(self):
         object.__setattr__(self, 'recordings', tuple(self.recordings))
+        object.__setattr__(self, 'skipped', tuple(map(tuple, self.skipped)))
 
     def __len__(self) -> int: return len(self.recordings)
     def __iter__(self) -> Iterator[Recording]: return iter(self.recordings)
 
     def __add__(self, other: 'Manifest') -> 'Manifest':
         name = '+'.join(n for n in (self.name, other.name) if n)
-        return Manifest(self.recordings + other.recordings, name, self.skipped + other.skipped)
+        note = '; '.join(n for n in (self.note, other.note) if n)
+        return Manifest(self.recordings + other.recordings, name,
+                        (*self.skipped, *other.skipped), note)
 
     def of(self, kind: str, split: str | None = None) -> list[Recording]:
         "Recordings of a kind, in one split or in all"
@@ -132,13 +136,14 @@ class Manifest:
         spoken = {part for r in self for part in r.language.split('|') if part}
         return dict(name=self.name, hash=self.hash, splits=splits, languages=sorted(spoken),
                     licences=dict(Counter(r.licence or 'unstated' for r in self)),
-                    skipped=len(self.skipped))
+                    skipped=len(self.skipped), note=self.note)
 
     def save(self, path) -> Path:
         "Write as JSON lines, atomically; audio below the file's folder gets relative paths"
         path = Path(path)
         base = path.parent.absolute()
-        head = dict(manifest=1, name=self.name, hash=self.hash, skipped=self.skipped)
+        head = dict(manifest=1, name=self.name, hash=self.hash, note=self.note,
+                    skipped=self.skipped)
         rows = [{k: _short(v, base) if k in PLACE else v for k, v in asdict(r).items() if v != ''}
                 for r in self]
         with atomic(path) as part:
@@ -152,7 +157,7 @@ class Manifest:
         try:
             head, *rows = map(json.loads, path.read_text(encoding='utf-8').splitlines())
             found = cls(tuple(_placed(Recording(**r), path.parent.absolute()) for r in rows),
-                        head['name'], tuple(map(tuple, head['skipped'])))
+                        head['name'], tuple(map(tuple, head['skipped'])), head['note'])
             stated = head['hash']
         except OSError:
             raise CorpusError(f'{path} cannot be read: give a manifest (JSON lines)') from None
