@@ -21,17 +21,17 @@ from .spectral import (
     CompressedComplexLoss, LogMelLoss, MultiResolutionSTFTLoss, STFTLoss)
 from .waveform import SISDRLoss, SNRLoss, WaveL1Loss, WaveL2Loss
 
-# %% ../../nbs/losses/registry.ipynb #bf9f40d2
+# %% ../../nbs/losses/registry.ipynb #161e1287
 @dataclass(frozen=True)
 class Card:
     "What a user wants to know before choosing a loss"
-    name: str         # as in a recipe
-    loss: type        # the module
-    looks_at: str     # which features
-    identity: str     # value for enhanced == clean
-    level: bool       # does it see a wrong level?
-    phase: bool       # does it see a wrong phase?
-    source: str       # paper
+    name: str            # as in a recipe
+    loss: type           # the module
+    looks_at: str        # which features
+    identity: str        # value for enhanced == clean
+    level: bool | None   # does it see a wrong level? None: the network decides
+    phase: bool | None   # does it see a wrong phase?
+    source: str          # paper
     link: str = ''
 
 
@@ -49,9 +49,9 @@ CARDS = {card.name: card for card in (
          'https://arxiv.org/abs/2010.05646'),
     Card('compressed_complex', CompressedComplexLoss, 'compressed STFT, magnitude and complex',
          '0', True, True, 'Braun & Tashev 2021', 'https://arxiv.org/abs/2009.12286'),
-    Card('feature_distance', FeatureDistance, 'any features', '0', True, False,
+    Card('feature_distance', FeatureDistance, 'any features', '0', None, None,
          'Germain et al. 2019', 'https://arxiv.org/abs/1806.10522'),
-    Card('model_as_loss', ModelAsLoss, "the enhancer's own encoder", '0', True, True,
+    Card('model_as_loss', ModelAsLoss, "the enhancer's own encoder", '0', None, None,
          'Phaye et al. 2025', 'https://arxiv.org/abs/2505.21156'),
 )}
 
