@@ -7,12 +7,13 @@ __all__ = ['PYTHON', 'KERNEL', 'papers', 'find_paper', 'unknown', 'read_notebook
            'locked', 'kernel', 'environ', 'NotebookError', 'execute', 'is_user_error', 'watch', 'follow', 'bar', 'run',
            'execute_into', 'tidy', 'check_corpus', 'need']
 
-# %% ../nbs/reproduce/reproduce.ipynb #c6545f9b
+# %% ../nbs/reproduce/reproduce.ipynb #694f5184
 import contextlib
 import hashlib
 import importlib.util
 import json
 import os
+import shutil
 import sys
 import tempfile
 import threading
@@ -80,7 +81,7 @@ def read_notebook(path: Path) -> Any:
     raise ReproduceError(f'{path} has no parameters cell: '
                          'begin one with the comment "# parameters"')
 
-# %% ../nbs/reproduce/reproduce.ipynb #2837f126
+# %% ../nbs/reproduce/reproduce.ipynb #a242132e
 def identity(
     paper: str,
     scale: str,
@@ -118,7 +119,10 @@ def claim_folder(
         return
     except ValueError:
         found = {}
-    if changed := [k for k in wanted if found.get(k) != wanted[k]]:
+    changed = [k for k in wanted if found.get(k) != wanted[k]]
+    if changed and set(changed) <= {'notebook', 'version'} and not is_complete(folder):
+        write_json(folder / 'run.json', wanted)
+    elif changed:
         raise ReproduceError(f'{folder} holds another run (its {", ".join(changed)} differ'
                              f'{"s" * (len(changed) == 1)}): choose another --out or move it away')
 
@@ -281,7 +285,7 @@ def bar(
         yield lambda label, done, total: shown.update(
             task, description=f'{title}: {label}', completed=done, total=total)
 
-# %% ../nbs/reproduce/reproduce.ipynb #b7dca782
+# %% ../nbs/reproduce/reproduce.ipynb #1e604abc
 def run(
     paper: str,                              # its name, see `papers`
     *,
@@ -342,6 +346,8 @@ def execute_into(
     part, report = folder / 'notebook.partial.ipynb', folder / 'progress.jsonl'
     for stale in (report, folder / 'results.json', folder / 'notebook.ipynb'):
         stale.unlink(missing_ok=True)
+    for stale in ('figures', 'audio'):  # made again, perhaps under other names
+        shutil.rmtree(folder / stale, ignore_errors=True)
     with watch(report, title, show):
         execute(notebook, part, parameters, report)
     if not (folder / 'results.json').is_file():

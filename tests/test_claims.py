@@ -1,0 +1,184 @@
+"""The registry of claims, and the verdicts over invented numbers."""
+import json
+import math
+from types import SimpleNamespace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from speechloss.claims import (
+    KINDS,
+    RULES,
+    SCALES,
+    Claim,
+    Verdicts,
+    failures,
+    judge,
+    judge_all,
+    load_claims,
+    reading,
+)
+from speechloss.results import Run, load_results
+
+CLAIMS = load_claims()
+finite = st.floats(-10, 10)
+
+
+def number(value, low=None, high=None, **more):
+    return dict(value=value, low=low, high=high, **more)
+
+
+def claim(**more):
+    entry = dict(id='c', paper='p', section='Table 1', claim='It is better.', measure=('x',),
+                 holds=dict(kind='interval_above', than=0.), scales=('laptop', 'paper'),
+                 kind='expected')
+    return Claim(**{**entry, **more})
+
+
+# ------------------------------------------------------------------------- the registry itself
+
+@pytest.mark.parametrize('entry', CLAIMS, ids=lambda c: c.id)
+def test_entry_reads_well(entry):
+    assert entry.claim.endswith('.') and len(entry.claim) < 200
+    assert entry.id == entry.id.lower() and ' ' not in entry.id
+    assert list(entry.scales) == [s for s in SCALES if s in entry.scales], 'in rising order'
+    assert entry.scales[-1] == 'paper', 'what a small scale can ask, the large one can too'
+
+
+def test_ids_are_unique():
+    assert len({c.id for c in CLAIMS}) == len(CLAIMS)
+
+
+def test_a_tie_is_claimed_with_a_margin():
+    for entry in CLAIMS:
+        if entry.kind == 'expected tie':
+            assert entry.holds['kind'] == 'within', entry.id
+
+
+def test_smoke_asks_only_what_two_minutes_can_answer():
+    asked = [c for c in CLAIMS if 'smoke' in c.scales]
+    assert asked and all(c.kind == 'must hold' and not c.holds['kind'].startswith('interval')
+                         for c in asked)
+
+
+# --------------------------------------------------------------------------------------- rules
+
+@given(st.lists(finite, min_size=3, max_size=3))
+def test_above_is_the_mirror_of_below(three):
+    low, value, high = sorted(three)
+    up = reading(dict(kind='interval_above', than=0.), number(value, low, high))
+    down = reading(dict(kind='interval_below', than=0.), number(-value, -high, -low))
+    assert up == down
+    assert (up == 'open') == (low <= 0 <= high)
+
+
+@given(st.lists(finite, min_size=3, max_size=3), st.floats(.01, 5))
+def test_within_is_never_both(three, margin):
+    low, value, high = sorted(three)
+    said = reading(dict(kind='within', margin=margin), number(value, low, high))
+    assert (said == 'holds') == (-margin <= low and high <= margin)
+    assert (said == 'fails') == (low > margin or high < -margin)
+
+
+@given(st.lists(finite, min_size=3, max_size=3))
+def test_a_wider_interval_decides_less(three):
+    low, value, high = sorted(three)
+    for rule in (dict(kind='interval_above', than=0.), dict(kind='within', margin=1.)):
+        narrow, wide = (reading(rule, number(value, low - w, high + w)) for w in (0, 2))
+        assert wide in (narrow, 'open')
+
+
+@pytest.mark.parametrize('kind', RULES)
+@pytest.mark.parametrize('value', [None, math.nan, math.inf])
+def test_what_is_not_a_number_is_missing(kind, value):
+    rule = dict(kind=kind, than=0., margin=1.)
+    assert reading(rule, number(value, -1, 1)) == 'missing'
+
+
+@pytest.mark.parametrize('kind', [k for k in RULES if k.startswith('interval') or k == 'within'])
+@pytest.mark.parametrize('low, high', [(None, None), (math.nan, 1.), (None, 1.)])
+def test_without_an_interval_nothing_is_decided(kind, low, high):
+    assert reading(dict(kind=kind, than=0., margin=9.), number(1., low, high)) == 'open'
+
+
+# ------------------------------------------------------------------------------------ verdicts
+
+WIN, DRAW, LOSS = number(1, .5, 2), number(.1, -.5, 1), number(-1, -2, -.5)
+
+
+@pytest.mark.parametrize('numbers, wanted', [
+    ([WIN, WIN], 'reproduced'), ([WIN, DRAW], 'tied'), ([DRAW, DRAW], 'tied'),
+    ([WIN, LOSS], 'not reproduced'), ([WIN, None], 'not measured'), ([LOSS, None], 'not measured')])
+def test_all_measures_decide(numbers, wanted):
+    names = ('a', 'b')
+    given = {k: v for k, v in zip(names, numbers, strict=True) if v}
+    assert judge(claim(measure=names), given, 'laptop').verdict == wanted
+
+
+@pytest.mark.parametrize('scales, scale, wanted', [
+    (('laptop', 'paper'), 'smoke', 'needs scale laptop'), (('paper',), 'smoke', 'needs scale paper'),
+    (('paper',), 'laptop', 'needs scale paper'), (('smoke',), 'paper', 'needs scale smoke')])
+def test_a_claim_is_not_judged_where_it_may_not_be(scales, scale, wanted):
+    assert judge(claim(scales=scales), dict(x=LOSS), scale).verdict == wanted
+
+
+@pytest.mark.parametrize('kind', KINDS)
+@pytest.mark.parametrize('value, verdict', [(WIN, 'reproduced'), (DRAW, 'tied'), (LOSS, 'not reproduced')])
+def test_only_what_must_hold_fails_the_run(kind, value, verdict):
+    shown = Verdicts([judge(claim(kind=kind), dict(x=value), 'laptop')])
+    assert shown[0].verdict == verdict
+    assert bool(failures(dict(claims=shown.rows()))) == (kind == 'must hold' and verdict != 'reproduced')
+
+
+def test_a_number_that_was_not_recorded_fails_the_run():
+    shown = Verdicts([judge(claim(kind='open'), {}, 'laptop')])
+    assert 'not measured' in failures(dict(claims=shown.rows()))[0]
+
+
+def test_shown_safely():
+    shown = Verdicts([judge(claim(claim='a < b | c'), dict(x=WIN), 'laptop')])
+    assert 'a &lt; b | c' in shown._repr_html_() and 'a < b \\| c' in shown._repr_markdown_()
+    assert 'reproduced' in str(shown) and json.dumps(shown.rows())
+
+
+# ------------------------------------------------------- the whole registry over invented runs
+
+def answer(entry, good: bool):
+    "Numbers that confirm a claim, or refute it"
+    rule = entry.holds
+    if rule['kind'] == 'within':
+        middle = rule.get('of', 0.) + (0. if good else 9 * rule['margin'])
+        return number(middle, middle - .5 * rule['margin'], middle + .5 * rule['margin'])
+    if rule['kind'] == 'true':
+        return number(float(good))
+    sign = 1 if rule['kind'] in ('interval_above', 'value_at_least') else -1
+    middle = rule['than'] + sign * (1 if good else -1)
+    return number(middle, middle - .5, middle + .5)
+
+
+@pytest.mark.parametrize('scale', SCALES)
+@pytest.mark.parametrize('good', [True, False])
+def test_registry_over_a_run(scale, good, tmp_path):
+    for paper in {c.paper for c in CLAIMS}:
+        numbers = {name: answer(c, good) for c in CLAIMS for name in c.measure}
+        shown = judge_all(paper, numbers, scale)
+        asked = [v for v in shown if not v.verdict.startswith('needs')]
+        assert asked and {v.verdict for v in asked} == {'reproduced' if good else 'not reproduced'}
+        assert bool(failures(dict(claims=shown.rows()))) == (not good)
+
+
+def test_results_hold_what_the_interval_held(tmp_path):
+    run = Run('p', scale='laptop', seed=3, out=tmp_path, corpus='mini')
+    run.record('x', SimpleNamespace(mean=1., low=.5, high=2., n=40, clusters=9), seeds=[3, 4], unit='dB')
+    run.record('nan', math.nan, low=-math.inf, note='silent')
+    registry = tmp_path / 'claims.toml'
+    registry.write_text('[[claim]]\nid="c"\npaper="p"\nsection="1"\nclaim="."\nmeasure=["x","nan"]\n'
+                        'holds={kind="interval_above",than=0}\nscales=["laptop"]\nkind="open"\n')
+    run.finish(registry)
+    results = load_results(run.folder)
+    assert results['numbers']['x'] == dict(value=1., low=.5, high=2., n=40, clusters=9,
+                                           seeds=[3, 4], unit='dB', note='')
+    assert results['numbers']['nan']['low'] is None
+    assert results['claims'][0]['verdict'] == 'not measured' and len(results['failures']) == 1
+    assert results['environment']['packages']['torch'] and results['seed'] == 3
