@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['CORPORA', 'get', 'from_folder', 'from_pairs']
 
-# %% ../nbs/signal/corpus.ipynb #6d0e238c
+# %% ../nbs/signal/corpus.ipynb #93616375
 import hashlib
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -14,7 +14,7 @@ from typing import Callable
 
 from . import audio
 from .audio import AudioError, load, scan
-from .fetch import laptop, opened, say, sha256
+from .fetch import alone, laptop, opened, say, sha256
 from .manifest import SPLITS, CorpusError, Manifest, Recording
 from .wheels import mini
 
@@ -35,10 +35,9 @@ def get(
         raise CorpusError(f'corpus {name!r} is unknown: use {", ".join(CORPORA)} '
                           'or the path of a manifest (.jsonl)')
     folder = Path(home or audio.home()).absolute() / 'corpora' / name
-    found = opened(folder)
-    if found is not None: return found
     try:
-        return CORPORA[name](folder, from_dir)
+        if found := opened(folder): return found
+        with alone(folder): return opened(folder) or CORPORA[name](folder, from_dir)
     except OSError as e:
         raise CorpusError(f'{folder} cannot be written ({e.strerror or e}): free some space or '
                           'set SPEECHLOSS_HOME to another folder') from None

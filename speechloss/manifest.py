@@ -47,7 +47,7 @@ class Recording:
     @property
     def seconds(self) -> float: return self.frames / self.sample_rate if self.sample_rate else 0.
 
-# %% ../nbs/signal/manifest.ipynb #833949df
+# %% ../nbs/signal/manifest.ipynb #b20003a6
 PLACE = ('path', 'clean_path')  # differs between machines, so not in the hash
 
 
@@ -157,7 +157,7 @@ class Manifest:
         try:
             head, *rows = map(json.loads, path.read_text(encoding='utf-8').splitlines())
             found = cls(tuple(_placed(Recording(**r), path.parent.absolute()) for r in rows),
-                        head['name'], tuple(map(tuple, head['skipped'])), head['note'])
+                        head['name'], head['skipped'], head.get('note', ''))
             stated = head['hash']
         except OSError:
             raise CorpusError(f'{path} cannot be read: give a manifest (JSON lines)') from None
