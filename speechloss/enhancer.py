@@ -136,7 +136,7 @@ class SpectralDecoder(nn.Module):
         x = self.norm(shallow + bottleneck)
         return self.linear(x + self.gru(x, frames))
 
-# %% ../nbs/enhance/enhancer.ipynb #6978961c
+# %% ../nbs/enhance/enhancer.ipynb #6a54272b
 def check_waves(wave: Tensor, lengths: Tensor | None) -> None:
     "Raise `SpeechLossError` unless wave is a float `(B, T)`, T > 0, with lengths `(B,)` in 1..T"
     if wave.ndim != 2 or wave.shape[-1] == 0 or not wave.is_floating_point():
@@ -162,11 +162,11 @@ class SpectralEnhancer(nn.Module, PyTorchModelHubMixin,
         n_fft: int = 512,               # samples, even
         hop_length: int = 256,          # samples, at most n_fft // 2
         bands: int = 64,                # that the encoder sees and the decoder masks
-        channels: int = 144,            # width of every layer, and of the bottleneck
+        channels: int = 160,            # width of every layer, and of the bottleneck
         layers: int = 1,                # recurrent layers, in the encoder and in the decoder
         kernel: int = 5,                # frames of the convolution
         floor_db: float = -60.,         # power below which a band counts as silent, re level
-        causal: bool = True,            # look back only
+        causal: bool = False,           # look back only
         sample_rate: int = SAMPLE_RATE, # Hz
     ):
         super().__init__()

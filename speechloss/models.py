@@ -22,11 +22,11 @@ from .streaming import enhance_file, enhance_wave
 _all_ = ['HasEncoder', 'SpectralEnhancer', 'encoder_modules', 'encoder_parameters', 'enhance_file',
          'enhance_wave']
 
-# %% ../nbs/enhance/models.ipynb #f0a6875c
+# %% ../nbs/enhance/models.ipynb #8066be1f
 PRESETS = {
     'tiny': dict(n_fft=256, hop_length=128, bands=16, channels=16),
-    'small': dict(n_fft=512, hop_length=256, bands=64, channels=144),
-    'base': dict(n_fft=512, hop_length=128, bands=64, channels=384),
+    'small': dict(n_fft=512, hop_length=256, bands=64, channels=160),
+    'base': dict(n_fft=512, hop_length=128, bands=64, channels=448),
 }
 
 
