@@ -1,4 +1,5 @@
 """The repository itself: notebooks and package in step, wheel, imports, set-up, site."""
+import ast
 import importlib.metadata as metadata
 import importlib.util
 import json
@@ -19,6 +20,7 @@ spec = importlib.util.spec_from_file_location('pages', ROOT/'.ci/pages.py')
 pages = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(pages)
 
+FLOORS = ('signal', 'features', 'losses', 'enhance', 'reproduce')  # from the ground up
 NOTEBOOKS = pages.notebooks()
 BIN = Path(sys.executable).parent
 
@@ -119,7 +121,9 @@ def requirements(name, extra=''):
     todo, found = [(name, extra)], set()
     while todo:
         name, extra = todo.pop()
-        for line in metadata.requires(name) or []:
+        try: lines = metadata.requires(name) or []
+        except metadata.PackageNotFoundError: lines = []  # of an extra that is not installed
+        for line in lines:
             need = Requirement(line)
             if need.marker and not need.marker.evaluate({'extra': extra}): continue
             key = canonicalize_name(need.name)
@@ -127,6 +131,65 @@ def requirements(name, extra=''):
             found.add(key)
             todo += [(key, e) for e in (need.extras or {''})]
     return found
+
+
+def exported():
+    "Module name -> (file, folder of its notebook) for every exported module"
+    for path in sorted((ROOT/'speechloss').rglob('*.py')):
+        if source := re.search(r'File to edit: \S*nbs/(\w+)/\S+', path.read_text()):
+            parts = path.relative_to(ROOT).with_suffix('').parts
+            yield '.'.join(p for p in parts if p != '__init__'), path, source[1]
+
+
+def imported(path, name):
+    "Every module that a file imports, lazily or not, by its absolute name"
+    package = name.split('.') if path.name == '__init__.py' else name.split('.')[:-1]
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import): yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            above = package[:len(package) - node.level + 1] if node.level else []
+            module = '.'.join([*above, *(node.module or '').split('.')]).strip('.')
+            yield module
+            yield from (f'{module}.{alias.name}' for alias in node.names)
+
+
+def test_imports_go_down_only():
+    floor = {name: folder for name, path, folder in exported()}
+    for name, path, folder in exported():
+        for other in imported(path, name):
+            assert FLOORS.index(floor.get(other, folder)) <= FLOORS.index(folder), (
+                f'{name} ({folder}) imports {other} ({floor[other]}): imports go down only')
+
+
+def test_every_import_is_declared():
+    "What the package imports comes with the core or with an extra that is not for developers"
+    extras = ('metrics', 'reproduce', 'ssl')
+    declared = {'speechloss'}.union(*(requirements('speechloss', e) for e in ('', *extras)))
+    owners = metadata.packages_distributions()
+    for name, path, _ in exported():
+        for top in {module.split('.')[0] for module in imported(path, name)}:
+            dists = {canonicalize_name(d) for d in owners.get(top, ())}
+            assert top in sys.stdlib_module_names or not dists or dists & declared, (
+                f'{name} imports {top}: no extra of setup.py brings it')
+
+
+CORE_ALONE = '''
+import importlib, sys, torch
+class Absent:
+    def find_spec(self, name, path=None, target=None):
+        if name.split('.')[0] in absent: raise ModuleNotFoundError(f'{name} is not in the core')
+for name in [n for n in sys.modules if n.split('.')[0] in absent]: del sys.modules[name]
+sys.meta_path.insert(0, Absent())
+for name in wanted: importlib.import_module(name)
+'''
+
+
+def test_up_to_the_losses_everything_imports_with_the_core_alone():
+    core = requirements('speechloss') | {'speechloss'}
+    absent = {top for top, dists in metadata.packages_distributions().items()
+              if not core & {canonicalize_name(d) for d in dists}}
+    wanted = [name for name, _, folder in exported() if folder in ('signal', 'features', 'losses')]
+    python(f'absent, wanted = {absent}, {wanted}\n{CORE_ALONE}', ROOT)
 
 
 def test_core_adds_at_most_three_packages():
