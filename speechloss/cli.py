@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['FILE_SYSTEM', 'app', 'data', 'Json', 'Quiet', 'verdict_of', 'complain', 'Commands', 'show', 'one_of', 'torch_device',
            'reproduce', 'enhance', 'pairs', 'train', 'read_recipe', 'overrides', 'build_recipe', 'data_list',
-           'data_get', 'data_show', 'data_check', 'here', 'losses', 'doctor', 'show_version', 'top']
+           'data_get', 'data_make', 'data_show', 'data_check', 'here', 'losses', 'doctor', 'show_version', 'top']
 
 # %% ../nbs/reproduce/cli.ipynb #df218126
 import errno
@@ -18,7 +18,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-# %% ../nbs/reproduce/cli.ipynb #fe758f1b
+# %% ../nbs/reproduce/cli.ipynb #c377cf39
 FILE_SYSTEM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM,
                errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG)
 
@@ -64,10 +64,10 @@ class Commands(TyperGroup):
 app = typer.Typer(cls=Commands, no_args_is_help=True, add_completion=False,
                   pretty_exceptions_enable=False,
                   help='Losses for speech enhancement, and the papers behind them, reproduced.')
-data = typer.Typer(no_args_is_help=True, help='Prepare corpora: fetch, list, show and check them.')
+data = typer.Typer(no_args_is_help=True, help='Prepare corpora: fetch, make, list, show and check them.')
 app.add_typer(data, name='data')
 
-# %% ../nbs/reproduce/cli.ipynb #4a3164f0
+# %% ../nbs/reproduce/cli.ipynb #a5ca3953
 def show(
     rows: Iterable[dict],       # all with the keys `columns`
     columns: tuple[str, ...],
@@ -81,7 +81,9 @@ def show(
         from rich.console import Console
         from rich.table import Table
         from rich.text import Text
-        table = Table(*columns)
+        table = Table()
+        for k, column in enumerate(columns):
+            table.add_column(column, no_wrap=k == 0, overflow='fold')
         for row in rows:
             table.add_row(*(Text(str(row[c])) for c in columns))
         Console().print(table)
@@ -116,7 +118,7 @@ def torch_device(name: str | None) -> str:
         raise SpeechLossError(f'device {name!r} is not here: this machine has {", ".join(there)}')
     return name if name == 'cuda' else one_of('device', name, there)
 
-# %% ../nbs/reproduce/cli.ipynb #2ea76958
+# %% ../nbs/reproduce/cli.ipynb #1918fcb5
 Json = Annotated[bool, typer.Option('--json', help='JSON instead of a table.')]
 Quiet = Annotated[bool, typer.Option('--quiet', '-q', help='No progress.')]
 
@@ -141,7 +143,8 @@ def reproduce(
 
     Exits with 1 when a claim that must hold does not.
     """
-    from speechloss.reproduce import find_paper, load_results, papers, run
+    from speechloss.reproduce import check_arguments, find_paper, load_results, papers, run
+    check_arguments(scale, seed, corpus, workers)
     worst, names = 0, list(papers()) if paper == 'all' else [paper]
     if not names:
         find_paper(paper)  # says that there is none
@@ -156,8 +159,7 @@ def reproduce(
             worst = max(worst, said[1])
             continue
         results = load_results(folder)
-        show(({'paper': name, **row} for row in results['claims']),
-             ('paper', 'id', 'kind', 'verdict', 'measured'))
+        show(results['claims'], ('id', 'kind', 'verdict', 'measured'))
         complain(f'{name}: {folder / "notebook.ipynb"}')
         for failure in results['failures']:
             complain(failure)
@@ -295,7 +297,7 @@ def build_recipe(kind: type, fields: dict, options: dict[str, Any]) -> Any:
         one_of('field', name, [f.name for f in fields_of(kind)])
     return kind(**fields)
 
-# %% ../nbs/reproduce/cli.ipynb #c8d9bbc9
+# %% ../nbs/reproduce/cli.ipynb #322a549a
 @data.command('list')
 def data_list(as_json: Json = False):
     "The corpora, and which are on this machine."
@@ -317,6 +319,35 @@ def data_get(
     manifest = corpus.get(name, from_dir=from_dir)
     complain(f'{name}: {len(manifest)} recordings, hash {manifest.hash[:16]}')
     print(present()[name])
+
+
+@data.command('make')
+def data_make(
+    manifest: Annotated[Path, typer.Argument(help='The manifest to write, .jsonl.')],
+    speech: Annotated[Path | None, typer.Option(help='Folder of clean speech.')] = None,
+    noise: Annotated[Path | None, typer.Option(help='Folder of noise, to go with it.')] = None,
+    clean: Annotated[Path | None, typer.Option(help='Folder of clean speech, of pairs.')] = None,
+    noisy: Annotated[Path | None, typer.Option(
+        help='Folder of the same files with noise, of pairs.')] = None,
+    split: Annotated[str | None, typer.Option(
+        help='train, valid or test; else by speaker and by noise.')] = None,
+):
+    "Make a corpus of folders of your own: --speech and --noise, or --clean and --noisy."
+    from speechloss import corpus
+    from speechloss.audio import SpeechLossError
+    if manifest.suffix != '.jsonl':
+        raise SpeechLossError(f'{manifest} is no manifest: end its name in .jsonl')
+    if split:
+        one_of('split', split, ('train', 'valid', 'test'))
+    if speech and not (clean or noisy):
+        made = corpus.from_folder(speech, noise, split=split)
+    elif clean and noisy and not (speech or noise):
+        made = corpus.from_pairs(clean, noisy, split=split)
+    else:
+        raise SpeechLossError('a corpus needs --speech and --noise, or --clean and --noisy')
+    for path, reason in made.skipped:
+        complain(reason if str(path) in reason else f'{path}: {reason}')
+    print(made.save(manifest))
 
 
 @data.command('show')

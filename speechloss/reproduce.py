@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PYTHON', 'KERNEL', 'papers', 'find_paper', 'unknown', 'read_notebook', 'identity', 'is_complete', 'claim_folder',
            'locked', 'kernel', 'environ', 'NotebookError', 'execute', 'is_user_error', 'watch', 'follow', 'bar', 'run',
-           'execute_into', 'tidy', 'check_corpus', 'need']
+           'execute_into', 'tidy', 'check_arguments', 'check_corpus', 'need']
 
 # %% ../nbs/reproduce/reproduce.ipynb #694f5184
 import contextlib
@@ -285,7 +285,7 @@ def bar(
         yield lambda label, done, total: shown.update(
             task, description=f'{title}: {label}', completed=done, total=total)
 
-# %% ../nbs/reproduce/reproduce.ipynb #1e604abc
+# %% ../nbs/reproduce/reproduce.ipynb #dda1719f
 def run(
     paper: str,                              # its name, see `papers`
     *,
@@ -305,14 +305,8 @@ def run(
     a folder that is another's, a full disk, a corpus that is not there) and `NotebookError`
     when a cell fails otherwise.
     """
-    if scale not in SCALES:
-        raise ReproduceError(unknown('scale', scale, SCALES))
-    if not isinstance(seed, int) or seed < 0:
-        raise ReproduceError(f'seed is {seed!r}: use a whole number from 0')
-    if workers is not None and workers < 1:
-        raise ReproduceError(f'workers is {workers}: use 1 or more')
     source = find_paper(paper, notebook)
-    check_corpus(corpus or CORPORA[scale])
+    check_arguments(scale, seed, corpus, workers)
     need('papermill', 'ipykernel', 'matplotlib')
     parsed, folder = read_notebook(source), run_folder(out, paper, scale, seed)
     wanted = identity(paper, scale, seed, corpus or CORPORA[scale], parsed)
@@ -365,6 +359,17 @@ def tidy(notebook: Any) -> Any:
     for cell in notebook.cells:
         cell.metadata = {k: v for k, v in cell.metadata.items() if k == 'tags'}
     return notebook
+
+
+def check_arguments(scale: str, seed: int, corpus: str | None, workers: int | None) -> None:
+    "Raises `ReproduceError` for an argument that no paper takes."
+    if scale not in SCALES:
+        raise ReproduceError(unknown('scale', scale, SCALES))
+    if not isinstance(seed, int) or seed < 0:
+        raise ReproduceError(f'seed is {seed!r}: use a whole number from 0')
+    if workers is not None and workers < 1:
+        raise ReproduceError(f'workers is {workers}: use 1 or more')
+    check_corpus(corpus or CORPORA[scale])
 
 
 def check_corpus(name: str) -> None:

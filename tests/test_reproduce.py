@@ -196,7 +196,7 @@ def test_a_full_disk_is_one_sentence(tmp_path):
 
 @pytest.mark.parametrize('more, said', [
     (dict(paper='model_as_los', notebook=None), "paper 'model_as_los' is unknown"),
-    (dict(scale='smok'), "did you mean 'smoke'"),
+    (dict(scale='smok'), "scale 'smok' is unknown: did you mean 'smoke'"),
     (dict(corpus='lapto'), "did you mean 'laptop'"),
     (dict(corpus='no/such.jsonl'), 'does not exist'),
     (dict(seed=-1), 'seed is -1'),

@@ -1,0 +1,361 @@
+"""The command, as a user types it: what it prints where, its exit codes, and bad input."""
+import json
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+from typer.testing import CliRunner
+
+from speechloss.cli import app
+
+RATE = 16000
+
+
+def speechloss(*args, **more) -> subprocess.CompletedProcess:
+    "The command in a process of its own"
+    return subprocess.run([sys.executable, '-m', 'speechloss', *map(str, args)], text=True,
+                          stdin=subprocess.DEVNULL, capture_output=True, timeout=300, **more)
+
+
+def refused(*args, code: int = 2, **more) -> str:
+    "The one sentence that a refused command says, on stderr alone"
+    done = speechloss(*args, **more)
+    assert done.returncode == code, done.stderr
+    assert done.stdout == '', done.stdout
+    lines = [line for line in done.stderr.splitlines() if line.startswith('speechloss: ')]
+    assert len(lines) == 1 and 'Traceback' not in done.stderr, done.stderr
+    return lines[0]
+
+
+def files(folder: Path) -> list[str]:
+    "Every file below a folder, hidden ones too"
+    return sorted(p.relative_to(folder).as_posix() for p in folder.rglob('*') if p.is_file())
+
+
+def wave(seconds: float = .5, rate: int = RATE, channels: int = 1) -> np.ndarray:
+    noise = np.random.default_rng(0).normal(size=(int(seconds * rate), channels))
+    return (.05 * noise).astype('float32')
+
+
+@pytest.fixture(scope='session')
+def model(tmp_path_factory) -> Path:
+    "A tiny enhancer, untrained, as training leaves it"
+    from speechloss.models import enhancer
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp('model')
+    enhancer('tiny').save_pretrained(folder)
+    return folder
+
+
+# ------------------------------------------------------------------------------------- manners
+
+def test_help_is_quick():
+    "The fastest of three: other tests run beside this one"
+    times = []
+    for _ in range(3):
+        start = time.perf_counter()
+        done = speechloss('--help')
+        times.append(time.perf_counter() - start)
+    assert done.returncode == 0 and 'reproduce' in done.stdout and min(times) < 1.0
+
+
+def test_help_imports_nothing_heavy():
+    code = ("import sys\nfrom typer.testing import CliRunner\nfrom speechloss.cli import app\n"
+            "assert CliRunner().invoke(app, ['--help']).exit_code == 0\n"
+            "print(sorted({'torch', 'numpy', 'soundfile', 'pandas', 'papermill'} & set(sys.modules)))")
+    assert subprocess.check_output([sys.executable, '-c', code], text=True).strip() == '[]'
+
+
+@pytest.mark.parametrize('command', ['reproduce', 'enhance', 'train', 'data', 'losses', 'doctor'])
+def test_every_command_has_help(command):
+    assert CliRunner().invoke(app, [command, '--help']).exit_code == 0
+
+
+def test_version_is_the_package_s():
+    from speechloss import __version__
+    assert CliRunner().invoke(app, ['--version']).output.strip() == __version__
+
+
+def test_losses_are_the_cards():
+    from speechloss.losses import cards
+    rows = json.loads(CliRunner().invoke(app, ['losses', '--json']).output)
+    assert rows == cards()
+    table = CliRunner().invoke(app, ['losses']).output.splitlines()
+    assert table[0].split('\t')[0] == 'name' and len(table) == len(rows) + 1
+
+
+def test_doctor_reports():
+    done = speechloss('doctor', '--json')
+    rows = {row['name']: row for row in json.loads(done.stdout)}
+    assert done.returncode == 0 and done.stderr == ''
+    assert rows['torch']['found'].startswith(torch.__version__)
+    assert {'triton', 'torchaudio', 'audio files', 'cache', 'corpus mini'} <= set(rows)
+    assert all(row['cure'] for row in rows.values() if row['status'] == 'missing')
+
+
+def test_without_its_packages_the_command_says_what_to_install(tmp_path):
+    hidden = "import sys\nsys.modules['typer'] = None\nsys.argv = ['speechloss']\n"
+    code = hidden + "from speechloss.__main__ import main\nmain()"
+    code = code.replace('import sys\n', 'import sys, importlib.util as u\nfound = u.find_spec\n'
+                        "u.find_spec = lambda name, *a: None if name == 'typer' else found(name, *a)\n", 1)
+    done = subprocess.run([sys.executable, '-c', code], text=True, capture_output=True)
+    assert done.returncode == 2 and "pip install 'speechloss[reproduce]'" in done.stderr
+
+
+def test_a_bug_shows_its_traceback(monkeypatch):
+    import speechloss.losses
+    monkeypatch.setattr(speechloss.losses, 'cards', lambda: 1 / 0)
+    result = CliRunner().invoke(app, ['losses'])
+    assert result.exit_code == 1 and isinstance(result.exception, ZeroDivisionError)
+
+
+def test_a_closed_pipe_is_no_error():
+    done = subprocess.run(f'{sys.executable} -m speechloss losses | head -1', shell=True, text=True,
+                          capture_output=True)
+    assert done.stdout.startswith('name') and 'Traceback' not in done.stderr
+
+
+# ------------------------------------------------------------------------------------ reproduce
+
+@pytest.mark.parametrize('args, said', [
+    (['nobody'], "paper 'nobody' is unknown"),
+    (['model_as_loss', '--scale', 'laptpo'], "scale 'laptpo' is unknown: did you mean 'laptop'"),
+    (['all', '--scale', 'huge'], "scale 'huge' is unknown"),
+    (['model_as_loss', '--corpus', 'min'], "corpus 'min' is unknown: did you mean 'mini'"),
+    (['model_as_loss', '--seed', '-3'], 'seed is -3')])
+def test_reproduce_refuses(args, said, tmp_path):
+    assert said in refused('reproduce', *args, '--out', tmp_path / 'runs')
+    assert files(tmp_path) == []
+
+
+def test_reproduce_refuses_a_place_that_is_taken(tmp_path):
+    (tmp_path / 'file').touch()
+    assert 'cannot be written' in refused('reproduce', 'model_as_loss', '--out', tmp_path / 'file')
+    taken = tmp_path / 'runs/model_as_loss-smoke-0'
+    taken.mkdir(parents=True)
+    (taken / 'thesis.tex').touch()
+    said = refused('reproduce', 'model_as_loss', '--out', tmp_path / 'runs')
+    assert 'thesis.tex' in said and os.listdir(taken) == ['thesis.tex']
+
+
+def test_reproduce_prints_the_verdicts_and_fails_on_what_must_hold(tmp_path, monkeypatch):
+    from speechloss import reproduce
+    folder = tmp_path / 'run'
+    folder.mkdir()
+    row = dict(id='c', kind='must hold', verdict='not reproduced', measured='x = 1')
+    results = dict(claims=[row], failures=['claim c (must hold) is not reproduced: x = 1'])
+    (folder / 'results.json').write_text(json.dumps(results))
+    monkeypatch.setattr(reproduce, 'run', lambda *args, **more: folder)
+    result = CliRunner().invoke(app, ['reproduce', 'model_as_loss'])
+    assert result.exit_code == 1 and 'c\tmust hold\tnot reproduced\tx = 1' in result.stdout
+    (folder / 'results.json').write_text(json.dumps({**results, 'failures': []}))
+    assert CliRunner().invoke(app, ['reproduce', 'model_as_loss']).exit_code == 0
+
+
+def test_one_paper_of_all_that_fails_does_not_end_the_others(tmp_path, monkeypatch):
+    from speechloss import reproduce
+    done = []
+
+    def run(name, **more):
+        done.append(name)
+        raise (reproduce.NotebookError if name == 'a' else reproduce.ReproduceError)(f'no {name}')
+
+    monkeypatch.setattr(reproduce, 'run', run)
+    monkeypatch.setattr(reproduce, 'papers', lambda: dict(a=Path('a'), b=Path('b')))
+    result = CliRunner().invoke(app, ['reproduce', 'all'])
+    assert done == ['a', 'b'] and result.exit_code == 2
+    assert 'a: no a' in result.stderr and 'b: no b' in result.stderr
+
+
+# -------------------------------------------------------------------------------------- enhance
+
+@pytest.mark.parametrize('rate, channels, suffix', [(16000, 1, 'wav'), (44100, 2, 'flac'), (8000, 1, 'wav')])
+def test_enhance_any_rate_and_channels(rate, channels, suffix, model, tmp_path):
+    source, target = tmp_path / f'in.{suffix}', tmp_path / 'deep/out.flac'
+    soundfile.write(source, wave(.3, rate, channels), rate)
+    done = speechloss('enhance', source, target, '--model', model)
+    assert done.returncode == 0 and done.stdout.strip() == str(target), done.stderr
+    before, after = soundfile.info(source), soundfile.info(target)
+    for what in ('samplerate', 'channels', 'frames'):
+        assert getattr(before, what) == getattr(after, what)
+    assert files(tmp_path) == ['deep/out.flac', f'in.{suffix}']
+
+
+def test_enhance_a_tree_with_bad_files(model, tmp_path):
+    "One bad file never ends the batch: every good one is there, whole, and the exit code is 1"
+    source = tmp_path / 'in'
+    for name in ('a.wav', 'deep/b.flac', 'deep/er/c.wav', 'z.wav'):
+        (source / name).parent.mkdir(parents=True, exist_ok=True)
+        soundfile.write(source / name, wave(), RATE)
+    (source / 'deep/bad.wav').write_bytes(b'RIFF')
+    (source / 'notes.txt').write_text('not audio')
+    done = speechloss('enhance', source, tmp_path / 'out', '--model', model)
+    assert done.returncode == 1 and '1 of 5 files failed' in done.stderr and 'bad.wav' in done.stderr
+    assert files(tmp_path / 'out') == ['a.wav', 'deep/b.flac', 'deep/er/c.wav', 'z.wav']
+    assert len(done.stdout.splitlines()) == 4
+    before = (tmp_path / 'out/a.wav').stat().st_mtime_ns
+    (source / 'deep/bad.wav').unlink()
+    done = speechloss('enhance', source, tmp_path / 'out', '--model', model, '--skip-existing')
+    assert done.returncode == 0 and done.stdout == ''
+    assert (tmp_path / 'out/a.wav').stat().st_mtime_ns == before
+
+
+def nan_audio(path):
+    bad = wave()
+    bad[100] = np.nan
+    soundfile.write(path, bad, RATE, subtype='FLOAT')
+
+
+def no_samples(path):
+    soundfile.write(path, wave(0), RATE)
+
+
+def not_audio(path):
+    path.write_text('this is not audio')
+
+
+def cut_flac(path):
+    soundfile.write(path, wave(3), RATE, format='FLAC')
+    path.write_bytes(path.read_bytes()[:20_000])
+
+
+@pytest.mark.parametrize('spoil, said', [(nan_audio, 'NaN'), (no_samples, 'no samples'),
+                                         (not_audio, 'cannot be read'), (cut_flac, 'cut short')])
+def test_enhance_refuses_a_bad_file(spoil, said, model, tmp_path):
+    source = tmp_path / ('in.flac' if spoil is cut_flac else 'in.wav')
+    spoil(source)
+    sentence = refused('enhance', source, tmp_path / 'out.wav', '--model', model, '--quiet')
+    assert said in sentence and source.name in sentence
+    assert files(tmp_path) == [source.name]
+
+
+def test_enhance_refuses_places(model, tmp_path):
+    (tmp_path / 'empty').mkdir()
+    soundfile.write(tmp_path / 'a.wav', wave(), RATE)
+    before = (tmp_path / 'a.wav').read_bytes()
+    for source, target, said in (('missing', 'out', 'does not exist'), ('empty', 'out', 'holds no audio'),
+                                 ('a.wav', 'a.wav', 'is the source too'), ('a.wav', '.', 'is the source too'),
+                                 ('a.wav', 'a.docx', 'is no audio file'), ('.', '.', 'is the source too')):
+        result = CliRunner().invoke(app, ['enhance', str(tmp_path / source), str(tmp_path / target),
+                                          '--model', str(model)])
+        assert result.exit_code == 2 and said in result.stderr, (source, target, result.stderr)
+    assert files(tmp_path) == ['a.wav'] and (tmp_path / 'a.wav').read_bytes() == before
+
+
+@pytest.mark.parametrize('device, said', [('cuda:99', 'is not here'), ('gpu', 'is unknown')])
+def test_enhance_refuses_a_device(device, said, model, tmp_path):
+    soundfile.write(tmp_path / 'a.wav', wave(), RATE)
+    assert said in refused('enhance', tmp_path / 'a.wav', tmp_path / 'b.wav', '--model', model,
+                           '--device', device)
+
+
+def test_enhance_refuses_a_bad_model(model, tmp_path):
+    soundfile.write(tmp_path / 'a.wav', wave(), RATE)
+    cut = shutil.copytree(model, tmp_path / 'cut')
+    weights = (cut / 'model.safetensors').read_bytes()
+    (cut / 'model.safetensors').write_bytes(weights[:len(weights) // 2])
+    (tmp_path / 'empty').mkdir()
+    for folder, said in (('cut', 'model.safetensors'), ('empty', 'config.json'), ('no/such/one', 'no/such/one')):
+        sentence = refused('enhance', tmp_path / 'a.wav', tmp_path / 'b.wav', '--model', tmp_path / folder)
+        assert said in sentence
+    assert not (tmp_path / 'b.wav').exists()
+
+
+def test_enhance_without_network_refuses_a_hub_name(tmp_path):
+    soundfile.write(tmp_path / 'a.wav', wave(), RATE)
+    offline = {**os.environ, 'HF_HUB_OFFLINE': '1', 'HF_HOME': str(tmp_path / 'hub')}
+    assert 'network' in refused('enhance', tmp_path / 'a.wav', tmp_path / 'b.wav',
+                                '--model', 'somebody/model', env=offline)
+
+
+def test_enhance_on_a_full_disk(model, tmp_path):
+    soundfile.write(tmp_path / 'a.wav', wave(5), RATE)
+    said = refused('enhance', tmp_path / 'a.wav', tmp_path / 'b.wav', '--model', model, '--quiet',
+                   preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000)))
+    assert 'b.wav' in said and files(tmp_path) == ['a.wav']
+
+
+def test_ctrl_c_leaves_nothing_half_written(model, tmp_path):
+    soundfile.write(tmp_path / 'a.wav', wave(1200), RATE)
+    process = subprocess.Popen([sys.executable, '-m', 'speechloss', 'enhance', tmp_path / 'a.wav',
+                                tmp_path / 'b.wav', '--model', model], stderr=subprocess.PIPE, text=True)
+    end = time.monotonic() + 60
+    while len(files(tmp_path)) < 2 and time.monotonic() < end and process.poll() is None:
+        time.sleep(.02)
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 130 and 'Traceback' not in said and files(tmp_path) == ['a.wav']
+
+
+# ----------------------------------------------------------------------------------------- data
+
+@pytest.fixture
+def home(tmp_path, monkeypatch) -> Path:
+    "An empty cache"
+    monkeypatch.setenv('SPEECHLOSS_HOME', str(tmp_path / 'home'))
+    return tmp_path / 'home'
+
+
+def test_data_refuses_names(home, tmp_path):
+    for args, said in ((['get', 'lap'], "did you mean 'laptop'"), (['show', 'nothing'], 'is unknown'),
+                       (['check', 'mini'], 'speechloss data get mini'),
+                       (['show', str(tmp_path / 'no.jsonl')], 'does not exist'),
+                       (['make', str(tmp_path / 'm.jsonl')], 'needs --speech'),
+                       (['make', str(tmp_path / 'm.csv'), '--speech', '.'], '.jsonl')):
+        result = CliRunner().invoke(app, ['data', *args])
+        assert result.exit_code == 2 and said in result.stderr, result.stderr
+    assert not (tmp_path / 'm.jsonl').exists()
+
+
+def test_data_get_from_a_folder_that_does_not_hold_it(home, tmp_path):
+    (tmp_path / 'empty').mkdir()
+    for name in ('mini', 'laptop'):
+        for folder in ('missing', 'empty'):
+            assert str(tmp_path / folder) in refused('data', 'get', name, '--from', tmp_path / folder)
+
+
+def test_data_get_without_network(home):
+    closed = 'http://127.0.0.1:9'
+    no_network = {**os.environ, 'SPEECHLOSS_SOURCE_URL': closed, 'PIP_INDEX_URL': closed, 'PIP_RETRIES': '0',
+                  'PIP_NO_INDEX': '1'}
+    for name in ('mini', 'laptop'):
+        said = refused('data', 'get', name, env=no_network)
+        assert 'network' in said or '--from' in said
+        assert not list(home.rglob('manifest.jsonl'))
+
+
+def test_data_make_show_check(tmp_path):
+    for name in ('speech/anna/1.wav', 'speech/bert/1.wav', 'speech/carl/1.wav', 'noise/rain.wav'):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        soundfile.write(tmp_path / name, np.random.default_rng(len(name) + sum(map(ord, name)))
+                        .normal(size=RATE).astype('float32') / 20, RATE)
+    nan_audio(tmp_path / 'speech/anna/2.wav')
+    manifest = tmp_path / 'mine.jsonl'
+    result = CliRunner().invoke(app, ['data', 'make', str(manifest), '--speech', str(tmp_path / 'speech'),
+                                      '--noise', str(tmp_path / 'noise'), '--split', 'train'])
+    assert result.exit_code == 0 and '2.wav' in result.stderr and result.stdout.strip() == str(manifest)
+    shown = json.loads(CliRunner().invoke(app, ['data', 'show', str(manifest)]).stdout)
+    assert shown['splits']['train']['speakers'] == 3 and shown['splits']['train']['noises'] == 1
+    assert CliRunner().invoke(app, ['data', 'check', str(manifest)]).exit_code == 0
+    cut_flac(tmp_path / 'cut.flac')
+    shutil.copy(tmp_path / 'cut.flac', tmp_path / 'speech/bert/1.wav')
+    result = CliRunner().invoke(app, ['data', 'check', str(manifest)])
+    assert result.exit_code == 2 and 'bert' in result.stderr and '1 bad' in result.stderr
+
+
+@pytest.mark.parametrize('spoil', [None, nan_audio, no_samples, not_audio])
+def test_data_make_of_a_folder_without_speech(spoil, tmp_path):
+    (tmp_path / 'speech').mkdir()
+    if spoil:
+        spoil(tmp_path / 'speech/1.wav')
+    said = refused('data', 'make', tmp_path / 'm.jsonl', '--speech', tmp_path / 'speech')
+    assert 'speech' in said and not (tmp_path / 'm.jsonl').exists()
