@@ -91,7 +91,7 @@ $(ready): setup.py settings.ini constraints.txt
 	    echo 'speechloss: no C compiler, and the PESQ metric is built from source: install gcc'; exit 2; }
 	@"$(PYTHON)" -c 'import os, sys, sysconfig; sys.exit(not os.path.exists(sysconfig.get_path("include") + "/Python.h"))' || { \
 	    echo 'speechloss: no Python headers, and the PESQ metric is built from source: install them (Debian: python3-dev)'; exit 2; }
-	@echo 'Setting up $(VENV): some minutes and 3 GB, once.'
+	@echo 'Setting up $(VENV): the first time takes some minutes and 3 GB.'
 	@"$(PYTHON)" -m venv "$(VENV)"
 	@$(run) -m pip install $$([ -t 1 ] || echo -q) --disable-pip-version-check -c constraints.txt -e '.[dev]' || { \
 	    echo 'speechloss: pip could not install the packages, its reason is above; run the same command again to go on'; exit 2; }
