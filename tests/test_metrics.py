@@ -1,0 +1,314 @@
+"""Metrics against their packages, against other definitions, and against everything that goes wrong in a batch."""
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from speechloss import metrics as M
+from speechloss.audio import SpeechLossError, resample, save
+from speechloss.composite import as_pair, composite_ratings, llr, seg_snr, wss
+
+pytest.importorskip('pesq')
+RATE = 16_000
+NAMES = [n for n in M.METRICS if not n.startswith('dnsmos')]
+
+
+def speech_like(seconds=2., seed=0):
+    "Pulses through moving formants, four syllables a second"
+    from scipy.signal import lfilter
+    rng, out, n = np.random.default_rng(seed), [], RATE // 4
+    for _ in range(round(seconds * 4)):
+        x = np.diff(np.floor(np.cumsum(np.linspace(*rng.uniform(100, 180, 2), n)) / RATE), prepend=0)
+        x += .01 * rng.standard_normal(n)
+        for f, width in zip(rng.uniform([300, 900, 2200], [800, 2000, 3000]), (60, 90, 150)):
+            p = np.exp((-width * np.pi + 2j * np.pi * f) / RATE)
+            x = lfilter([1], [1, -2 * p.real, abs(p) ** 2], x)
+        out.append(x * np.hanning(n) ** .5 / np.abs(x).max() * rng.uniform(.1, .4))
+    return np.concatenate(out)
+
+
+CLEAN = speech_like()
+NOISE = np.random.default_rng(5).standard_normal(len(CLEAN)) * CLEAN.std()
+NOISY = CLEAN + .4 * NOISE
+
+
+def pair(**more): return dict(enhanced=NOISY, clean=CLEAN, sample_rate=RATE, **more)
+
+
+# ---- every metric
+
+@pytest.mark.parametrize('name', M.METRICS)
+def test_a_card_tells_the_truth(name):
+    card = M.METRICS[name]
+    waves = (NOISY, CLEAN) if card.reference else (NOISY,)
+    found = card.function(*waves, RATE)
+    found = found if isinstance(found, dict) else {card.columns[0]: found}
+    assert tuple(found) == card.columns
+    assert all(type(v) is float and card.range[0] <= v <= card.range[1] for v in found.values())
+    assert card.function.__doc__ and card.source
+
+
+@pytest.mark.parametrize('name', NAMES)
+def test_tensors_of_any_float_type_and_layout_score_alike(name):
+    function = M.METRICS[name].function
+    want = function(NOISY, CLEAN, RATE)
+    wide = torch.zeros(len(NOISY), 2, dtype=torch.float64)
+    wide[:, 0] = torch.from_numpy(NOISY)
+    strided = function(wide[:, 0].requires_grad_(), torch.from_numpy(CLEAN)[None], RATE)
+    single = function(NOISY.astype('float32'), CLEAN.astype('float32'), RATE)
+    for got in (strided, single):
+        for key in want if isinstance(want, dict) else ['x']:
+            a, b = (want[key], got[key]) if isinstance(want, dict) else (want, got)
+            assert math.isclose(a, b, rel_tol=2e-3, abs_tol=1e-3)
+
+
+@pytest.mark.parametrize('name', NAMES)
+def test_more_noise_scores_worse(name):
+    card = M.METRICS[name]
+    for column in card.columns:
+        score = [M.score_one(CLEAN + k * NOISE, CLEAN, name)[0][column] for k in (.05, .2, .8)]
+        sign = 1 if card.direction == 'higher' else -1
+        assert sign * score[0] > sign * score[1] >= sign * score[2], (column, score)
+
+
+@pytest.mark.parametrize('name', NAMES)
+@pytest.mark.parametrize('case,words', [
+    ((NOISY[:-1], CLEAN), 'enhanced has'),
+    ((np.stack([NOISY, NOISY]), np.stack([CLEAN, CLEAN])), 'scores one channel'),
+    ((NOISY * math.nan, CLEAN), 'NaN'),
+    ((0 * NOISY, CLEAN), 'enhanced is silent'),
+    ((NOISY, 0 * CLEAN), 'clean is silent'),
+    ((NOISY[:0], CLEAN[:0]), 'is empty'),
+    (((NOISY * 2 ** 15).astype('int16'), CLEAN), 'int16'),
+])
+def test_what_cannot_be_scored_is_one_sentence(name, case, words):
+    with pytest.raises(SpeechLossError, match=words) as error:
+        M.METRICS[name].function(*case, RATE)
+    assert '\n' not in str(error.value)
+    values, reasons = M.score_one(*case, name)
+    assert set(values) == set(reasons) == set(M.METRICS[name].columns)
+    assert all(math.isnan(v) for v in values.values())
+    with pytest.raises(SpeechLossError, match='sample_rate is'):
+        M.METRICS[name].function(NOISY, CLEAN, -16_000)
+
+
+def test_another_rate_is_resampled():
+    up = [resample(torch.from_numpy(w), RATE, 48_000) for w in (NOISY, CLEAN)]
+    for name in ('pesq', 'estoi', 'llr', 'mcd'):
+        want = M.score_one(NOISY, CLEAN, name)[0][name]
+        assert math.isclose(M.score_one(*up, name, 48_000)[0][name], want, rel_tol=.03), name
+
+
+# ---- against other definitions
+
+def test_packages_are_called_the_right_way_round():
+    from pesq import pesq
+    from pystoi import stoi
+    assert M.pesq_wb(NOISY, CLEAN, RATE) == pytest.approx(pesq(RATE, CLEAN, NOISY, 'wb'))
+    assert M.estoi(NOISY, CLEAN, RATE) == pytest.approx(stoi(CLEAN, NOISY, RATE, extended=True))
+    assert M.stoi(NOISY, CLEAN, RATE) == pytest.approx(stoi(CLEAN, NOISY, RATE))
+
+
+def test_si_sdr_agrees_with_the_loss_of_that_name():
+    waveform = pytest.importorskip('speechloss.losses.waveform')
+    e, c = torch.from_numpy(NOISY), torch.from_numpy(CLEAN)
+    assert M.si_sdr(e, c, RATE) == pytest.approx(float(waveform.si_sdr(e, c)), abs=1e-6)
+    assert M.si_sdr(c, c, RATE) == pytest.approx(float(waveform.si_sdr(c, c)), abs=1e-3)
+
+
+def test_dnsmos_is_that_of_its_package():
+    dnsmos = pytest.importorskip('speechmos.dnsmos')
+    wave = np.tile(NOISY, 6)[:int(10.1 * RATE)].astype('float32')            # two windows
+    want, got = dnsmos.run(wave, RATE), M.dnsmos(wave, RATE)
+    for key in ('ovrl', 'sig', 'bak', 'p808'):
+        assert got[f'dnsmos_{key}'] == pytest.approx(float(want[f'{key}_mos']), abs=1e-3)
+    assert M._dnsmos() is M._dnsmos()                                      # loaded once
+    loud = M.dnsmos_fast(8 * NOISY / np.abs(NOISY).max(), RATE)
+    assert loud == pytest.approx(M.dnsmos_fast(NOISY / np.abs(NOISY).max(), RATE))
+
+
+@pytest.mark.parametrize('seconds', [.5, 2, 3.3, 4, 7.77, 9.01, 9.5, 10.02, 12, 20.6])
+def test_dnsmos_hears_the_windows_of_its_package(seconds):
+    size = round(seconds * RATE)
+    wave = np.arange(size)
+    looped = wave
+    while len(looped) < 9.01 * RATE: looped = np.append(looped, looped)
+    want = []
+    for k in range(int(np.floor(len(looped) / RATE) - 9.01) + 1):
+        part = looped[int(k * RATE):int((k + 9.01) * RATE)]
+        if len(part) >= int(9.01 * RATE): want.append(part)
+    found = M._windows(wave, None)
+    assert sum(found.values()) == len(want)
+    got = [wave.take(range(s, s + M.WINDOW), mode='wrap') for s, n in found.items() for _ in range(n)]
+    assert sorted(p[0] for p in got) == sorted(p[0] for p in want)
+    assert all(any((p == q).all() for q in got) for p in want)
+
+
+def test_mcd_by_the_long_way():
+    from scipy.fft import dct
+    librosa = pytest.importorskip('librosa')
+    mel = librosa.filters.mel(sr=RATE, n_fft=512, n_mels=40, dtype=np.float64)
+    power = [np.abs(librosa.stft(w, n_fft=512, hop_length=128, pad_mode='reflect')) ** 2
+             for w in (NOISY, CLEAN)]
+    e, c = (mel @ p for p in power)
+    floor = c.max() * 1e-8
+    gap = dct(.5 * np.log(np.maximum(e, floor) / np.maximum(c, floor)), axis=0)[1:25] / 40
+    want = (10 * 2 ** .5 / math.log(10) * np.sqrt((gap ** 2).sum(0))).mean()
+    assert M.mcd(NOISY, CLEAN, RATE) == pytest.approx(want, rel=1e-3)
+
+
+@settings(max_examples=8, deadline=None)
+@given(gain=st.floats(-40, 20), seed=st.integers(0, 99))
+def test_what_a_gain_does(gain, seed):
+    clean = np.random.default_rng(seed).standard_normal(8000) * .05
+    noisy = clean + .3 * np.random.default_rng(seed + 100).standard_normal(8000) * .05
+    loud = 10 ** (gain / 20) * noisy
+    for metric in (llr, wss, M.mcd, M.si_sdr):
+        assert metric(loud, clean, RATE) == pytest.approx(metric(noisy, clean, RATE), abs=1e-6)
+    assert M.lsd(10 ** (gain / 20) * clean, clean, RATE) == pytest.approx(abs(gain), abs=1e-3)
+
+
+REFERENCE = os.environ.get('SPEECHLOSS_REFERENCE_AUDIO')
+
+
+@pytest.mark.skipif(not REFERENCE, reason='SPEECHLOSS_REFERENCE_AUDIO names no folder')
+def test_published_figures():
+    """The example recordings of pysepm (1_*.wav) and of the pesq package (speech*.wav), 16 kHz,
+    are not ours to ship; with them in one folder, the figures of other implementations."""
+    import soundfile
+    from pesq import pesq
+    read = lambda name: soundfile.read(Path(REFERENCE) / name)[0]
+    assert pesq(RATE, read('speech.wav'), read('speech_bab_0dB.wav'), 'nb') == pytest.approx(1.6072081)
+    assert M.pesq_wb(read('speech_bab_0dB.wav'), read('speech.wav'), RATE) == pytest.approx(1.0832337)
+    e, c = read('1_noisySpeech.wav'), read('1_speech.wav')
+    assert seg_snr(e, c, RATE) == pytest.approx(-.217, abs=5e-4)
+    assert llr(e, c, RATE, limit=2.) == pytest.approx(1.2531, abs=5e-5)
+    assert wss(e, c, RATE) == pytest.approx(44.699, abs=5e-4)
+    assert M.stoi(e, c, RATE) == pytest.approx(.8389, abs=5e-5)
+    assert M.pesq_wb(e, c, RATE) == pytest.approx(1.1624, abs=5e-5)
+    assert [*M.composite(e, c, RATE).values()] == pytest.approx([2.038, 1.863, 1.543], abs=5e-4)
+    e = read('1_processed.wav')
+    assert M.stoi(e, c, RATE) == pytest.approx(.6612, abs=5e-5)
+    assert M.pesq_wb(e, c, RATE) == pytest.approx(1.0595, abs=5e-5)
+
+
+def test_frames_of_silence_inside_a_clip_are_harmless():
+    clean, noisy = CLEAN.copy(), NOISY.copy()
+    clean[8000:16_000] = noisy[8000:16_000] = 0
+    values, reasons = M.score_one(noisy, clean, NAMES)
+    assert not reasons
+    same, reasons = M.score_one(clean, clean, NAMES)
+    assert not reasons and same['llr'] == same['wss'] == same['lsd'] == 0 and same['seg_snr'] == 35
+
+
+# ---- score_one
+
+def test_composite_takes_what_is_known(monkeypatch):
+    calls = []
+    monkeypatch.setattr(M, 'pesq_wb', lambda *a: calls.append(a) or 2.)
+    values, _ = M.score_one(NOISY, CLEAN, ['pesq', 'llr', 'wss', 'seg_snr', 'composite'])
+    assert not calls                                                       # the card's own was used
+    assert values['covl'] == composite_ratings(
+        **{k: values[k] for k in ('pesq', 'llr', 'wss', 'seg_snr')})['covl']
+    M.score_one(NOISY, CLEAN, ['composite'])
+    assert len(calls) == 1
+
+
+def test_a_missing_package_says_how_to_get_it(monkeypatch):
+    find = M.importlib.util.find_spec
+    monkeypatch.setattr(M.importlib.util, 'find_spec', lambda n: None if n == 'pesq' else find(n))
+    with pytest.raises(SpeechLossError, match=r"'pesq' needs pesq: pip install 'speechloss\[metrics\]'"):
+        M.score_one(NOISY, CLEAN, 'pesq')
+    monkeypatch.setitem(sys.modules, 'pesq', None)
+    with pytest.raises(SpeechLossError, match='PESQ needs pesq'): M.pesq_wb(NOISY, CLEAN, RATE)
+
+
+def test_without_reference_only_dnsmos_answers():
+    pytest.importorskip('speechmos')
+    values, reasons = M.score_one(NOISY, None, ['pesq', 'dnsmos_fast'])
+    assert math.isnan(values['pesq']) and 'none was given' in reasons['pesq']
+    assert 1 < values['dnsmos_fast_ovrl'] < 5
+
+
+def test_a_crash_in_a_metric_is_a_reason(monkeypatch):
+    monkeypatch.setitem(M.METRICS, 'lsd', M.Metric('lsd', ('lsd',), lambda *a: 1 / 0, (0, 1), 'lower', '', ''))
+    values, reasons = M.score_one(NOISY, CLEAN, ['lsd', 'mcd'])
+    assert math.isnan(values['lsd']) and reasons == {'lsd': 'ZeroDivisionError while scoring: division by zero'}
+    assert values['mcd'] > 0
+
+
+# ---- score
+
+class Bomb:
+    "Kills the process that unpickles it, as the system does when memory runs out"
+    def __reduce__(self): return signal.raise_signal, (signal.SIGKILL,)
+
+
+def test_a_pool_gives_ordered_rows_and_survives_its_killers(tmp_path):
+    for name, wave in (('e', NOISY), ('c', CLEAN)):
+        save(tmp_path / f'{name}.wav', torch.from_numpy(wave).float(), RATE)
+    (tmp_path / 'cut.wav').write_bytes((tmp_path / 'e.wav').read_bytes()[:20])
+    items = [pair(id=0, speaker='a', noisy=torch.zeros(3)),
+             dict(id=1, enhanced=torch.from_numpy(NOISY), clean=torch.from_numpy(CLEAN)),
+             dict(id=2, enhanced=tmp_path / 'e.wav', clean=str(tmp_path / 'c.wav')),
+             dict(id=3, enhanced=tmp_path / 'cut.wav', clean=CLEAN, sample_rate=RATE),
+             dict(id=4, enhanced=Bomb(), clean=CLEAN, sample_rate=RATE),
+             dict(id=5, enhanced=NOISY, clean=CLEAN, sample_rate=lambda: 0),   # does not pickle
+             *(pair(id=k) for k in range(6, 16))]
+    seen, threads = [], os.environ.get('OMP_NUM_THREADS')
+    rows = M.score(iter(items), ['si_sdr', 'lsd'], workers=2,
+                   progress=lambda done, total: seen.append((done, total)))
+    assert [r['id'] for r in rows] == list(range(16))
+    assert seen == [(k + 1, None) for k in range(16)]
+    assert os.environ.get('OMP_NUM_THREADS') == threads
+    bad = {3: 'cut.wav', 4: 'died', 5: 'ickle'}
+    for row in rows:
+        if row['id'] in bad:
+            assert math.isnan(row['lsd']) and bad[row['id']] in row['reasons']['lsd'], row
+        else:
+            assert row['reasons'] == {}
+            assert row['si_sdr'] == pytest.approx(rows[0]['si_sdr'], abs=1e-2)
+    assert set(rows[0]) == {'id', 'speaker', 'sample_rate', 'si_sdr', 'lsd', 'reasons'}
+
+
+def test_a_script_without_a_main_guard_still_gets_its_rows(tmp_path):
+    script = tmp_path / 'plain.py'
+    script.write_text('import numpy as np\n'
+                      'from speechloss.metrics import score\n'
+                      'w = np.random.default_rng(0).standard_normal(16000)\n'
+                      'rows = score([dict(enhanced=w, clean=w, sample_rate=16000)] * 3, "lsd", workers=2)\n'
+                      'print("rows", len(rows), rows[2]["lsd"])\n')
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=120)
+    assert done.stdout == 'rows 3 0.0\n', done.stderr
+    assert "__name__ == '__main__'" in done.stderr
+
+
+def test_nothing_and_nonsense():
+    assert M.score([], 'lsd') == []
+    with pytest.raises(SpeechLossError, match='workers is 0'): M.score([pair()], 'lsd', workers=0)
+    with pytest.raises(SpeechLossError, match="'psq' is unknown"): M.score([pair()], 'psq')
+    rows = M.score([dict(clean=CLEAN), dict(enhanced=NOISY, clean=CLEAN, sample_rate='16k')], 'lsd')
+    assert "no 'enhanced'" in rows[0]['reasons']['lsd']
+    assert "'16k'" in rows[1]['reasons']['lsd']
+
+
+def test_rates_that_disagree(tmp_path):
+    save(tmp_path / 'e.wav', torch.from_numpy(NOISY).float(), 8000)
+    row, = M.score([dict(enhanced=tmp_path / 'e.wav', clean=CLEAN, sample_rate=RATE)], 'lsd')
+    assert '[8000, 16000] Hz' in row['reasons']['lsd']
+
+
+def test_import_is_light():
+    code = 'import sys, speechloss.metrics; print([m for m in ("pesq", "pystoi", "scipy", "librosa", "onnxruntime") if m in sys.modules])'
+    done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True)
+    assert done.stdout == '[]\n', done.stdout + done.stderr
