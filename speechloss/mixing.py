@@ -71,7 +71,7 @@ class Waves:
             return (wave.numpy() * 32768).astype(np.int16)
         return wave.numpy()
 
-# %% ../nbs/signal/mixing.ipynb #17c82b94
+# %% ../nbs/signal/mixing.ipynb #ddf48537
 class Mixtures(Dataset):
     """Noisy and clean waves; item k is a pure function of (seed, split, k).
 
@@ -125,6 +125,9 @@ class Mixtures(Dataset):
         for n in self.noises:
             if isinstance(n, str) and n not in GENERATED:
                 raise CorpusError(f'extra_noise {n!r} is unknown: use {", ".join(GENERATED)}')
+        if self.seed < 0 or (self.samples is not None and self.samples < 1):
+            raise CorpusError(f'seed={self.seed} and seconds={self.seconds}: the seed must not be '
+                              'negative, and the seconds must be positive or None')
         if self.target not in ('early', 'reverberant'):
             raise CorpusError(f"target={self.target!r} is unknown: use 'early' or 'reverberant'")
 
@@ -149,7 +152,7 @@ class Mixtures(Dataset):
             self.plan = [(r, None, None) for r in self.pairs[:limit]]
         else:
             rng = np.random.default_rng([seed, SPLITS.index(split)])
-            self.plan = [(r, (t + j + j // len(snr) + t // len(snr)) % len(self.noises),
+            self.plan = [(r, (2 * t + j + t // len(snr)) % len(self.noises),
                           snr[(t + j) % len(snr)])
                          for r, t, j in _in_turn(self.by_speaker, rng)[:limit]]
         self.size = len(self.plan)
@@ -197,14 +200,15 @@ class Mixtures(Dataset):
         return self.waves.length(r.path, r.frames, r.sample_rate)
 
     def _cut(self, record: Recording, size: int, rng) -> np.ndarray:
-        "A random piece with at least a tenth of the mean power; else the loudest of eight"
-        enough, best = .1 * self.waves.power(record.path), (-1., None)
+        "A random piece with at least a tenth of the mean power; else the loudest place"
+        enough = .1 * self.waves.power(record.path)
         for _ in range(8):
             start = int(rng.integers(self._length(record) - size + 1))
             x = self.waves.piece(record.path, start, size)
-            best = max(best, (_power(x), x), key=lambda b: b[0])
-            if best[0] >= enough: break
-        return best[1]
+            if _power(x) >= enough: return x
+        energy = np.cumsum(self.waves.piece(record.path).astype(np.float64)**2)
+        loudest = int(np.argmax(energy[size - 1:] - np.r_[0., energy[:-size]]))
+        return self.waves.piece(record.path, loudest, size)
 
     def _noise(self, which, snr, record, size: int, rng) -> tuple[float, str, Tensor | None]:
         "(SNR, name, noise) of an item; the noise is None when the item stays clean"
