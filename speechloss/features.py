@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['LAYERS', 'Frozen', 'Features', 'STFTFeatures', 'MelFeatures', 'RandomFeatures', 'EncoderFeatures', 'randomized']
 
-# %% ../nbs/features/features.ipynb #a5359eb9
+# %% ../nbs/features/features.ipynb #c23e6271
 import copy
 from collections.abc import Sequence
 
@@ -13,15 +13,21 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .spectral import compress, frame_count, magnitude, mel_filters, stft
+from .spectral import (
+    compress, frame_count, magnitude, mel_filters, shortest, stft)
 
-# %% ../nbs/features/features.ipynb #7bb09a74
+# %% ../nbs/features/features.ipynb #d5a2e144
 class Frozen(nn.Module):
     "A network in eval mode for ever: no gradient, no `state_dict`, but it follows `.to()`"
     def __init__(self, net: nn.Module):
         super().__init__()
         # the instance dictionary, so that nn.Module does not register it
         self.__dict__['net'] = net.eval().requires_grad_(False)
+        for module in net.modules():
+            if isinstance(module, nn.RNNBase):
+                # cuDNN runs backwards in training mode only; without dropout that changes nothing
+                module.dropout = 0.
+                module.train()
 
     def _apply(self, fn, recurse=True):
         self.net._apply(fn, recurse)
@@ -87,7 +93,7 @@ class MelFeatures(Features):
     def frame_lengths(self, lengths):
         return [frame_count(lengths, self.hop_length)]
 
-# %% ../nbs/features/features.ipynb #974b2d97
+# %% ../nbs/features/features.ipynb #614078a0
 class RandomFeatures(Features):
     """Activations of a random convolution stack over the wave, the control of feature losses.
 
@@ -104,12 +110,16 @@ class RandomFeatures(Features):
             weight = torch.randn(channels, width, kernel, generator=generator)
             self.register_buffer(f'weight{i}', weight * (2 / (width * kernel)) ** .5, persistent=False)
             width = channels
+        self.reach = 1                 # samples behind one frame of the deepest layer
+        for _, kernel, stride in reversed(self.layers):
+            self.reach = (self.reach - 1) * stride + kernel
 
     def forward(self, wave, lengths=None):
+        if (size := shortest(wave, lengths)) < self.reach:
+            raise ValueError(f'the wave has {size} samples, too short for the {len(self.layers)} '
+                             f'layers of the random network: give at least {self.reach} samples')
         outputs, x = [], wave[:, None]
-        for i, (_, kernel, stride) in enumerate(self.layers):
-            if x.shape[-1] < kernel:
-                raise ValueError(f'the wave has {wave.shape[-1]} samples, too short for {self.names[i]}')
+        for i, (_, _, stride) in enumerate(self.layers):
             x = F.leaky_relu(F.conv1d(x, getattr(self, f'weight{i}').to(x.dtype), stride=stride), .1)
             outputs.append(x.transpose(1, 2))
         return outputs
@@ -117,11 +127,11 @@ class RandomFeatures(Features):
     def frame_lengths(self, lengths):
         counts = []
         for _, kernel, stride in self.layers:
-            lengths = ((lengths - kernel) // stride + 1).clamp_min(0)
+            lengths = (lengths - kernel) // stride + 1
             counts.append(lengths)
         return counts
 
-# %% ../nbs/features/features.ipynb #7db553ef
+# %% ../nbs/features/features.ipynb #0ea34811
 LAYERS = ('bottleneck', 'all')
 
 
@@ -152,17 +162,21 @@ class EncoderFeatures(Features):
         if samples not in self._frames:
             like = next(self.frozen.net.parameters())
             with torch.no_grad():
-                outputs = self._encode(torch.zeros(1, samples, dtype=like.dtype, device=like.device))
+                outputs = self._encode(torch.zeros(1, samples, device=like.device))
             self._frames[samples] = [o.shape[1] for o in outputs]
         return self._frames[samples]
 
     def _encode(self, wave) -> list[Tensor]:
         net = self.frozen.net
+        # the network keeps the precision it has, the features have that of the wave
+        inside = wave.to(next(net.parameters()).dtype)
         if self.layers == 'bottleneck':
-            out = net.encode(wave)
-            return [out if isinstance(out, Tensor) else out[-1]]
-        outputs = net.encode(wave, skips=True)
-        return list(outputs) if self.layers == 'all' else [outputs[i] for i in self.layers]
+            outputs = net.encode(inside)
+            outputs = [outputs if isinstance(outputs, Tensor) else outputs[-1]]
+        else:
+            outputs = net.encode(inside, skips=True)
+            outputs = outputs if self.layers == 'all' else [outputs[i] for i in self.layers]
+        return [output.to(wave.dtype) for output in outputs]
 
     def forward(self, wave, lengths=None):
         if lengths is None or bool((lengths == wave.shape[-1]).all()):

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor, nn
 
-# %% ../../nbs/losses/balance.ipynb #737e8f56
+# %% ../../nbs/losses/balance.ipynb #324b1090
 MODES = ('none', 'value', 'mean', 'grad')
 TINY = 1e-12
 
@@ -52,6 +52,8 @@ class Balancer(nn.Module):
     def _update(self, now: Tensor):
         "`now`: (terms,) the statistic of this step"
         now = _across_processes(now.detach().double())
+        if not now.isfinite().all():    # a bad batch must not spoil the running mean for ever
+            return
         if self.steps == 0:
             self.running.copy_(now)
         else:
@@ -103,6 +105,6 @@ class Balancer(nn.Module):
             if wants:
                 # value of the term, gradient as computed above
                 pull = (enhanced * (f.to(grad.dtype) * grad)).sum(-1)
-                value = value + pull - pull.detach()
+                value = value + (pull - pull.detach())
             scaled[name] = value
         return scaled

@@ -115,7 +115,7 @@ def masked_mean(
     mask = frame_mask(count, values.shape[1])
     return mean_over(torch.where(mask.view(*mask.shape, *[1] * (values.ndim - 2)), values, 0), count)
 
-# %% ../../nbs/losses/base.ipynb #fd82e1d0
+# %% ../../nbs/losses/base.ipynb #aeb1bfd3
 REDUCTIONS = ('mean', 'sum', 'none')
 
 
@@ -141,6 +141,7 @@ class Loss(nn.Module):
     def terms(self, enhanced: Tensor, clean: Tensor, *, noisy: Tensor | None = None,
               lengths: Tensor | None = None) -> dict[str, Tensor]:
         "The named parts, reduced like the loss; they add up to it"
+        _check('enhanced', enhanced)
         with torch.autocast(enhanced.device.type, enabled=False):
             waves = prepare(enhanced, clean, noisy=noisy, lengths=lengths)
             return {name: self._reduce(waves.unfold(value))

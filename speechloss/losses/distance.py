@@ -5,19 +5,23 @@
 # %% auto #0
 __all__ = ['DISTANCES', 'feature_distance', 'masked_var', 'FeatureDistance']
 
-# %% ../../nbs/losses/distance.ipynb #202b6111
+# %% ../../nbs/losses/distance.ipynb #ef5171f8
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from ..features import Features
 from .balance import Balancer
 from .base import Loss, Waves, masked_mean
+from ..spectral import EPS
 
-# %% ../../nbs/losses/distance.ipynb #29ead9a9
+# %% ../../nbs/losses/distance.ipynb #7f3116dc
 def _l1(a, b): return (a - b).abs()
 def _l2(a, b): return (a - b).square()
-def _cosine(a, b): return 1 - F.cosine_similarity(a, b, dim=-1, eps=1e-8)[..., None]
+
+
+def _cosine(a, b):
+    dot, aa, bb = ((x * y).sum(-1, keepdim=True) + EPS for x, y in ((a, b), (a, a), (b, b)))
+    return 1 - dot / (aa.sqrt() * bb.sqrt())
 
 
 DISTANCES = dict(l1=_l1, l2=_l2, cosine=_cosine)

@@ -1,0 +1,143 @@
+"""Every loss of the package keeps the loss contract."""
+from functools import partial
+
+import pytest
+import torch
+from loss_contract import Case, LossContract
+from torch import nn
+
+from speechloss.features import EncoderFeatures, MelFeatures, RandomFeatures, STFTFeatures
+from speechloss.losses import (
+    CARDS, CompressedComplexLoss, FeatureDistance, LogMelLoss, ModelAsLoss,
+    MultiResolutionSTFTLoss, Objective, SISDRLoss, SNRLoss, STFTLoss, WaveL1Loss, WaveL2Loss)
+
+# A magnitude knows no direction at exact silence.
+MAGNITUDE = ('silent enhanced',)
+# SI-SDR looks for the clean wave in the enhanced one: either may be missing.
+SCALE_FREE = ('silent clean', 'silent enhanced', 'both silent')
+
+
+class TinyModel(nn.Module):
+    "The smallest model with a recurrent encoder and skips; `eval()` matters to its dropout"
+    def __init__(self, bias: bool = True):
+        super().__init__()
+        torch.manual_seed(7)
+        self.conv = nn.Conv1d(1, 8, 80, 40, bias=bias)
+        self.drop = nn.Dropout(.5)
+        self.gru = nn.GRU(8, 6, num_layers=2, dropout=.5, batch_first=True, bias=bias)
+
+    def encode(self, wave, *, skips=False):
+        x = self.drop(torch.tanh(self.conv(wave[:, None])).transpose(1, 2))
+        bottleneck = self.gru(x)[0]
+        return [x, bottleneck] if skips else bottleneck
+
+
+TWO = ((512, 128), (256, 64))
+RUNNING = ('balancer.running', 'balancer.steps')
+
+
+def own(reduction='mean', **options):
+    return ModelAsLoss(TinyModel(), reduction=reduction, **options)
+
+
+def distance(features, reduction='mean', **options):
+    return FeatureDistance(features(), reduction=reduction, **options)
+
+
+def objective(*names, reduction='mean', **options):
+    makers = dict(l1=WaveL1Loss, l2=WaveL2Loss, cc=CompressedComplexLoss, snr=SNRLoss,
+                  mel=partial(LogMelLoss, sample_rate=16000), own=own)
+    return Objective({name: makers[name]() for name in names}, reduction=reduction, **options)
+
+
+WAVES = [
+    Case('wave_l1', WaveL1Loss, compiles='aot_eager'),
+    Case('wave_l2', WaveL2Loss, compiles='aot_eager'),
+    Case('snr', SNRLoss, -100., compiles='aot_eager'),
+    Case('snr-30', partial(SNRLoss, max_db=30.), -30.),
+    Case('si_sdr', SISDRLoss, -100., compiles='inductor',
+         blind=SCALE_FREE + ('DC alone', 'DC target')),
+    Case('si_sdr-mean-30', partial(SISDRLoss, max_db=30., zero_mean=False), -30.,
+         compiles='aot_eager', blind=SCALE_FREE),
+]
+
+SPECTRA = [
+    Case('stft', STFTLoss, compiles='aot_eager', blind=MAGNITUDE),
+    Case('stft-lin', partial(STFTLoss, n_fft=400, hop_length=100, win_length=321,
+                             terms=dict(lin=2.), window='hamming'), blind=MAGNITUDE),
+    Case('stft-sc', partial(STFTLoss, terms=dict(sc=1.)), blind=MAGNITUDE),
+    Case('stft-log', partial(STFTLoss, terms=dict(log=1.), eps=1e-7), blind=MAGNITUDE),
+    Case('multi_resolution_stft', MultiResolutionSTFTLoss, compiles='aot_eager', blind=MAGNITUDE),
+    Case('multi_resolution_stft-all', partial(
+        MultiResolutionSTFTLoss, resolutions=((256, 64, 256), (128, 50, 100)),
+        terms=dict(sc=.5, log=2., lin=1.)), blind=MAGNITUDE),
+    Case('log_mel', partial(LogMelLoss, sample_rate=16000), compiles='aot_eager', blind=MAGNITUDE),
+    Case('log_mel-20', partial(LogMelLoss, sample_rate=8000, n_fft=256, hop_length=100, n_mels=20),
+         blind=MAGNITUDE),
+    Case('compressed_complex', CompressedComplexLoss, compiles='inductor'),
+    Case('compressed_complex-complex', partial(CompressedComplexLoss, share=1., power=.5)),
+    Case('compressed_complex-magnitude', partial(CompressedComplexLoss, share=0.), blind=MAGNITUDE),
+]
+
+SETS = {
+    'stft': (partial(STFTFeatures, resolutions=TWO), MAGNITUDE),
+    'stft-log': (partial(STFTFeatures, kind='log'), MAGNITUDE),
+    'stft-complex': (partial(STFTFeatures, kind='complex'), ()),
+    'mel': (partial(MelFeatures, sample_rate=16000, n_mels=40), MAGNITUDE),
+    'random': (RandomFeatures, ()),
+    'encoder': (partial(EncoderFeatures, TinyModel()), ()),
+}
+
+DISTANCES = [
+    Case(f'{name}-{kind}', partial(distance, make, distance=kind), blind=blind,
+         compiles='aot_eager' if name != 'encoder' and kind != 'l2' else '')
+    for name, (make, blind) in SETS.items() for kind in ('l1', 'l2', 'cosine')]
+
+BALANCED = [
+    Case('standardized', partial(distance, RandomFeatures, standardize=True)),
+    Case('weights', partial(distance, RandomFeatures, weights=[1., 0., 2., .5])),
+    Case('by value', partial(distance, RandomFeatures, balance='value')),
+    Case('by mean', partial(distance, RandomFeatures, balance='mean'), state=RUNNING),
+    Case('by grad', partial(distance, RandomFeatures, balance='grad'), state=RUNNING),
+    Case('by grad, cosine', partial(distance, RandomFeatures, balance='grad', distance='cosine'),
+         state=RUNNING),
+]
+
+OWN = [
+    Case('model_as_loss', own),
+    Case('dynamic-l2-all', partial(own, rule='dynamic', layers='all', distance='l2')),
+    Case('frozen-fe-cosine', partial(own, rule='frozen-fe', layers=[1], distance='cosine')),
+    Case('standardized-by-value', partial(own, layers='all', standardize=True, balance='value')),
+    Case('by grad', partial(own, layers='all', balance='grad'), state=RUNNING),
+]
+
+OBJECTIVES = [
+    Case('sum', partial(objective, 'l1', 'cc', 'snr'), -100., compiles='aot_eager', atol=1e-5),
+    Case('weights', partial(objective, 'snr', 'own', weights=dict(snr=.1, own=2.)), -10.,
+         atol=1e-5),
+    Case('by value', partial(objective, 'l1', 'l2', balance='value')),
+    Case('by mean', partial(objective, 'l1', 'cc', 'own', balance='mean'), state=RUNNING),
+    Case('by grad', partial(objective, 'cc', 'mel', balance='grad', weights=dict(mel=.5)),
+         state=RUNNING),
+]
+
+
+class TestWaves(LossContract): cases = WAVES
+class TestSpectra(LossContract): cases = SPECTRA
+class TestDistances(LossContract): cases = DISTANCES
+class TestBalanced(LossContract): cases = BALANCED
+class TestModelAsLoss(LossContract): cases = OWN
+class TestObjective(LossContract): cases = OBJECTIVES
+
+
+def test_every_card_is_tested():
+    tested = {type(case.make(reduction='none'))
+              for case in WAVES + SPECTRA + DISTANCES + OWN}
+    assert {card.loss for card in CARDS.values()} <= tested
+
+
+@pytest.mark.parametrize('card', CARDS.values(), ids=lambda card: card.name)
+def test_identity_of_the_cards(card):
+    case = next(c for c in WAVES + SPECTRA + DISTANCES + OWN
+                if type(c.make(reduction='none')) is card.loss)
+    assert card.identity == {0.: '0', -100.: '-max_db'}[case.identity]
