@@ -1,0 +1,107 @@
+"""The shared bench: what is shared is shared, what is cached is computed once."""
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from speechloss import bench as shared
+from speechloss.audio import SpeechLossError
+from speechloss.models import enhancer
+from speechloss.training import Recipe
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv('SPEECHLOSS_HOME', str(tmp_path))
+    return tmp_path
+
+
+@pytest.fixture
+def clips():
+    torch.manual_seed(0)
+    tone = .3 * torch.sin(torch.arange(16000) * .2)
+    return [dict(noisy=tone + s * torch.randn(16000), clean=tone, speaker=str(k), id=str(k), snr=0.,
+                 noise='n', index=k) for k, s in enumerate((.01, .1, .3))]
+
+
+def saved(recipe: Recipe):
+    "A model in the place of a trained one"
+    folder = shared.model_folder(recipe)
+    enhancer('small').save_pretrained(folder)
+    return folder
+
+
+def test_stage_one_is_one_for_all(cache):
+    here, there = (shared.bench('laptop', corpus_dir=d) for d in ('a', 'b'))
+    assert shared.stage1(here, 0).key == shared.stage1(there, 0).key
+    assert shared.stage1(here, 0).key != shared.stage1(here, 1).key
+
+
+def test_arms_start_from_stage_one_and_differ_in_the_loss_alone(cache):
+    bench = shared.bench('laptop')
+    start = saved(shared.stage1(bench, 0))
+    base, more = shared.arm(bench, 0), shared.arm(bench, 0, 'log_mel', ratio=.3)
+    changed = {f for f in base.__dataclass_fields__ if getattr(base, f) != getattr(more, f)}
+    assert changed == {'objective'} and base.init == str(start)
+    assert more.objective['weights'] == {'extra': .3} and more.objective['balance'] == 'grad'
+    assert base.steps_per_epoch * bench.epochs == base.steps
+    assert len({shared.arm(bench, 0, t).key for t in (None, 'log_mel', 'snr')}) == 3
+
+
+def test_unknown_scale_names_the_choices():
+    with pytest.raises(SpeechLossError, match='smoke, laptop, paper'):
+        shared.bench('enormous')
+
+
+def test_cache_computes_once_and_survives_a_failure(cache):
+    calls = []
+
+    def compute():
+        calls.append(1)
+        if len(calls) == 1: raise RuntimeError('power cut')
+        return [dict(a=1.)]
+
+    with pytest.raises(RuntimeError): shared.cached('kind', 'key', compute)
+    assert [shared.cached('kind', 'key', compute) for _ in range(3)] == [[dict(a=1.)]] * 3
+    assert len(calls) == 2 and not list((cache / 'kind').glob('*.json.*'))
+
+
+def test_scores_are_those_of_the_clips(cache, clips):
+    rows = shared.score_model(None, clips, metrics=('si_sdr', 'lsd'))
+    expected = [10 * np.log10((c['clean'] ** 2).sum() / ((c['noisy'] - c['clean']) ** 2).sum()) for c in clips]
+    assert np.allclose([r['si_sdr'] for r in rows], expected, atol=.2)
+    assert [r['speaker'] for r in rows] == ['0', '1', '2']
+    file, = (cache / 'scores').glob('*.json')
+    assert json.loads(file.read_text()) == rows
+    other = [c | dict(noisy=c['noisy'] / 2) for c in clips]
+    shared.score_model(None, other, metrics=('si_sdr', 'lsd'))
+    assert len(list((cache / 'scores').glob('*.json'))) == 2
+
+
+def test_iteration_is_the_model_applied_again(cache, clips):
+    model = enhancer('small').eval()
+    noisy = torch.stack([c['noisy'] for c in clips])
+    with torch.no_grad():
+        once = model(noisy); twice = model(once)
+    kept = shared.iterate(model, noisy, (1, 2))
+    assert torch.equal(kept[1][0], once) and torch.equal(kept[2][0], twice)
+    assert kept[1][1].allclose((twice - once).norm(dim=-1) / once.norm(dim=-1))
+
+
+def test_iterated_rows_know_their_pass(cache, clips):
+    folder = saved(Recipe())
+    rows = shared.iterate_model(folder, clips, (1, 3))
+    assert [(r['pass'], r['id']) for r in rows] == [(k, str(i)) for k in (1, 3) for i in range(3)]
+    assert {'si_sdr', 'estoi', 'lsd', 'drift', 'speech_kept'} <= set(rows[0])
+
+
+def test_difference_is_paired(clips):
+    a = np.array([[1., 2., 3.], [3., 4., 5.]])
+    gap = shared.difference(a + 1, a, clips)
+    assert (gap.mean, gap.low, gap.high, gap.n) == (1, 1, 1, 3)
+
+
+def test_a_metric_that_failed_is_nan():
+    runs = [[dict(pesq=1.), dict(pesq=None)]]
+    assert np.isnan(shared.column(runs, 'pesq')[0, 1])
