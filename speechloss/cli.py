@@ -228,26 +228,25 @@ def pairs(
                               f'{", ".join(SUFFIXES)}')
     return [(source, target)]
 
-# %% ../nbs/reproduce/cli.ipynb #fff73eb0
+# %% ../nbs/reproduce/cli.ipynb #cd5ac2c6
 @app.command(context_settings=dict(allow_extra_args=True, ignore_unknown_options=True))
 def train(
     ctx: typer.Context,
     recipe: Annotated[Path, typer.Argument(help='A recipe, .toml or .json.')],
     out: Annotated[Path, typer.Option(help='Where checkpoints, logs and the model go.')],
+    tensorboard: Annotated[bool, typer.Option('--tensorboard', help='Log there too.')] = False,
     quiet: Quiet = False,
 ):
     """Train an enhancer; started again, it goes on where it was.
 
-    Fields of the recipe can be given as options: --steps 500 --lr 1e-3.
+    Fields of the recipe can be given after it as options: --steps 500 --lr 1e-3.
     """
     options = overrides(ctx.args)
+    from speechloss import training
     from speechloss.reproduce import bar
-    from speechloss.training import Recipe, train as run
-    chosen = build_recipe(Recipe, {**read_recipe(recipe)}, options)
-    if getattr(chosen, 'device', None) not in (None, 'auto'):
-        torch_device(chosen.device)
+    chosen = build_recipe(training.Recipe, read_recipe(recipe), options)
     with bar('train', hide=quiet) as draw:
-        print(run(chosen, out, progress=draw))
+        print(training.train(chosen, out, progress=draw, tensorboard=tensorboard))
 
 
 def read_recipe(path: Path) -> dict:
@@ -261,10 +260,14 @@ def read_recipe(path: Path) -> dict:
                 import tomllib
             except ModuleNotFoundError:  # Python 3.10
                 import tomli as tomllib
-            return tomllib.loads(path.read_text(encoding='utf-8'))
-        return json.loads(path.read_text(encoding='utf-8'))
+            fields = tomllib.loads(path.read_text(encoding='utf-8'))
+        else:
+            fields = json.loads(path.read_text(encoding='utf-8'))
     except ValueError as error:
         raise SpeechLossError(f'recipe {path} cannot be read ({error}): mend it') from None
+    if not isinstance(fields, dict):
+        raise SpeechLossError(f'recipe {path} is no table of fields: begin with steps, model ...')
+    return fields
 
 
 def overrides(args: list[str]) -> dict[str, Any]:
@@ -285,17 +288,29 @@ def overrides(args: list[str]) -> dict[str, Any]:
 
 
 def build_recipe(kind: type, fields: dict, options: dict[str, Any]) -> Any:
-    "A recipe from fields and dotted options; raises `SpeechLossError` for an unknown field."
-    from dataclasses import fields as fields_of
+    "A recipe from fields and dotted options; raises `SpeechLossError` for one it does not have."
+    from dataclasses import asdict
+    from speechloss.audio import SpeechLossError
+    defaults = asdict(kind())
+    for name in [*fields, *(key.split('.')[0] for key in options)]:
+        one_of('field', name, defaults)
     for key, value in options.items():
         *parents, last = key.split('.')
-        place = fields
+        place = fields = {**{name: defaults[name] for name in parents[:1]}, **fields}
         for parent in parents:
             place = place.setdefault(parent, {})
+            if not isinstance(place, dict):
+                raise SpeechLossError(f'field {key!r} does not exist: {parent} is {place!r} '
+                                      'and has no parts')
         place[last] = value
-    for name in fields:
-        one_of('field', name, [f.name for f in fields_of(kind)])
-    return kind(**fields)
+    for name, value in fields.items():
+        if isinstance(defaults[name], (int, float)) and not isinstance(value, (int, float)):
+            raise SpeechLossError(f'{name} is {value!r}: give a number')
+    try:
+        return kind(**fields)
+    except TypeError as error:
+        raise SpeechLossError(f'a field of the recipe is of the wrong kind ({error}): '
+                              'mend it') from None
 
 # %% ../nbs/reproduce/cli.ipynb #322a549a
 @data.command('list')
