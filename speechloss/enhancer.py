@@ -136,7 +136,7 @@ class SpectralDecoder(nn.Module):
         x = self.norm(shallow + bottleneck)
         return self.linear(x + self.gru(x, frames))
 
-# %% ../nbs/enhance/enhancer.ipynb #6a54272b
+# %% ../nbs/enhance/enhancer.ipynb #cbd2b0a1
 def check_waves(wave: Tensor, lengths: Tensor | None) -> None:
     "Raise `SpeechLossError` unless wave is a float `(B, T)`, T > 0, with lengths `(B,)` in 1..T"
     if wave.ndim != 2 or wave.shape[-1] == 0 or not wave.is_floating_point():
@@ -197,7 +197,9 @@ class SpectralEnhancer(nn.Module, PyTorchModelHubMixin,
     def _encode(self, spec, frames):
         # a Hann window of n samples has power 3n/8, so unit white noise has unit power in a band
         power = (spec.real.square() + spec.imag.square()) / (.375 * self.n_fft)
-        return self.encoder(power @ (self.bands / self.bands.sum(0)).to(power.dtype), frames)
+        with torch.autocast(power.device.type, enabled=False):  # powers span more than half floats
+            power = power @ (self.bands / self.bands.sum(0)).to(power.dtype)
+        return self.encoder(power, frames)
 
     def encode(
         self,
@@ -219,7 +221,8 @@ class SpectralEnhancer(nn.Module, PyTorchModelHubMixin,
         if noisy.ndim == 1: return self(noisy[None], lengths)[0]
         spec, frames = self._spectrum(noisy, lengths)
         mask = self.decoder(*self._encode(spec, frames), frames).to(spec.real.dtype)
-        real, imag = (part @ self.bands.mT.to(mask.dtype) for part in mask.chunk(2, -1))
+        with torch.autocast(mask.device.type, enabled=False):
+            real, imag = (part @ self.bands.mT.to(mask.dtype) for part in mask.chunk(2, -1))
         enhanced = istft(spec * torch.complex(1 + real, imag), self.n_fft, self.hop_length,
                          length=noisy.shape[-1])
         if lengths is not None:

@@ -93,7 +93,7 @@ def enhance_wave(
         model.train(training)
     return out.reshape(wave.shape)
 
-# %% ../nbs/enhance/streaming.ipynb #215aeef2
+# %% ../nbs/enhance/streaming.ipynb #27c52421
 def enhance_file(
     model: nn.Module,
     source,                    # path of an audio file, any rate, channels and length
@@ -109,8 +109,7 @@ def enhance_file(
     _check_options(seconds, context)
     source, target = Path(source), Path(target)
     header = info(source)
-    if target.suffix[1:].upper() not in soundfile.available_formats():
-        raise AudioError(f'{target}: unknown audio format {target.suffix!r}: use .wav or .flac')
+    _format(target)
     training = model.training
     model.eval()
 
@@ -129,8 +128,17 @@ def enhance_file(
     return target
 
 
+def _format(target: Path) -> tuple[str, str | None]:
+    "(container, coding or None) by the suffix"
+    name = target.suffix[1:].upper()
+    if name == 'OPUS': return 'OGG', 'OPUS'
+    name = 'AIFF' if name == 'AIF' else name
+    if name not in soundfile.available_formats():
+        raise AudioError(f'{target}: unknown audio format {target.suffix!r}: use .wav or .flac')
+    return name, None
+
+
 def _writer(part: Path, header, target: Path) -> soundfile.SoundFile:
-    formats = target.suffix[1:].upper()
-    kept = header.subtype if soundfile.check_format(formats, header.subtype) else None
-    return soundfile.SoundFile(str(part), 'w', header.sample_rate, header.channels, kept,
-                               format=formats)
+    name, coding = _format(target)
+    if coding is None and soundfile.check_format(name, header.subtype): coding = header.subtype
+    return soundfile.SoundFile(str(part), 'w', header.sample_rate, header.channels, coding, format=name)

@@ -198,7 +198,7 @@ def validate(model: nn.Module, data, *, device='cpu', batch_size: int = 8) -> di
     score = float(torch.cat(scores).double().mean())
     return dict(si_sdr=score, gain=score - float(torch.cat(before).double().mean()))
 
-# %% ../nbs/enhance/training.ipynb #94a1984c
+# %% ../nbs/enhance/training.ipynb #35fe0fd8
 def _accelerator(recipe: Recipe):
     try:
         from accelerate import Accelerator
@@ -249,7 +249,8 @@ def _save_model(run: Run, folder: Path, summary: dict) -> None:
     def fill(part: Path):
         with run.as_averaged() as model:
             if hasattr(model, 'save_pretrained'): model.save_pretrained(part)
-            else: checkpoints.save_tensors(model.state_dict(), part / 'model.safetensors')
+            # once more with our own writer, whose errors and file modes we know
+            checkpoints.save_tensors(model.state_dict(), part / 'model.safetensors')
         (part / 'summary.json').write_text(json.dumps(summary, indent=1), encoding='utf-8')
     checkpoints.write_folder(folder, fill)
 
@@ -284,6 +285,7 @@ class _Loop:
         self.accelerator, self.recipe, self.out = accelerator, recipe, out
         self.main, self.device = accelerator.is_main_process, accelerator.device
         self.run = Run(model.to(self.device), objective.to(self.device).train(), recipe)
+        if self.main: checkpoints.recover(out / 'best')
         found = checkpoints.latest(out / 'checkpoints')
         if found: self.run.load(*found)
         # accelerate wraps what it returns; the run keeps the plain model and optimiser

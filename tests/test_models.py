@@ -1,0 +1,271 @@
+"""The enhancer's promises: any length, any gain, no batch mates, and files of any kind."""
+import copy
+import json
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+from speechloss import models, streaming
+from speechloss.audio import AudioError, SpeechLossError, info, load
+from speechloss.checkpoints import CheckpointError
+from speechloss.models import (
+    SpectralEnhancer, encoder_modules, encoder_parameters, enhance_file, enhance_wave, enhancer,
+    load_enhancer)
+
+KINDS = {'both ways': dict(causal=False), 'causal': dict(causal=True),
+         'deep': dict(layers=2, kernel=2), 'hop 1/4': dict(n_fft=128, hop_length=32, causal=True),
+         'odd hop': dict(n_fft=128, hop_length=50)}
+
+
+@pytest.fixture(params=KINDS.values(), ids=KINDS)
+def net(request):
+    return SpectralEnhancer(**{**models.PRESETS['tiny'], **request.param}).eval()
+
+
+@pytest.mark.parametrize('size', [1, 2, 63, 64, 65, 127, 128, 129, 7919])
+def test_any_length(net, size):
+    noisy = torch.randn(2, size)
+    assert net(noisy).shape == (2, size) and net(noisy).isfinite().all()
+    assert net.encode(noisy).shape[:2] == (2, int(net.frame_lengths(torch.tensor(size))))
+
+
+def test_batch_mates(net):
+    "Every utterance of a padded batch, padding full of noise, comes out as it does alone"
+    lengths = torch.tensor([3000, 1, 127, 128, 129, 1999, 2950])
+    noisy = torch.randn(len(lengths), 3000)
+    together = net(noisy, lengths)
+    codes = net.encode(noisy, skips=True, lengths=lengths)
+    for k, n in enumerate(lengths.tolist()):
+        assert torch.allclose(together[k, :n], net(noisy[k, :n]), atol=1e-5)
+        assert together[k, n:].eq(0).all()
+        for code, alone in zip(codes, net.encode(noisy[k:k + 1, :n], skips=True)):
+            assert torch.allclose(code[k, :alone.shape[1]], alone[0], atol=1e-5)
+    order = torch.randperm(len(lengths))
+    assert torch.allclose(net(noisy[order], lengths[order]), together[order], atol=1e-5)
+
+
+def test_nan_in_one_wave_stays_there(net):
+    noisy = torch.randn(2, 1000)
+    expected = net(noisy)[1]
+    noisy[0, 10] = float('nan')
+    assert torch.allclose(net(noisy)[1], expected, atol=1e-6)
+
+
+@given(st.floats(-60, 40))
+def test_gain(decibels):
+    net = SpectralEnhancer(**models.PRESETS['tiny']).eval()
+    noisy, gain = torch.randn(1, 2000) / 10, 10 ** (decibels / 20)
+    assert torch.allclose(net(gain * noisy) / gain, net(noisy), atol=1e-3)
+
+
+@pytest.mark.parametrize('wave', [
+    torch.zeros(1, 2000), torch.ones(1, 2000), torch.full((1, 2000), 1e-20),
+    torch.randn(1, 2000).sign(), 1e4 * torch.randn(1, 2000),
+    torch.cat([torch.zeros(1, 1500), torch.randn(1, 500)], -1)],
+    ids=['silence', 'constant', 'tiny', 'clipped', 'huge', 'silence first'])
+def test_hard_inputs(net, wave):
+    wave = wave.clone().requires_grad_()
+    out = net(wave)
+    assert out.isfinite().all()
+    (out.square().sum() / (wave.detach().square().sum() + 1e-9)).backward()
+    assert wave.grad.isfinite().all()
+    assert all(p.grad.isfinite().all() for p in net.parameters())
+    if not wave.any(): assert not out.any()
+
+
+def test_causal_looks_back_only():
+    net = SpectralEnhancer(**models.PRESETS['tiny'], causal=True).eval()
+    one = torch.randn(1, 4000)
+    other = one.clone()
+    other[:, 2500:] = torch.randn(1, 1500)
+    same = 2500 - net.n_fft
+    assert torch.allclose(net(one)[:, :same], net(other)[:, :same], atol=1e-6)
+    assert not torch.allclose(net(one), net(other), atol=1e-3)
+
+
+def test_double_and_half(net):
+    noisy = torch.randn(2, 1000)
+    double = copy.deepcopy(net).double()(noisy.double())
+    assert double.dtype == torch.double and torch.allclose(double.float(), net(noisy), atol=1e-5)
+    assert net(noisy.bfloat16()).dtype == torch.bfloat16
+    with torch.autocast('cpu', torch.bfloat16):
+        assert torch.allclose(net(noisy), net(noisy.float()), atol=.1)
+
+
+def test_eval_is_train(net):
+    noisy = torch.randn(2, 1000)
+    assert net.train()(noisy).equal(net.eval()(noisy))
+
+
+def test_forward_is_decode_of_encode(net):
+    "The parameters that `encode` uses are those of the encoder, and the others the decoder's"
+    names = {name for name, _ in net.named_parameters()}
+    used = set(encoder_parameters(net))
+    assert used == {name for name in names if name.startswith('encoder.')} != names
+    assert encoder_modules(net) == [m for m in net.encoder.modules() if not list(m.children())]
+
+
+def test_small_is_small():
+    net = enhancer('small')
+    weights = sum(p.numel() for p in net.parameters())
+    decoder = sum(p.numel() for p in net.decoder.parameters())
+    assert 200_000 < weights < 400_000 and .4 < decoder / weights < .6
+    assert 1_500_000 < sum(p.numel() for p in enhancer('base').parameters()) < 2_500_000
+
+
+@pytest.mark.parametrize('wave,lengths', [
+    (torch.zeros(2, 0), None), (torch.zeros(1, 2, 5), None), (torch.zeros(1, 5).long(), None),
+    (torch.zeros(2, 5), torch.tensor([5])), (torch.zeros(2, 5), torch.tensor([5, 6])),
+    (torch.zeros(2, 5), torch.tensor([0, 5]))])
+def test_wrong_waves(wave, lengths):
+    with pytest.raises(SpeechLossError, match='give'):
+        enhancer('tiny')(wave, lengths)
+
+
+# Saving and loading
+
+def test_round_trip(tmp_path, net):
+    net.save_pretrained(tmp_path / 'net')
+    noisy = torch.randn(1, 1000)
+    assert load_enhancer(tmp_path / 'net')(noisy).equal(net(noisy))
+    assert not load_enhancer(tmp_path / 'net').training
+
+
+def cut(path): path.write_bytes(path.read_bytes()[:path.stat().st_size // 2])
+
+
+@pytest.mark.parametrize('harm', [
+    lambda folder: cut(folder / 'model.safetensors'),
+    lambda folder: (folder / 'model.safetensors').unlink(),
+    lambda folder: cut(folder / 'config.json'),
+    lambda folder: (folder / 'config.json').unlink(),
+    lambda folder: (folder / 'config.json').write_text('{"channels": 32}'),
+    lambda folder: (folder / 'config.json').write_text('{"depth": 32}'),
+    lambda folder: (folder / 'config.json').write_text('[]'),
+], ids=['cut', 'no weights', 'config cut', 'no config', 'other size', 'other net', 'no record'])
+def test_damaged_model(tmp_path, harm):
+    enhancer('tiny').save_pretrained(tmp_path)
+    harm(tmp_path)
+    with pytest.raises(CheckpointError) as caught:
+        load_enhancer(tmp_path)
+    assert '\n' not in str(caught.value) and str(tmp_path) in str(caught.value)
+
+
+def test_no_network(monkeypatch):
+    import huggingface_hub
+
+    def offline(*args, **kwargs): raise ConnectionError('no route\nto host')
+
+    monkeypatch.setattr(huggingface_hub, 'snapshot_download', offline)
+    with pytest.raises(CheckpointError, match='check the name and the network') as caught:
+        load_enhancer('someone/enhancer')
+    assert '\n' not in str(caught.value)
+    for path in ('/absent/folder', './absent', 'absent', 'a/b/c'):
+        with pytest.raises(CheckpointError, match='is not a folder'):
+            load_enhancer(path)
+
+
+def test_from_the_hub(monkeypatch, tmp_path):
+    import huggingface_hub
+    enhancer('tiny').save_pretrained(tmp_path)
+    monkeypatch.setattr(huggingface_hub, 'snapshot_download', lambda name, **_: str(tmp_path))
+    assert isinstance(load_enhancer('someone/enhancer'), SpectralEnhancer)
+
+
+def test_config_is_plain(tmp_path):
+    enhancer({'preset': 'tiny', 'causal': True}).save_pretrained(tmp_path)
+    config = json.loads((tmp_path / 'config.json').read_text())
+    assert config['causal'] is True and config['channels'] == 16
+
+
+# Files
+
+class Halve(nn.Module):
+    "A model whose right answer is known, and which remembers the longest wave it saw"
+    def __init__(self, sample_rate=16000):
+        super().__init__()
+        self.sample_rate, self.longest = sample_rate, 0
+
+    def forward(self, noisy):
+        self.longest = max(self.longest, noisy.shape[-1])
+        return noisy / 2
+
+
+@given(st.integers(1, 30_000), st.sampled_from([.05, .3, 1.]), st.sampled_from([0., .02, .5]))
+def test_blocks_meet(size, seconds, context):
+    wave = torch.randn(2, size)
+    out = enhance_wave(Halve(), wave, 16000, seconds=seconds, context=context)
+    assert torch.allclose(out, wave / 2, atol=1e-6)
+
+
+@pytest.mark.parametrize('rate', [8000, 11025, 16000, 22050, 44100, 48000])
+def test_any_rate(rate):
+    t = torch.arange(2 * rate) / rate
+    wave = torch.sin(2 * torch.pi * 440 * t)
+    out = enhance_wave(Halve(), wave, rate, seconds=.4)
+    assert out.shape == wave.shape and (out - wave / 2)[500:-500].abs().max() < 5e-3
+
+
+def test_mode_is_given_back():
+    net = enhancer('tiny').train()
+    enhance_wave(net, torch.randn(1000), 16000)
+    assert net.training
+
+
+@pytest.mark.parametrize('wave', [torch.zeros(0), torch.full((10,), float('nan')),
+                                  torch.zeros(1, 1, 5), torch.zeros(5).int()])
+def test_wrong_wave(wave):
+    with pytest.raises(AudioError):
+        enhance_wave(Halve(), wave, 16000)
+
+
+def write(path, seconds=1., rate=16000, channels=1, **options):
+    wave = np.random.default_rng(0).uniform(-.5, .5, (int(seconds * rate), channels))
+    soundfile.write(path, wave, rate, **options)
+    return path
+
+
+@pytest.mark.parametrize('suffix', ['.wav', '.flac', '.ogg', '.opus', '.mp3', '.aiff', '.aif'])
+def test_formats(tmp_path, suffix):
+    source = write(tmp_path / 'noisy.wav', rate=48000, channels=2)
+    made = info(enhance_file(Halve(), source, tmp_path / f'out{suffix}'))
+    assert (made.sample_rate, made.channels) == (48000, 2) and abs(made.frames - 48000) < 3000
+
+
+def test_memory_of_one_block(tmp_path):
+    source, model = write(tmp_path / 'long.flac', seconds=200, rate=8000), Halve(8000)
+    enhance_file(model, source, tmp_path / 'out.flac', seconds=5.)
+    assert model.longest <= 8000 * (5 + 2 * streaming.CONTEXT + streaming.FADE)
+    one, other = load(source)[0], load(tmp_path / 'out.flac')[0]
+    assert torch.allclose(other, one / 2, atol=1e-4)
+
+
+def test_truncated_source(tmp_path):
+    "Found out half way: one sentence, and neither a target nor a temporary file"
+    source = write(tmp_path / 'noisy.flac', seconds=30)
+    cut(source)
+    before = sorted(tmp_path.iterdir())
+    with pytest.raises(AudioError, match='cut short'):
+        enhance_file(Halve(), source, tmp_path / 'out.flac', seconds=2.)
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_unwritable_target(tmp_path):
+    source = write(tmp_path / 'noisy.wav')
+    (tmp_path / 'file').write_text('')
+    for target in ('out.doc', 'out', 'file/out.wav'):
+        with pytest.raises(AudioError):
+            enhance_file(Halve(), source, tmp_path / target)
+
+
+def test_in_place(tmp_path):
+    "Source and target may be one file: it is replaced when the new one is whole"
+    source = write(tmp_path / 'a.wav', seconds=3.)
+    before = load(source)[0]
+    enhance_file(Halve(), source, source, seconds=1.)
+    assert torch.allclose(load(source)[0], before / 2, atol=1e-4)
