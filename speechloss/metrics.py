@@ -395,7 +395,7 @@ def _score_parcel(parcel, names: list[str]) -> tuple[dict, dict]:
     except Exception as error:
         return _nothing(cards, _why(error))
 
-# %% ../nbs/enhance/metrics.ipynb #a605ab66
+# %% ../nbs/enhance/metrics.ipynb #3aef4408
 _THREADS = ('OMP_NUM_THREADS', 'OPENBLAS_NUM_THREADS', 'MKL_NUM_THREADS')
 _DIED = ('the process that scored this item died (killed, out of memory, or crashed in a '
          'library): score it by itself to see why')
@@ -479,7 +479,8 @@ def _pooled(pool, parcels: Iterator, names, cards, workers: int) -> Iterator:  #
 def _workers(asked: int | None, total: int | None) -> int:
     if asked is None:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
-        return max(min(cores, (total or 1000) // 8), 1)   # starting one costs some seconds
+        jobs = cores if total is None else total // 8     # starting one costs some seconds
+        return max(min(cores, jobs), 1)
     if not isinstance(asked, int) or asked < 1:
         raise SpeechLossError(f'workers is {asked!r}: give a whole number from 1, or None')
     return asked
