@@ -176,27 +176,33 @@ class CompressedComplexLoss(Loss):
         return {'magnitude': (1 - self.share) * masked_mean(mag.square(), frames),
                 'complex': self.share * masked_mean(com.square().sum(-1), frames)}
 
-# %% ../../nbs/losses/spectral.ipynb #1d2c1c1c
+# %% ../../nbs/losses/spectral.ipynb #ff412ae1
 def consistency(
-    spec: Tensor,             # complex (B, frames, bins), as from speechloss.spectral.stft
+    spec: Tensor,                # complex (B, frames, bins), as from speechloss.spectral.stft
     *,
-    n_fft: int = 512,         # samples
-    hop_length: int = 128,    # samples
-) -> Tensor:                  # (B,) >= 0, 0 for the STFT of a wave
+    n_fft: int = 512,            # samples
+    hop_length: int = 128,       # samples
+    length: int | None = None,   # samples of the wave, default (frames - 1) * hop_length
+) -> Tensor:                  # (B,) >= 0, 0 for the STFT of a wave of that length
     "Mean squared distance between a spectrum and the STFT of its inverse"
     if spec.ndim != 3 or not spec.is_complex() or spec.shape[-1] != n_fft // 2 + 1:
         raise ValueError(f'spec is {spec.dtype} of shape {tuple(spec.shape)}: give a complex '
                          f'(B, frames, {n_fft // 2 + 1}) for n_fft {n_fft}')
-    wave = istft(spec, n_fft, hop_length, length=(spec.shape[1] - 1) * hop_length)
+    length = length or (spec.shape[1] - 1) * hop_length
+    if frame_count(length, hop_length) != spec.shape[1]:
+        raise ValueError(f'length is {length}, which has {frame_count(length, hop_length)} frames '
+                         f'at hop_length {hop_length}: spec has {spec.shape[1]}')
+    wave = istft(spec, n_fft, hop_length, length=length)
     error = spec - stft(wave, n_fft, hop_length)
     return (error.real.square() + error.imag.square()).mean((1, 2))
 
 
 class ConsistencyLoss(nn.Module):
-    "Batch mean of `consistency`; 0 for the STFT of a wave"
+    "Batch mean of `consistency`; 0 for the STFT of a wave of that `length`"
     def __init__(self, *, n_fft: int = 512, hop_length: int = 128):
         super().__init__()
         self.n_fft, self.hop_length = n_fft, hop_length
 
-    def forward(self, spec: Tensor) -> Tensor:
-        return consistency(spec, n_fft=self.n_fft, hop_length=self.hop_length).mean()
+    def forward(self, spec: Tensor, *, length: int | None = None) -> Tensor:
+        return consistency(spec, n_fft=self.n_fft, hop_length=self.hop_length,
+                           length=length).mean()
