@@ -28,7 +28,7 @@ from .models import load_enhancer
 from .stats import Interval, paired_bootstrap
 from .training import BASE, Recipe, train_many
 
-# %% ../nbs/reproduce/bench.ipynb #4c77ad73
+# %% ../nbs/reproduce/bench.ipynb #36ef6593
 @dataclass(frozen=True)
 class Bench:
     "What a scale fixes for every paper"
@@ -58,7 +58,7 @@ BENCHES = {bench.scale: bench for bench in (
     Bench('smoke', 'mini', 'small', stage1_steps=60, stage2_steps=10, epochs=2, batch_size=4,
           seconds=2., seeds=1, test_clips=8, iterate_clips=4, passes=(1, 2, 5),
           metrics=('pesq', 'estoi', 'si_sdr', 'lsd', 'mcd')),
-    Bench('laptop', 'laptop', 'small', stage1_steps=2500, stage2_steps=500, epochs=10,
+    Bench('laptop', 'laptop', 'small', stage1_steps=1800, stage2_steps=400, epochs=10,
           batch_size=8, seconds=4., seeds=3, test_clips=100, iterate_clips=40,
           passes=(1, 2, 5, 10, 20, 50)),
     Bench('paper', 'voicebank-demand', 'base', stage1_steps=100_000, stage2_steps=20_000,

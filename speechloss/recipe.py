@@ -19,10 +19,10 @@ from .checkpoints import sha256
 class TrainingError(SpeechLossError):
     "A training that cannot start or cannot go on"
 
-# %% ../nbs/enhance/recipe.ipynb #26d11341
+# %% ../nbs/enhance/recipe.ipynb #e2094ed8
 BASE = dict(terms=dict(spectrum=dict(name='compressed_complex', hop_length=256),
-                       wave=dict(name='si_sdr')),
-            weights=dict(wave=.1))
+                       wave=dict(name='snr')),
+            weights=dict(wave=.05))
 ASIDE = ('corpus_dir', 'save_every', 'log_every', 'threads', 'workers', 'device', 'init')
 
 
@@ -95,13 +95,28 @@ def _check(recipe: Recipe) -> None:
     for name, allowed in choices.items():
         if (value := getattr(recipe, name)) not in allowed:
             raise TrainingError(f'{name} is {value!r}: choose one of {", ".join(allowed)}')
-    positive = ('steps', 'steps_per_epoch', 'batch_size', 'lr', 'clip', 'seconds', 'eval_every',
-                'valid_size', 'save_every', 'log_every')
-    for name in positive:
-        if not getattr(recipe, name) > 0:
-            raise TrainingError(f'{name} is {getattr(recipe, name)}: give a positive number')
+    for name in ('steps', 'steps_per_epoch', 'batch_size', 'eval_every', 'valid_size', 'save_every',
+                 'log_every', 'lr', 'clip', 'seconds'):
+        kinds = (int,) if name not in ('lr', 'clip', 'seconds') else (int, float)
+        value = getattr(recipe, name)
+        if not isinstance(value, kinds) or not value > 0:
+            raise TrainingError(f'{name} is {value!r}: give a positive '
+                                f'{"number" if float in kinds else "whole number"}')
+    for name in ('snr', 'gain_db'):
+        value = getattr(recipe, name)
+        if value is not None and not _is_range(value):
+            raise TrainingError(f'{name} is {value!r}: give its low and its high end in dB')
+    for name in ('clean_fraction', 'reverb', 'weight_decay', 'ema', 'seed', 'threads', 'workers', 'warmup'):
+        value = getattr(recipe, name)
+        if not isinstance(value, (int, float)) or value < 0:
+            raise TrainingError(f'{name} is {value!r}: give a number of at least 0')
     if not 0 <= recipe.ema < 1:
         raise TrainingError(f'ema is {recipe.ema}: give a decay in [0, 1), 0 for none')
+
+
+def _is_range(value) -> bool:
+    return isinstance(value, tuple) and len(value) == 2 \
+        and all(isinstance(v, (int, float)) for v in value) and value[0] <= value[1]
 
 
 def _fingerprint(init) -> str:
