@@ -77,7 +77,7 @@ def mean_so_far(
     mask = frame_mask(frames, x.shape[1])[..., None]
     return (x * mask).sum(1, keepdim=True) / frames[:, None, None]
 
-# %% ../nbs/enhance/enhancer.ipynb #9a54078a
+# %% ../nbs/enhance/enhancer.ipynb #730a9fff
 class Recurrent(nn.GRU):
     "A GRU over `(B, frames, dim)`, forwards or both ways, blind to padding"
     def __init__(self, dim: int, layers: int, causal: bool):
@@ -121,7 +121,11 @@ class SpectralEncoder(nn.Module):
 
 
 class SpectralDecoder(nn.Module):
-    "Bottleneck and skip to a complex mask, near one at the start"
+    """Bottleneck and skip to a complex mask, of magnitude below one and near one at the start.
+
+    A network that may amplify will: applied again and again, an enhancer with an unbounded mask
+    gained 63 dB in 50 passes.
+    """
     def __init__(self, outputs: int, channels: int, layers: int, causal: bool):
         super().__init__()
         self.norm = nn.LayerNorm(channels)
@@ -132,11 +136,15 @@ class SpectralDecoder(nn.Module):
             self.linear.bias.zero_()
 
     def forward(self, shallow: Tensor, bottleneck: Tensor, frames: Tensor | None = None) -> Tensor:
-        "Real and imaginary part of the mask less one, `(B, frames, outputs)` each, side by side"
+        "Real and imaginary part of the mask, `(B, frames, outputs)` each, side by side"
         x = self.norm(shallow + bottleneck)
-        return self.linear(x + self.gru(x, frames))
+        real, imag = self.linear(x + self.gru(x, frames)).chunk(2, -1)
+        real = real + 1.5                                            # tanh(1.5) = 0.91
+        size = (real.square() + imag.square() + 1e-8).sqrt()
+        bound = size.tanh() / size
+        return torch.cat([real * bound, imag * bound], -1)
 
-# %% ../nbs/enhance/enhancer.ipynb #cbd2b0a1
+# %% ../nbs/enhance/enhancer.ipynb #eed7ec10
 def check_waves(wave: Tensor, lengths: Tensor | None) -> None:
     "Raise `SpeechLossError` unless wave is a float `(B, T)`, T > 0, with lengths `(B,)` in 1..T"
     if wave.ndim != 2 or wave.shape[-1] == 0 or not wave.is_floating_point():
@@ -223,7 +231,7 @@ class SpectralEnhancer(nn.Module, PyTorchModelHubMixin,
         mask = self.decoder(*self._encode(spec, frames), frames).to(spec.real.dtype)
         with torch.autocast(mask.device.type, enabled=False):
             real, imag = (part @ self.bands.mT.to(mask.dtype) for part in mask.chunk(2, -1))
-        enhanced = istft(spec * torch.complex(1 + real, imag), self.n_fft, self.hop_length,
+        enhanced = istft(spec * torch.complex(real, imag), self.n_fft, self.hop_length,
                          length=noisy.shape[-1])
         if lengths is not None:
             enhanced = enhanced * frame_mask(lengths.to(noisy.device), noisy.shape[-1])
