@@ -83,7 +83,7 @@ def write_text(path, text: str) -> None:
         part.unlink(missing_ok=True)
         raise CheckpointError(f'{path} cannot be written ({error.strerror or error})') from None
 
-# %% ../nbs/enhance/checkpoints.ipynb #63866979
+# %% ../nbs/enhance/checkpoints.ipynb #0e9e846f
 def save_tensors(tensors: dict[str, Tensor], path) -> None:
     "Tensors by name to a `.safetensors` file; OSError when there is no room"
     from safetensors import SafetensorError
@@ -113,8 +113,7 @@ def load_tensors(path) -> dict[str, Tensor]:
 def sha256(path) -> str:
     "Hash of a file, in hex"
     with open(path, 'rb') as file:
-        return hashlib.file_digest(file, 'sha256').hexdigest() if hasattr(hashlib, 'file_digest') \
-            else hashlib.sha256(file.read()).hexdigest()
+        return hashlib.file_digest(file, 'sha256').hexdigest()
 
 # %% ../nbs/enhance/checkpoints.ipynb #df14dcd8
 def save_checkpoint(

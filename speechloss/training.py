@@ -57,7 +57,7 @@ class Wrapped(torch.utils.data.Dataset):
     def __len__(self) -> int: return 2**31 - 1
     def __getitem__(self, k: int) -> dict: return self.data[k % len(self.data)]
 
-# %% ../nbs/enhance/training.ipynb #785008d5
+# %% ../nbs/enhance/training.ipynb #b2543e86
 PATIENCE = 10   # steps without a finite gradient before the run gives up
 
 
@@ -92,12 +92,14 @@ class Run:
 
     @contextmanager
     def as_averaged(self) -> Iterator[nn.Module]:
-        "The model in eval mode with averaged weights; its own come back at the end"
+        "The model in eval mode with averaged weights; its own, and its mode, come back at the end"
         own = {k: v.detach().clone() for k, v in self.model.state_dict().items()}
         self.model.load_state_dict(self.averaged)
         self.model.eval()
         try: yield self.model
-        finally: self.model.load_state_dict(own)
+        finally:
+            self.model.load_state_dict(own)
+            self.train_mode()
 
     def count(self, finite: bool) -> None:
         self.in_a_row = 0 if finite else self.in_a_row + 1
@@ -198,7 +200,7 @@ def validate(model: nn.Module, data, *, device='cpu', batch_size: int = 8) -> di
     score = float(torch.cat(scores).double().mean())
     return dict(si_sdr=score, gain=score - float(torch.cat(before).double().mean()))
 
-# %% ../nbs/enhance/training.ipynb #35fe0fd8
+# %% ../nbs/enhance/training.ipynb #fc574c60
 def _accelerator(recipe: Recipe):
     try:
         from accelerate import Accelerator
@@ -353,7 +355,6 @@ class _Loop:
     def _validate(self, data) -> dict:
         run = self.run
         with run.as_averaged() as model: valid = validate(model, data, device=self.device)
-        run.train_mode()
         self.label = f'SI-SDR {valid["si_sdr"]:.1f} dB'
         if valid['si_sdr'] > run.best:
             run.best = valid['si_sdr']
@@ -367,7 +368,7 @@ class _Loop:
             step=self.run.step, valid=rows[-1]['valid'] if rows else None, best=self.run.best,
             skipped=self.run.skipped, key=self.recipe.key))
 
-# %% ../nbs/enhance/training.ipynb #b132cb1d
+# %% ../nbs/enhance/training.ipynb #6fea759c
 def data_of(recipe: Recipe):
     "(training stream, validation set, manifest) of a recipe"
     from speechloss.corpus import get
@@ -376,6 +377,7 @@ def data_of(recipe: Recipe):
     train = Mixtures(manifest, 'train', seconds=recipe.seconds, snr=recipe.snr,
                      clean_fraction=recipe.clean_fraction, gain_db=recipe.gain_db,
                      reverb=recipe.reverb, extra_noise=recipe.extra_noise, seed=recipe.seed)
+    train[0]   # what is wrong with the data shows here, before anything is written
     # the same validation mixtures for every seed and recipe of a corpus
     valid = Mixtures.grid(manifest, 'valid', seconds=recipe.seconds, limit=recipe.valid_size, seed=0)
     return train, valid, manifest
@@ -409,7 +411,7 @@ def train(
     return fit(model, objective, train_data, valid_data, recipe, out, progress=progress,
                tensorboard=tensorboard, about=about)
 
-# %% ../nbs/enhance/training.ipynb #07a7027a
+# %% ../nbs/enhance/training.ipynb #e2adab6d
 def train_many(
     recipes: dict[str, Recipe],
     outs: dict[str, Path] | Path,      # a folder for each, or one for all: outs / name
@@ -488,7 +490,8 @@ def _side_by_side(recipes, outs, workers: int, report: Callable) -> dict[str, Pa
             raise TrainingError('a training process was killed, perhaps for want of memory: start '
                                 'again with fewer workers, and all go on where they were') from None
         except BaseException:
+            running = list((getattr(pool, '_processes', None) or {}).values())
             pool.shutdown(wait=False, cancel_futures=True)
-            for process in list(getattr(pool, '_processes', {}).values()): process.terminate()
+            for process in running: process.terminate()
             raise
         return {name: job.result() for name, job in jobs.items()}

@@ -1,0 +1,409 @@
+"""Training: the same bits however often it is killed, and errors in one sentence."""
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+from torch import nn
+
+from speechloss import checkpoints
+from speechloss.audio import SpeechLossError
+from speechloss.checkpoints import CheckpointError
+from speechloss.losses import build_objective
+from speechloss.manifest import Manifest, Recording
+from speechloss.models import enhancer, load_enhancer
+from speechloss.training import (
+    PATIENCE, Recipe, Run, TrainingError, data_of, fit, model_of, read_log, train, train_many)
+
+
+def recording(folder, name, kind, split, wave) -> Recording:
+    path = folder / f'{name}.wav'
+    soundfile.write(path, wave, 16000)
+    return Recording(id=name, path=str(path), kind=kind, split=split, frames=len(wave), sample_rate=16000,
+                     speaker=name if kind == 'speech' else '', sha256=checkpoints.sha256(path),
+                     licence='none', source='the tests')
+
+
+@pytest.fixture(scope='module')
+def corpus(tmp_path_factory) -> str:
+    "A manifest of buzzes that come and go, and of noise"
+    folder, rng = tmp_path_factory.mktemp('corpus'), np.random.default_rng(0)
+    t, made = np.arange(32000) / 16000, []
+    for k, split in enumerate(('train',) * 4 + ('valid', 'test')):
+        buzz = sum(np.sin(2 * np.pi * n * (100 + 20 * k) * t) / n for n in range(1, 12))
+        made.append(recording(folder, f's{k}', 'speech', split, .1 * buzz * np.sin(7 * t).clip(0)))
+    for split in ('train', 'valid', 'test'):
+        made.append(recording(folder, f'n-{split}', 'noise', split, rng.normal(size=32000) / 20))
+    return str(Manifest(tuple(made), name='buzz').save(folder / 'buzz.jsonl'))
+
+
+@pytest.fixture
+def recipe(corpus) -> Recipe:
+    return Recipe(model='tiny', corpus=corpus, steps=12, steps_per_epoch=4, batch_size=2, seconds=.25,
+                  lr=5e-3, warmup=3, eval_every=4, save_every=3, log_every=1, valid_size=1, device='cpu')
+
+
+def stop_at(step):
+    def progress(label, done, total):
+        if done == step: raise KeyboardInterrupt
+    return progress
+
+
+def weights(folder) -> bytes: return (folder / 'model.safetensors').read_bytes()
+
+
+def untimed(path) -> list[dict]: return [{**row, 'seconds': 0} for row in read_log(path)]
+
+
+MAL = dict(terms=dict(base=dict(terms=dict(wave='si_sdr', spectrum='compressed_complex')),
+                      extra=dict(name='model_as_loss', rule='dynamic')), balance='grad')
+
+WORKER = '''
+import json, sys
+from speechloss.training import Recipe, train
+
+def main():
+    recipe, out = sys.argv[1:]
+    progress = lambda label, done, total: print(done, flush=True)
+    train(Recipe.from_dict(json.loads(recipe)), out, progress=progress)
+
+main()
+'''
+
+
+def run_worker(recipe: Recipe, out: Path, kill_after: int | None = None) -> None:
+    "Train in a process of its own; SIGKILL when it reports the step"
+    with subprocess.Popen([sys.executable, '-c', WORKER, json.dumps(asdict(recipe)), str(out)],
+                          stdout=subprocess.PIPE, text=True,
+                          env={**os.environ, 'OMP_NUM_THREADS': '1'}) as process:
+        for line in process.stdout:
+            if kill_after is not None and int(line) >= kill_after:
+                process.send_signal(signal.SIGKILL)
+                break
+        process.stdout.read()
+    assert process.returncode == (0 if kill_after is None else -signal.SIGKILL)
+
+
+@pytest.mark.slow
+def test_sigkill_at_three_random_steps(recipe, tmp_path):
+    "Model as Loss with a moving snapshot and gradient balance: all the state there is"
+    start = train(recipe, tmp_path / 'start')
+    recipe = replace(recipe, steps=90, steps_per_epoch=10, save_every=7, eval_every=11,
+                     init=str(start), objective=MAL)
+    train(recipe, tmp_path / 'undisturbed')
+    kills = sorted(random.SystemRandom().sample(range(5, 75), 3))
+    print('killed at', kills)
+    for step in kills:
+        run_worker(recipe, tmp_path / 'killed', kill_after=step)
+    run_worker(recipe, tmp_path / 'killed')
+    for folder in ('final', 'best'):
+        assert weights(tmp_path / 'killed' / folder) == weights(tmp_path / 'undisturbed' / folder), kills
+    assert untimed(tmp_path / 'killed/log.jsonl') == untimed(tmp_path / 'undisturbed/log.jsonl')
+
+
+@pytest.mark.parametrize('threads', [1, 2])
+@pytest.mark.parametrize('changes', [
+    dict(), dict(ema=0., schedule='constant'), dict(workers=1),
+    dict(gain_db=(-6, 6), clean_fraction=.5, extra_noise=('babble', 'pink'), seconds=.3)],
+    ids=['plain', 'constant', 'worker', 'augmented'])
+def test_stopped_and_resumed(recipe, tmp_path, changes, threads):
+    recipe = replace(recipe, threads=threads, **changes)
+    train(recipe, tmp_path / 'whole')
+    for step in (2, 7, 11):
+        with pytest.raises(KeyboardInterrupt):
+            train(recipe, tmp_path / 'parts', progress=stop_at(step))
+    train(recipe, tmp_path / 'parts')
+    assert weights(tmp_path / 'parts/final') == weights(tmp_path / 'whole/final')
+    assert weights(tmp_path / 'parts/best') == weights(tmp_path / 'whole/best')
+    assert untimed(tmp_path / 'parts/log.jsonl') == untimed(tmp_path / 'whole/log.jsonl')
+
+
+class Dropped(nn.Module):
+    "A user's model: dropout, an integer buffer, no save_pretrained"
+    sample_rate = 16000
+
+    def __init__(self):
+        super().__init__()
+        self.down, self.drop = nn.Conv1d(1, 8, 16, 8, padding=8), nn.Dropout(.5)
+        self.up = nn.ConvTranspose1d(8, 1, 16, 8, padding=8)
+        self.register_buffer('seen', torch.zeros((), dtype=torch.long))
+
+    def encode(self, wave): return self.drop(self.down(wave[:, None]).relu()).mT
+
+    def forward(self, noisy):
+        if self.training: self.seen += 1
+        return noisy + self.up(self.encode(noisy).mT)[:, 0, :noisy.shape[-1]]
+
+
+@pytest.mark.parametrize('freeze', [False, True])
+def test_a_users_model(recipe, tmp_path, freeze):
+    "Dropout draws the same after a stop; frozen, the encoder neither moves nor drops"
+    recipe, ends = replace(recipe, freeze_encoder=freeze), []
+    train_data, valid_data, _ = data_of(recipe)
+    for stops in ((), (5, 8)):
+        out = tmp_path / str(len(stops))
+        for step in (*stops, None):
+            torch.manual_seed(0)
+            model = Dropped()
+            before = model.down.weight.detach().clone()
+            try:
+                fit(model, build_objective(MAL, model=model), train_data, valid_data, recipe, out,
+                    progress=stop_at(step))
+            except KeyboardInterrupt:
+                continue
+        ends.append(weights(out / 'final'))
+        assert model.down.weight.equal(before) == freeze and model.drop.training != freeze
+        assert model.seen == recipe.steps
+    assert ends[0] == ends[1]
+
+
+def test_generators_and_threads_are_given_back(recipe, tmp_path):
+    torch.set_num_threads(2)
+    torch.manual_seed(5)
+    expected = torch.rand(1)
+    torch.manual_seed(5)
+    train(recipe, tmp_path / 'run')
+    assert torch.rand(1).equal(expected) and torch.get_num_threads() == 2
+
+
+def test_finished_run_returns_at_once(recipe, tmp_path):
+    train(recipe, tmp_path / 'run')
+    calls = []
+    train(replace(recipe, save_every=1), tmp_path / 'run', progress=lambda *event: calls.append(event))
+    assert not calls
+
+
+def test_averaged_weights_are_the_result(recipe, tmp_path):
+    "And with a decay of 0 they are the last weights themselves"
+    train(replace(recipe, ema=0.), tmp_path / 'run')
+    _, tensors, _ = checkpoints.latest(tmp_path / 'run/checkpoints')
+    final = load_enhancer(tmp_path / 'run').state_dict()
+    assert all(tensors[f'model/{name}'].equal(value) for name, value in final.items())
+
+
+def test_best_is_best(recipe, tmp_path):
+    train(replace(recipe, lr=.05), tmp_path / 'run')
+    scores = {row['step']: row['valid']['si_sdr'] for row in read_log(tmp_path / 'run/log.jsonl') if 'valid' in row}
+    best = json.loads((tmp_path / 'run/best/summary.json').read_text())
+    assert list(scores) == [4, 8, 12] and best['valid']['si_sdr'] == max(scores.values())
+    assert scores[best['step']] == max(scores.values())
+
+
+def test_frozen_encoder(recipe, tmp_path):
+    start = train(recipe, tmp_path / 'start')
+    end = train(replace(recipe, init=str(start), freeze_encoder=True), tmp_path / 'end')
+    one, other = (load_enhancer(folder).state_dict() for folder in (start, end))
+    for name in one:
+        assert one[name].equal(other[name]) == name.startswith('encoder.'), name
+
+
+def test_start_is_that_of_init(recipe, tmp_path):
+    start = train(recipe, tmp_path / 'start')
+    again = replace(recipe, init=str(start), model='base')
+    assert weights(start) and all(
+        a.equal(b) for a, b in zip(model_of(again).state_dict().values(), load_enhancer(start).state_dict().values()))
+
+
+# What goes wrong
+
+def test_checkpoint_damaged_between(recipe, tmp_path):
+    "The newest is cut: the one before is used, and the end is the same. All cut: an error"
+    train(recipe, tmp_path / 'whole')
+    out = tmp_path / 'parts'
+    with pytest.raises(KeyboardInterrupt): train(recipe, out, progress=stop_at(10))
+    folders = checkpoints.steps(out / 'checkpoints')
+    cut(folders[-1] / checkpoints.TENSORS)
+    with pytest.warns(UserWarning, match='going on from step-00000006'):
+        with pytest.raises(KeyboardInterrupt): train(recipe, out, progress=stop_at(8))
+    with pytest.warns(UserWarning): train(recipe, out)
+    assert weights(out / 'final') == weights(tmp_path / 'whole/final')
+    assert untimed(out / 'log.jsonl') == untimed(tmp_path / 'whole/log.jsonl')
+
+
+def cut(path): path.write_bytes(path.read_bytes()[:path.stat().st_size // 2])
+
+
+def test_all_checkpoints_damaged(recipe, tmp_path):
+    with pytest.raises(KeyboardInterrupt): train(recipe, tmp_path, progress=stop_at(10))
+    for folder in checkpoints.steps(tmp_path / 'checkpoints'): cut(folder / checkpoints.TENSORS)
+    before = (tmp_path / 'log.jsonl').read_bytes()
+    with pytest.raises(CheckpointError, match='no checkpoint in'):
+        train(recipe, tmp_path)
+    assert (tmp_path / 'log.jsonl').read_bytes() == before and not (tmp_path / 'final').exists()
+
+
+def test_torn_log(recipe, tmp_path):
+    train(recipe, tmp_path / 'whole')
+    with pytest.raises(KeyboardInterrupt): train(recipe, tmp_path / 'parts', progress=stop_at(10))
+    log = tmp_path / 'parts/log.jsonl'
+    log.write_bytes(log.read_bytes()[:-9])
+    train(recipe, tmp_path / 'parts')
+    assert untimed(log) == untimed(tmp_path / 'whole/log.jsonl')
+
+
+def test_full_disk(recipe, tmp_path, monkeypatch):
+    "One sentence, the checkpoint before it intact, and room again lets it go on"
+    train(recipe, tmp_path / 'whole')
+    real = checkpoints.save_tensors
+
+    def full(tensors, path):
+        if 'step-00000009' in str(path): raise OSError(28, 'No space left on device')
+        real(tensors, path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoints, 'save_tensors', full)
+        with pytest.raises(CheckpointError, match='No space left on device') as caught:
+            train(recipe, tmp_path / 'full')
+    assert '\n' not in str(caught.value)
+    assert checkpoints.latest(tmp_path / 'full/checkpoints')[0] == 6
+    train(recipe, tmp_path / 'full')
+    assert weights(tmp_path / 'full/final') == weights(tmp_path / 'whole/final')
+
+
+def test_another_runs_folder(recipe, tmp_path):
+    train(recipe, tmp_path / 'run')
+    before = sorted(p.name for p in (tmp_path / 'run').rglob('*'))
+    with pytest.raises(TrainingError, match='holds another run'):
+        train(replace(recipe, seed=1), tmp_path / 'run')
+    (tmp_path / 'run/recipe.json').write_text('{')
+    with pytest.raises(TrainingError, match='holds another run'):
+        train(recipe, tmp_path / 'run')
+    (tmp_path / 'run/recipe.json').unlink()
+    with pytest.raises(TrainingError, match='without recipe.json'):
+        train(recipe, tmp_path / 'run')
+    assert {*before} - {p.name for p in (tmp_path / 'run').rglob('*')} == {'recipe.json'}
+
+
+class Sometimes(nn.Module):
+    "A loss that is not finite at some calls"
+    def __init__(self, bad):
+        super().__init__()
+        self.bad, self.calls = bad, 0
+
+    def terms(self, enhanced, clean, *, noisy=None, lengths=None):
+        self.calls += 1
+        error = (enhanced - clean).square().mean()
+        return dict(error=error * (float('nan') if self.calls in self.bad else 1))
+
+
+def test_steps_that_are_not_finite(recipe, tmp_path):
+    "A few are left out and counted; a row of them ends the run"
+    train_data, valid_data, _ = data_of(recipe)
+    fit(enhancer('tiny'), Sometimes({2, 3, 7}), train_data, valid_data, recipe, tmp_path / 'few')
+    rows = read_log(tmp_path / 'few/log.jsonl')
+    assert rows[-1]['skipped'] == 3
+    assert all(p.isfinite().all() for p in load_enhancer(tmp_path / 'few').parameters())
+    with pytest.raises(TrainingError, match=f'not finite at step {PATIENCE} and'):
+        fit(enhancer('tiny'), Sometimes(range(2, 99)), train_data, valid_data, recipe, tmp_path / 'many')
+
+
+@pytest.mark.parametrize('wrong', [
+    dict(model='huge'), dict(model=dict(channels=3)), dict(model=dict(depth=3)),
+    dict(objective={}), dict(objective=dict(terms=dict(a='nothing'))),
+    dict(objective=dict(terms=dict(a=dict(name='si_sdr', depth=1)))), dict(corpus='absent'),
+    dict(corpus='absent.jsonl'), dict(init='/absent'), dict(device='tpu'), dict(steps=0),
+    dict(batch_size=-1), dict(lr=0.), dict(schedule='linear'), dict(ema=1.), dict(precision='int4'),
+    dict(snr='loud'), dict(steps='many'), dict(device='cuda'), dict(extra_noise=('drums',))], ids=str)
+def test_wrong_recipes(recipe, tmp_path, wrong):
+    "One sentence, and nothing is written"
+    if wrong == dict(device='cuda') and torch.cuda.is_available(): pytest.skip('there is a GPU')
+    with pytest.raises(SpeechLossError) as caught:
+        train({**asdict(recipe), **wrong}, tmp_path / 'run')
+    assert '\n' not in str(caught.value)
+    assert not (tmp_path / 'run').exists()
+
+
+def test_out_is_a_file(recipe, tmp_path):
+    (tmp_path / 'run').write_text('')
+    with pytest.raises(TrainingError, match='cannot be made'):
+        train(recipe, tmp_path / 'run')
+
+
+def test_key():
+    "Where and how it runs is not part of the result"
+    recipe = Recipe()
+    same = dict(corpus_dir='/x', save_every=3, log_every=3, threads=2, workers=2, device='cpu')
+    for name, value in same.items(): assert replace(recipe, **{name: value}).key == recipe.key
+    other = dict(model='base', seed=1, lr=1e-3, snr=(0, 1), eval_every=3, init='owner/name')
+    assert len({replace(recipe, **{name: value}).key for name, value in other.items()} | {recipe.key}) == 7
+
+
+def test_key_follows_the_content_of_init(recipe, tmp_path):
+    start = train(recipe, tmp_path / 'a')
+    train(recipe, tmp_path / 'b')
+    one, other = (replace(recipe, init=str(tmp_path / name)).key for name in 'ab')
+    assert one == other == replace(recipe, init=str(start)).key
+    assert one != recipe.key
+
+
+def test_tensorboard(recipe, tmp_path):
+    with pytest.raises(KeyboardInterrupt): train(recipe, tmp_path, tensorboard=True, progress=stop_at(8))
+    train(recipe, tmp_path, tensorboard=True)
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    board = EventAccumulator(str(tmp_path / 'tensorboard'))
+    board.Reload()
+    assert {'loss', 'terms/wave', 'valid/si_sdr'} <= set(board.Tags()['scalars'])
+    assert [event.step for event in board.Scalars('loss')] == list(range(1, 13))
+
+
+# Several processes
+
+@pytest.mark.slow
+def test_side_by_side(recipe, tmp_path):
+    recipes = {f'seed {seed}': replace(recipe, seed=seed) for seed in (0, 1)}
+    events = []
+    ends = train_many(recipes, tmp_path / 'two', 2, progress=lambda *event: events.append(event))
+    train(recipes['seed 1'], tmp_path / 'alone')
+    assert weights(ends['seed 1']) == weights(tmp_path / 'alone/final')
+    assert events[-1] == ('2 of 2 trained', 24, 24)
+    recipes['bad'] = replace(recipe, model='huge')
+    with pytest.raises(TrainingError, match='bad: model is'):
+        train_many(recipes, tmp_path / 'two', 2)
+
+
+DISTRIBUTED = '''
+import json, sys
+from speechloss.training import Recipe, train
+train(Recipe.from_dict(json.loads(sys.argv[1])), sys.argv[2])
+'''
+
+
+@pytest.mark.slow
+def test_two_processes_are_one(recipe, tmp_path):
+    "Two processes with half the batch each give the weights of one with the whole batch"
+    recipe = replace(recipe, steps=5, lr=1e-3)
+    train(replace(recipe, batch_size=4), tmp_path / 'one')
+    script = tmp_path / 'script.py'
+    script.write_text(DISTRIBUTED)
+    subprocess.run([sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', '2',
+                    str(script), json.dumps(asdict(recipe)), str(tmp_path / 'two')], check=True,
+                   env={**os.environ, 'OMP_NUM_THREADS': '1', 'ACCELERATE_USE_CPU': 'true'}, capture_output=True)
+    one, two = (load_enhancer(tmp_path / name).state_dict() for name in ('one', 'two'))
+    for name in one: assert torch.allclose(one[name], two[name], atol=2e-4), name
+    assert [row['step'] for row in read_log(tmp_path / 'two/log.jsonl')] == [1, 2, 3, 4, 5]
+
+
+def test_run_state_is_complete(recipe):
+    "What `save` gives, `load` takes, and after both the next step is the same"
+    def fresh():
+        model = model_of(recipe)
+        return Run(model, build_objective(MAL, model=model), recipe)
+
+    run = fresh()
+    for p in run.trained: p.grad = torch.ones_like(p)
+    run.optimizer.step()
+    run.average()
+    run.objective.epoch_end(run.model)
+    tensors, state = run.save()
+    other = fresh()
+    other.load(1, tensors, json.loads(json.dumps(state)))
+    again, _ = other.save()
+    assert set(again) == set(tensors) and all(again[name].equal(tensors[name]) for name in tensors)
