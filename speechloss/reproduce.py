@@ -285,7 +285,7 @@ def bar(
         yield lambda label, done, total: shown.update(
             task, description=f'{title}: {label}', completed=done, total=total)
 
-# %% ../nbs/reproduce/reproduce.ipynb #dda1719f
+# %% ../nbs/reproduce/reproduce.ipynb #a705cea4
 def run(
     paper: str,                              # its name, see `papers`
     *,
@@ -353,11 +353,13 @@ def execute_into(
 
 
 def tidy(notebook: Any) -> Any:
-    "An executed notebook without the traces of its machine: papermill's paths, our kernel's name."
+    "An executed notebook without the traces of its machine: paths, warnings, our kernel's name."
     notebook.metadata.pop('papermill', None)
     notebook.metadata['kernelspec'] = dict(PYTHON)
     for cell in notebook.cells:
         cell.metadata = {k: v for k, v in cell.metadata.items() if k == 'tags'}
+        if cell.cell_type == 'code':
+            cell.outputs = [o for o in cell.outputs if o.get('name') != 'stderr']
     return notebook
 
 
