@@ -132,7 +132,7 @@ def compress(
     gain = (spec.real.square() + spec.imag.square() + eps) ** ((power - 1) / 2)
     return torch.stack([spec.real * gain, spec.imag * gain], dim=-1)
 
-# %% ../nbs/signal/spectral.ipynb #9e3a2285
+# %% ../nbs/signal/spectral.ipynb #e686ec52
 _SLANEY_STEP = 200 / 3                 # Hz per mel below 1 kHz
 _SLANEY_LOG = math.log(6.4) / 27       # log step above
 
@@ -174,7 +174,8 @@ def mel_filters(
     rise = (bins[:, None] - edges[:-2]) / (edges[1:-1] - edges[:-2])
     fall = (edges[2:] - bins[:, None]) / (edges[2:] - edges[1:-1])
     filters = torch.minimum(rise, fall).clamp_min(0)              # (bins, n_mels)
-    if empty := int((filters.amax(0) == 0).sum()):
+    empty = 0 if torch.compiler.is_compiling() else int((filters.amax(0) == 0).sum())
+    if empty:
         raise ValueError(f'n_mels is {n_mels}, which leaves {empty} filters without a bin at '
                          f'n_fft {n_fft} and {sample_rate} Hz: use fewer mels or a larger n_fft')
     return filters * (2 / (edges[2:] - edges[:-2])) if norm == 'slaney' else filters

@@ -145,7 +145,9 @@ class LossContract:
         if 'case' in metafunc.fixturenames:
             cases = self.cases
             if metafunc.function.__name__ == 'test_compiles':
-                cases = [c for c in cases if c.compiles]
+                slow = dict(inductor=[pytest.mark.slow])      # it calls a C++ compiler
+                cases = [pytest.param(c, marks=slow.get(c.compiles, ()))
+                         for c in cases if c.compiles]
             metafunc.parametrize('case', cases, ids=str)
 
     # shapes, types, layouts

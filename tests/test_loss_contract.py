@@ -10,6 +10,7 @@ from speechloss.features import EncoderFeatures, MelFeatures, RandomFeatures, ST
 from speechloss.losses import (
     CARDS, CompressedComplexLoss, FeatureDistance, LogMelLoss, ModelAsLoss,
     MultiResolutionSTFTLoss, Objective, SISDRLoss, SNRLoss, STFTLoss, WaveL1Loss, WaveL2Loss)
+from speechloss.models import enhancer
 
 # A magnitude knows no direction at exact silence.
 MAGNITUDE = ('silent enhanced',)
@@ -33,11 +34,13 @@ class TinyModel(nn.Module):
 
 
 TWO = ((512, 128), (256, 64))
+CAUSAL = dict(preset='small', causal=True)
 RUNNING = ('balancer.running', 'balancer.steps')
 
 
-def own(reduction='mean', **options):
-    return ModelAsLoss(TinyModel(), reduction=reduction, **options)
+def own(reduction='mean', model=TinyModel, **options):
+    torch.manual_seed(7)
+    return ModelAsLoss(model(), reduction=reduction, **options)
 
 
 def distance(features, reduction='mean', **options):
@@ -90,7 +93,7 @@ SETS = {
 
 DISTANCES = [
     Case(f'{name}-{kind}', partial(distance, make, distance=kind), blind=blind,
-         compiles='aot_eager' if name != 'encoder' and kind != 'l2' else '')
+         compiles='aot_eager' if name != 'encoder' and kind == 'cosine' else '')
     for name, (make, blind) in SETS.items() for kind in ('l1', 'l2', 'cosine')]
 
 BALANCED = [
@@ -109,6 +112,8 @@ OWN = [
     Case('frozen-fe-cosine', partial(own, rule='frozen-fe', layers=[1], distance='cosine')),
     Case('standardized-by-value', partial(own, layers='all', standardize=True, balance='value')),
     Case('by grad', partial(own, layers='all', balance='grad'), state=RUNNING),
+    Case('enhancer', partial(own, model=partial(enhancer, 'small'), layers='all'), blind=MAGNITUDE),
+    Case('causal enhancer', partial(own, model=partial(enhancer, CAUSAL)), blind=MAGNITUDE),
 ]
 
 OBJECTIVES = [

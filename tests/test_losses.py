@@ -285,6 +285,17 @@ def test_twins(function):
     assert stereo.shape == (2,) and function(enhanced[0], clean[0], **needed).shape == ()
 
 
+@pytest.mark.parametrize('function', TWINS, ids=lambda f: f.__name__)
+@pytest.mark.filterwarnings('ignore:Dynamo detected a call to a `functools.lru_cache`')
+def test_functions_compile(function):
+    torch._dynamo.reset()
+    needed = dict(sample_rate=16000) if function is log_mel else {}
+    enhanced, clean, _ = waves()
+    compiled = torch.compile(function, fullgraph=True, backend='eager')
+    torch.testing.assert_close(compiled(enhanced, clean, **needed),
+                               function(enhanced, clean, **needed), rtol=1e-4, atol=1e-6)
+
+
 def test_every_function_is_exported():
     assert {f.__name__ for f in TWINS} < set(functional.__all__)
 

@@ -14,7 +14,7 @@ from .balance import Balancer
 from .base import Loss, Waves, masked_mean
 from ..spectral import EPS
 
-# %% ../../nbs/losses/distance.ipynb #7f3116dc
+# %% ../../nbs/losses/distance.ipynb #a00725a7
 def _l1(a, b): return (a - b).abs()
 def _l2(a, b): return (a - b).square()
 
@@ -61,7 +61,7 @@ class FeatureDistance(Loss):
 
     `weights` are per layer, in order or by name; `balance` is one of `none`, `value`, `mean`,
     `grad` (see `Balancer`); `standardize` divides each feature dimension by its deviation over
-    the clean utterance.
+    the clean utterance. Features of magnitude alone have no gradient at exact silence.
     """
     def __init__(self, features: Features, *, distance: str = 'l1', weights=None,
                  balance: str = 'none', standardize: bool = False, momentum: float = 0.99,

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..features import EncoderFeatures
 from .distance import FeatureDistance
 
-# %% ../../nbs/losses/model_as_loss.ipynb #ae50ac92
+# %% ../../nbs/losses/model_as_loss.ipynb #434d7346
 RULES = ('frozen-fe', 'frozen', 'dynamic')
 REFRESH = ('epoch', 'batch', 'ema')
 
@@ -24,6 +24,7 @@ class ModelAsLoss(FeatureDistance):
     once. `rule` is 'frozen-fe', 'frozen' or 'dynamic'; under 'dynamic' the copy follows the model
     each `refresh`: 'epoch', 'batch', or 'ema' with decay `ema`. Under 'frozen-fe' the caller also
     freezes the model's own encoder (`freeze_encoder` of the training recipe). 0 at identity.
+    An encoder that sees magnitudes alone, as the package's own, has no gradient at exact silence.
 
     Phaye et al., *Model as Loss*, Interspeech 2025, arXiv 2505.21156.
     """

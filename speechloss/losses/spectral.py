@@ -98,7 +98,7 @@ class STFTLoss(MultiResolutionSTFTLoss):
         super().__init__(resolutions=[(n_fft, hop_length, win_length or n_fft)], terms=terms,
                          window=window, eps=eps, reduction=reduction)
 
-# %% ../../nbs/losses/spectral.ipynb #cd9f7674
+# %% ../../nbs/losses/spectral.ipynb #590575bc
 def log_mel(
     enhanced: Tensor,               # (T,), (B, T) or (B, C, T)
     clean: Tensor,                  # same shape
@@ -118,7 +118,10 @@ def log_mel(
 
 
 class LogMelLoss(Loss):
-    "Mean absolute difference of log-mel spectra; 0 at identity. `sample_rate` in Hz is required"
+    """Mean absolute difference of log-mel spectra; 0 at identity. `sample_rate` in Hz is required.
+
+    A magnitude has no gradient at exact silence.
+    """
     def __init__(self, *, sample_rate: int, n_fft: int = 1024, hop_length: int = 256,
                  n_mels: int = 80, eps: float = 1e-5, reduction: str = 'mean'):
         super().__init__(reduction=reduction)
@@ -135,7 +138,7 @@ class LogMelLoss(Loss):
         e, s = (self._log_mel(w, waves.lengths) for w in (waves.enhanced, waves.clean))
         return {'log_mel': masked_mean((e - s).abs(), frames)}
 
-# %% ../../nbs/losses/spectral.ipynb #6a26fbc4
+# %% ../../nbs/losses/spectral.ipynb #40e29a66
 def compressed_complex(
     enhanced: Tensor,               # (T,), (B, T) or (B, C, T)
     clean: Tensor,                  # same shape
@@ -155,7 +158,8 @@ def compressed_complex(
 class CompressedComplexLoss(Loss):
     """Power-compressed magnitude and complex distance; 0 at identity.
 
-    `power` is the exponent c, `share` the weight a of the complex part, in 0..1.
+    `power` is the exponent c, `share` the weight a of the complex part, in 0..1; without it the
+    loss has no gradient at exact silence.
     """
     def __init__(self, *, n_fft: int = 512, hop_length: int = 128, power: float = 0.3,
                  share: float = 0.3, reduction: str = 'mean'):
