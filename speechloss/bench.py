@@ -7,7 +7,7 @@ __all__ = ['BENCHES', 'Bench', 'bench', 'stage1', 'arm', 'model_folder', 'traini
            'test_clips', 'digest', 'enhance_clips', 'cached', 'score_model', 'spread', 'about', 'column', 'difference',
            'speech_kept', 'iterate', 'iterate_model']
 
-# %% ../nbs/reproduce/bench.ipynb #6aa8ef0c
+# %% ../nbs/reproduce/bench.ipynb #c2014124
 import hashlib
 import json
 import os
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from .audio import SpeechLossError, home
 from .corpus import get
 from .manifest import Manifest
-from .metrics import score
+from .scoring import score
 from .mixing import Mixtures
 from .models import load_enhancer
 from .stats import Interval, paired_bootstrap

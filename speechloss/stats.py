@@ -146,7 +146,7 @@ def equivalent(
     "Whether the whole interval lies within the margin on both sides"
     return -margin < interval.low and interval.high < margin
 
-# %% ../nbs/enhance/stats.ipynb #4304d669
+# %% ../nbs/enhance/stats.ipynb #44dc5822
 def _by_id(name: str, rows: Iterable[dict], column: str, key: str) -> dict:
     found = {}
     for row in rows:
@@ -161,7 +161,7 @@ def _by_id(name: str, rows: Iterable[dict], column: str, key: str) -> dict:
 
 
 def compare(
-    candidate: Iterable[dict],  # rows of `metrics.score`; one identifier several times: seeds
+    candidate: Iterable[dict],  # rows of `scoring.score`; one identifier several times: seeds
     reference: Iterable[dict],  # rows of the same files
     column: str,                # such as 'pesq'
     *,

@@ -1,0 +1,81 @@
+"""Scoring against everything that goes wrong in a batch."""
+import math
+import os
+import signal
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from speechloss.audio import SpeechLossError, save
+from speechloss.scoring import score
+
+RATE = 16_000
+RNG = np.random.default_rng(0)
+CLEAN = .1 * RNG.standard_normal(2 * RATE) * np.sin(np.arange(2 * RATE) / 2500) ** 2
+NOISY = CLEAN + .03 * RNG.standard_normal(2 * RATE)
+
+
+def pair(**more): return dict(enhanced=NOISY, clean=CLEAN, sample_rate=RATE, **more)
+
+
+class Bomb:
+    "Kills the process that unpickles it, as the system does when memory runs out"
+    def __reduce__(self): return signal.raise_signal, (signal.SIGKILL,)
+
+
+def test_a_pool_gives_ordered_rows_and_survives_its_killers(tmp_path):
+    for name, wave in (('e', NOISY), ('c', CLEAN)):
+        save(tmp_path / f'{name}.wav', torch.from_numpy(wave).float(), RATE)
+    (tmp_path / 'cut.wav').write_bytes((tmp_path / 'e.wav').read_bytes()[:20])
+    items = [pair(id=0, speaker='a', noisy=torch.zeros(3)),
+             dict(id=1, enhanced=torch.from_numpy(NOISY), clean=torch.from_numpy(CLEAN)),
+             dict(id=2, enhanced=tmp_path / 'e.wav', clean=str(tmp_path / 'c.wav')),
+             dict(id=3, enhanced=tmp_path / 'cut.wav', clean=CLEAN, sample_rate=RATE),
+             dict(id=4, enhanced=Bomb(), clean=CLEAN, sample_rate=RATE),
+             dict(id=5, enhanced=NOISY, clean=CLEAN, sample_rate=lambda: 0),   # does not pickle
+             *(pair(id=k) for k in range(6, 16))]
+    seen, threads = [], os.environ.get('OMP_NUM_THREADS')
+    rows = score(iter(items), ['si_sdr', 'lsd'], workers=2,
+                   progress=lambda done, total: seen.append((done, total)))
+    assert [r['id'] for r in rows] == list(range(16))
+    assert seen == [(k + 1, None) for k in range(16)]
+    assert os.environ.get('OMP_NUM_THREADS') == threads
+    bad = {3: 'cut.wav', 4: 'died', 5: 'ickle'}
+    for row in rows:
+        if row['id'] in bad:
+            assert math.isnan(row['lsd']) and bad[row['id']] in row['reasons']['lsd'], row
+        else:
+            assert row['reasons'] == {}
+            assert row['si_sdr'] == pytest.approx(rows[0]['si_sdr'], abs=1e-2)
+    assert set(rows[0]) == {'id', 'speaker', 'sample_rate', 'si_sdr', 'lsd', 'reasons'}
+
+
+def test_a_script_without_a_main_guard_still_gets_its_rows(tmp_path):
+    script = tmp_path / 'plain.py'
+    script.write_text('import numpy as np\n'
+                      'from speechloss.scoring import score\n'
+                      'w = np.random.default_rng(0).standard_normal(16000)\n'
+                      'pair = dict(enhanced=w, clean=w, sample_rate=16000)\n'
+                      'rows = score([pair] * 3, "lsd", workers=2)\n'
+                      'print("rows", len(rows), rows[2]["lsd"])\n')
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=120)
+    assert done.stdout == 'rows 3 0.0\n', done.stderr
+    assert "__name__ == '__main__'" in done.stderr
+
+
+def test_nothing_and_nonsense():
+    assert score([], 'lsd') == []
+    with pytest.raises(SpeechLossError, match='workers is 0'): score([pair()], 'lsd', workers=0)
+    with pytest.raises(SpeechLossError, match="'psq' is unknown"): score([pair()], 'psq')
+    rows = score([dict(clean=CLEAN), dict(enhanced=NOISY, clean=CLEAN, sample_rate='16k')], 'lsd')
+    assert "no 'enhanced'" in rows[0]['reasons']['lsd']
+    assert "'16k'" in rows[1]['reasons']['lsd']
+
+
+def test_rates_that_disagree(tmp_path):
+    save(tmp_path / 'e.wav', torch.from_numpy(NOISY).float(), 8000)
+    row, = score([dict(enhanced=tmp_path / 'e.wav', clean=CLEAN, sample_rate=RATE)], 'lsd')
+    assert '[8000, 16000] Hz' in row['reasons']['lsd']
