@@ -93,9 +93,9 @@ endif
 
 $(ready): setup.py settings.ini constraints.txt
 	@command -v "$(PYTHON)" >/dev/null || { \
-	    echo 'speechloss: no $(PYTHON) here: install Python 3.10 or newer, or name one with PYTHON='; exit 2; }
-	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { \
-	    echo "speechloss: needs Python 3.10 or newer, this is $$("$(PYTHON)" -V 2>&1): name a newer one with PYTHON="; exit 2; }
+	    echo 'speechloss: no $(PYTHON) here: install Python 3.11 or newer, or name one with PYTHON='; exit 2; }
+	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	    echo "speechloss: needs Python 3.11 or newer, this is $$("$(PYTHON)" -V 2>&1): name a newer one with PYTHON="; exit 2; }
 	@"$(PYTHON)" -c 'import ensurepip, venv' 2>/dev/null || { \
 	    echo 'speechloss: this Python cannot make virtual environments: install its venv package (Debian: python3-venv)'; exit 2; }
 	@command -v cc gcc clang >/dev/null || { \

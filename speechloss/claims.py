@@ -6,9 +6,10 @@
 __all__ = ['SCALES', 'KINDS', 'RULES', 'reading', 'Claim', 'registry', 'load_claims', 'Verdict', 'text', 'judge', 'Verdicts',
            'judge_all', 'failures']
 
-# %% ../nbs/reproduce/claims.ipynb #b110d435
+# %% ../nbs/reproduce/claims.ipynb #5cb5f913
 import html
 import math
+import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -55,7 +56,7 @@ def reading(
     inside, outside = max(-low, high) <= holds['margin'], max(low, -high) > holds['margin']
     return 'holds' if inside else 'fails' if outside else 'open'
 
-# %% ../nbs/reproduce/claims.ipynb #f84aeb6e
+# %% ../nbs/reproduce/claims.ipynb #fb35a9db
 @dataclass(frozen=True)
 class Claim:
     """One claim of a paper, as `claims.toml` holds it.
@@ -109,10 +110,6 @@ def load_claims(
     path: Path | None = None,  # another registry file
 ) -> list[Claim]:              # in the order of the file
     "Read and check the registry; raises `SpeechLossError` for an entry that cannot be judged."
-    try:
-        import tomllib
-    except ModuleNotFoundError:  # Python 3.10
-        import tomli as tomllib
     path = Path(path or registry() / 'claims.toml')
     try:
         entries = tomllib.loads(path.read_text(encoding='utf-8')).get('claim', [])

@@ -228,7 +228,7 @@ def pairs(
                               f'{", ".join(SUFFIXES)}')
     return [(source, target)]
 
-# %% ../nbs/reproduce/cli.ipynb #cd5ac2c6
+# %% ../nbs/reproduce/cli.ipynb #38974cf4
 @app.command(context_settings=dict(allow_extra_args=True, ignore_unknown_options=True))
 def train(
     ctx: typer.Context,
@@ -256,10 +256,7 @@ def read_recipe(path: Path) -> dict:
         raise SpeechLossError(f'recipe {path} does not exist: name a .toml or .json file')
     try:
         if path.suffix == '.toml':
-            try:
-                import tomllib
-            except ModuleNotFoundError:  # Python 3.10
-                import tomli as tomllib
+            import tomllib
             fields = tomllib.loads(path.read_text(encoding='utf-8'))
         else:
             fields = json.loads(path.read_text(encoding='utf-8'))

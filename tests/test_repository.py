@@ -250,8 +250,8 @@ def test_make_reproduce_passes_its_variables(given, wanted):
 def test_set_up_says_what_the_machine_lacks(tmp_path):
     venv = f'VENV={tmp_path/"venv"}'
     old = shim(tmp_path, 'python-old', '[ "$1" = -V ] && echo "Python 3.8.1"; exit 1')
-    for python, reason in [('no-such-python', 'install Python 3.10 or newer'),
-                           (old, 'needs Python 3.10 or newer, this is Python 3.8.1')]:
+    for python, reason in [('no-such-python', 'install Python 3.11 or newer'),
+                           (old, 'needs Python 3.11 or newer, this is Python 3.8.1')]:
         done = make('setup', venv, f'PYTHON={python}')
         assert done.returncode == 2 and reason in done.stdout
         assert len(done.stdout.splitlines()) == 1 and not (tmp_path/'venv').exists()
