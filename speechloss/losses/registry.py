@@ -21,7 +21,7 @@ from .spectral import (
     CompressedComplexLoss, LogMelLoss, MultiResolutionSTFTLoss, STFTLoss)
 from .waveform import SISDRLoss, SNRLoss, WaveL1Loss, WaveL2Loss
 
-# %% ../../nbs/losses/registry.ipynb #161e1287
+# %% ../../nbs/losses/registry.ipynb #4180136f
 @dataclass(frozen=True)
 class Card:
     "What a user wants to know before choosing a loss"
@@ -29,29 +29,29 @@ class Card:
     loss: type           # the module
     looks_at: str        # which features
     identity: str        # value for enhanced == clean
-    level: bool | None   # does it see a wrong level? None: the network decides
-    phase: bool | None   # does it see a wrong phase?
+    level: str           # does it see a wrong level? 'yes', 'no' or 'depends' on the features
+    phase: str           # does it see a wrong phase?
     source: str          # paper
     link: str = ''
 
 
 CARDS = {card.name: card for card in (
-    Card('wave_l1', WaveL1Loss, 'samples', '0', True, True, 'textbook'),
-    Card('wave_l2', WaveL2Loss, 'samples', '0', True, True, 'textbook'),
-    Card('snr', SNRLoss, 'samples', '-max_db', True, True, 'textbook'),
-    Card('si_sdr', SISDRLoss, 'samples', '-max_db', False, True,
+    Card('wave_l1', WaveL1Loss, 'samples', '0', 'yes', 'yes', 'textbook'),
+    Card('wave_l2', WaveL2Loss, 'samples', '0', 'yes', 'yes', 'textbook'),
+    Card('snr', SNRLoss, 'samples', '-max_db', 'yes', 'yes', 'textbook'),
+    Card('si_sdr', SISDRLoss, 'samples', '-max_db', 'no', 'yes',
          'Le Roux et al. 2019', 'https://arxiv.org/abs/1811.02508'),
-    Card('stft', STFTLoss, 'STFT magnitude, one resolution', '0', True, False,
+    Card('stft', STFTLoss, 'STFT magnitude, one resolution', '0', 'yes', 'no',
          'Arik et al. 2018', 'https://arxiv.org/abs/1808.06719'),
     Card('multi_resolution_stft', MultiResolutionSTFTLoss, 'STFT magnitude, three resolutions',
-         '0', True, False, 'Yamamoto et al. 2020', 'https://arxiv.org/abs/1910.11480'),
-    Card('log_mel', LogMelLoss, 'log-mel spectrum', '0', True, False, 'Kong et al. 2020',
+         '0', 'yes', 'no', 'Yamamoto et al. 2020', 'https://arxiv.org/abs/1910.11480'),
+    Card('log_mel', LogMelLoss, 'log-mel spectrum', '0', 'yes', 'no', 'Kong et al. 2020',
          'https://arxiv.org/abs/2010.05646'),
     Card('compressed_complex', CompressedComplexLoss, 'compressed STFT, magnitude and complex',
-         '0', True, True, 'Braun & Tashev 2021', 'https://arxiv.org/abs/2009.12286'),
-    Card('feature_distance', FeatureDistance, 'any features', '0', None, None,
+         '0', 'yes', 'yes', 'Braun & Tashev 2021', 'https://arxiv.org/abs/2009.12286'),
+    Card('feature_distance', FeatureDistance, 'any features', '0', 'depends', 'depends',
          'Germain et al. 2019', 'https://arxiv.org/abs/1806.10522'),
-    Card('model_as_loss', ModelAsLoss, "the enhancer's own encoder", '0', None, None,
+    Card('model_as_loss', ModelAsLoss, "the enhancer's own encoder", '0', 'depends', 'depends',
          'Phaye et al. 2025', 'https://arxiv.org/abs/2505.21156'),
 )}
 
