@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from speechloss import checkpoints
-from speechloss.checkpoints import CheckpointError, latest, save_checkpoint, steps, write_folder
+from speechloss.checkpoints import CheckpointError, latest, save_checkpoint, write_folder
 
 
 def save(root, step, size=1000):
