@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['CORPORA', 'get', 'from_folder', 'from_pairs']
 
-# %% ../nbs/signal/corpus.ipynb #93616375
+# %% ../nbs/signal/corpus.ipynb #57148454
 import hashlib
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -34,6 +34,9 @@ def get(
     if name not in CORPORA:
         raise CorpusError(f'corpus {name!r} is unknown: use {", ".join(CORPORA)} '
                           'or the path of a manifest (.jsonl)')
+    if from_dir is not None and not Path(from_dir).is_dir():
+        raise CorpusError(f'{from_dir} is not a folder: give one that holds the published files '
+                          f'of {name}')
     folder = Path(home or audio.home()).absolute() / 'corpora' / name
     try:
         if found := opened(folder): return found

@@ -126,7 +126,7 @@ def _fetch(url: str, target: Path, digest: str, attempts: int, wait: float, time
                           'to a folder that holds the corpus (--from DIR, from_dir=DIR)')
     with atomic(target) as part: part.write_bytes(data)
 
-# %% ../nbs/signal/fetch.ipynb #81b8e194
+# %% ../nbs/signal/fetch.ipynb #545fbdcf
 COMMITS = {'resemble-ai/Resemblyzer': '15d828edebe06bc72b9cabc8ef8ca5ab2cb457ce',
            'rafaelmardojai/blanket': '8b1c27aedde1d6ad8053ce5ad351a2924bcdb766'}
 RAW = 'https://raw.githubusercontent.com'
@@ -140,17 +140,25 @@ def _url(row: dict) -> str:
 def laptop(folder: Path, from_dir=None) -> Manifest:
     "Fetch the laptop corpus into `folder`, from its repositories or from a local folder"
     rows, source = table('laptop'), folder / 'published'
+    credits = _credits(rows)
+    say('\n  '.join([f'laptop: {len(rows)} recordings, 89 MB; they stay in your cache', *credits]))
     if from_dir is not None:
         where = _found(rows, Path(from_dir))
     else:
-        say(f'laptop: fetching {len(rows)} recordings (89 MB); speech: LibriSpeech, CC BY 4.0; '
-            'noise: CC0, CC BY and public domain, see the manifest')
         where = {r['id']: _target(r, folder, source) for r in rows}
         download([(_url(r), where[r['id']], r['sha256']) for r in rows])
-    manifest = Manifest([_placed(r, folder, where[r['id']]) for r in rows], 'laptop')
+    manifest = Manifest([_placed(r, folder, where[r['id']]) for r in rows], 'laptop',
+                        note='; '.join(credits))
     for p in source.glob('*'): p.unlink()
     if source.is_dir(): source.rmdir()
     return seal(manifest, folder)
+
+
+def _credits(rows: list[dict]) -> list[str]:
+    "Whose recordings these are, under which licence: a line for the speech, one for each noise"
+    return list(dict.fromkeys(
+        f"{'speech' if r['kind'] == 'speech' else r['id']}: {r['author']}, {r['licence']}, "
+        f"{r['origin']}" for r in rows))
 
 
 def _target(row: dict, folder: Path, source: Path) -> Path:

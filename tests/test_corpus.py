@@ -83,7 +83,8 @@ def public(tmp_path, monkeypatch):
                          data=(tmp_path / 'made' / f'n{n}.ogg').read_bytes()))
     for r in rows:
         data = r.pop('data')
-        r.update(sha256=hashlib.sha256(data).hexdigest(), copy_sha256='', licence='CC0-1.0')
+        r.update(sha256=hashlib.sha256(data).hexdigest(), copy_sha256='', licence='CC0-1.0',
+                 author='Ann', origin='https://example.org')
         files[f"/{r['repository']}/{fetch.COMMITS[r['repository']]}/{r['path']}"] = data
     state = dict(asked=[], fail=set(), cut=set())
 
@@ -159,6 +160,21 @@ def test_laptop_from_a_folder(public, tmp_path):
     shutil.move(tmp_path / 'b', tmp_path / 'c')                           # a cache can be moved
     moved = get('laptop', home=tmp_path / 'c')
     assert moved.hash == local.hash and Path(moved.recordings[0].path).is_file()
+
+
+def test_laptop_names_its_authors_once_a_fetch(public, tmp_path, capsys):
+    for from_dir, home in ((None, 'a'), (tmp_path / 'made', 'b')):
+        made = get('laptop', from_dir=from_dir, home=tmp_path / home)
+        said = capsys.readouterr().err
+        assert said.count('speech: Ann, CC0-1.0') == said.count('n1: Ann, CC0-1.0') == 1
+        assert 'n1: Ann' in made.note and made.summary()['note'] == made.note
+        get('laptop', from_dir=from_dir, home=tmp_path / home)
+        assert 'Ann' not in capsys.readouterr().err
+
+
+def test_a_wrong_folder_counts_with_a_cached_corpus_too(public, tmp_path):
+    get('laptop', home=tmp_path / 'h')
+    fails(lambda: get('laptop', from_dir=tmp_path / 'none', home=tmp_path / 'h'), 'not a folder')
 
 
 def test_laptop_from_a_wrong_folder(public, tmp_path):
