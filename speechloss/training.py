@@ -6,13 +6,13 @@
 __all__ = ['PATIENCE', 'collate', 'Order', 'Wrapped', 'Run', 'Log', 'read_log', 'validate', 'fit', 'data_of', 'model_of', 'train',
            'train_many', 'free_cores', 'BASE', 'Recipe', 'TrainingError']
 
-# %% ../nbs/enhance/training.ipynb #2ee9a85c
+# %% ../nbs/enhance/training.ipynb #2380099f
 import json
 import math
 import os
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 
@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from . import checkpoints
 from .audio import SpeechLossError
 from .encoders import encoder_modules, encoder_parameters
+from .fetch import alone
 from .losses import build_objective
 from .models import enhancer, load_enhancer
 from .recipe import BASE, Recipe, TrainingError
@@ -57,7 +58,7 @@ class Wrapped(torch.utils.data.Dataset):
     def __len__(self) -> int: return 2**31 - 1
     def __getitem__(self, k: int) -> dict: return self.data[k % len(self.data)]
 
-# %% ../nbs/enhance/training.ipynb #b2543e86
+# %% ../nbs/enhance/training.ipynb #1dfc720f
 PATIENCE = 10   # steps without a finite gradient before the run gives up
 
 
@@ -71,6 +72,9 @@ class Run:
         self.model, self.objective, self.recipe = model, objective, recipe
         self.step, self.skipped, self.in_a_row, self.best = 0, 0, 0, -math.inf
         self.averaged = {k: v.detach().clone() for k, v in model.state_dict().items()}
+        rules = {getattr(module, 'rule', None) for module in objective.modules()}
+        if 'frozen-fe' in rules and not recipe.freeze_encoder:
+            raise TrainingError("rule 'frozen-fe' trains the decoder alone: set freeze_encoder = true")
         self.frozen = _freeze(model) if recipe.freeze_encoder else []
         self.trained = [p for p in model.parameters() if p.requires_grad]
         if not self.trained:
@@ -200,7 +204,7 @@ def validate(model: nn.Module, data, *, device='cpu', batch_size: int = 8) -> di
     score = float(torch.cat(scores).double().mean())
     return dict(si_sdr=score, gain=score - float(torch.cat(before).double().mean()))
 
-# %% ../nbs/enhance/training.ipynb #fc574c60
+# %% ../nbs/enhance/training.ipynb #66aa9397
 def _accelerator(recipe: Recipe):
     try:
         from accelerate import Accelerator
@@ -229,11 +233,14 @@ def _outputs(out: Path, recipe: Recipe, about: dict, main: bool) -> bool:
     "Claim the folder for this recipe; True when its run is done. Another recipe's is an error."
     record = out / 'recipe.json'
     if record.is_file():
-        try: there = json.loads(record.read_text(encoding='utf-8'))['key']
-        except (ValueError, KeyError): there = 'unreadable'
-        if there != recipe.key:
-            raise TrainingError(f'{out} holds another run (key {there[:12]}, this one has '
-                                f'{recipe.key[:12]}): choose another folder')
+        try: there = json.loads(record.read_text(encoding='utf-8'))
+        except ValueError: there = {}
+        if there.get('key') != recipe.key:
+            raise TrainingError(f'{out} holds another run (key {there.get("key", "unreadable")[:12]}, '
+                                f'this one has {recipe.key[:12]}): choose another folder')
+        if there.get('corpus_hash') != about.get('corpus_hash'):
+            raise TrainingError(f'{out} holds a run on other recordings of the corpus '
+                                f'{recipe.corpus!r}: remove it or choose another folder')
     elif (out / 'checkpoints').is_dir() or (out / 'final').exists():
         raise TrainingError(f'{out} holds a run without recipe.json: choose another folder')
     if (out / 'final' / 'summary.json').is_file(): return True
@@ -276,8 +283,10 @@ def fit(
     `TrainingError` and `CheckpointError` in one sentence.
     """
     out, accelerator = Path(out), _accelerator(recipe)
-    if _outputs(out, recipe, about or {}, accelerator.is_main_process): return out / 'final'
-    with _settled(recipe, accelerator.device):
+    main = accelerator.is_main_process
+    # two runs in one folder would mix their rows and checkpoints: the second waits, and finds it done
+    with _settled(recipe, accelerator.device), alone(out) if main else nullcontext():
+        if _outputs(out, recipe, about or {}, main): return out / 'final'
         return _Loop(accelerator, model, objective, recipe, out).go(
             train_data, valid_data, progress or (lambda label, done, total: None), tensorboard)
 
@@ -368,7 +377,7 @@ class _Loop:
             step=self.run.step, valid=rows[-1]['valid'] if rows else None, best=self.run.best,
             skipped=self.run.skipped, key=self.recipe.key))
 
-# %% ../nbs/enhance/training.ipynb #6fea759c
+# %% ../nbs/enhance/training.ipynb #39ee4427
 def data_of(recipe: Recipe):
     "(training stream, validation set, manifest) of a recipe"
     from speechloss.corpus import get
@@ -403,11 +412,11 @@ def train(
     A finished run returns at once; a folder with another run is a `TrainingError`.
     """
     if isinstance(recipe, dict): recipe = Recipe.from_dict(recipe)
-    if _outputs(Path(out), recipe, {}, main=False): return Path(out) / 'final'
     train_data, valid_data, manifest = data_of(recipe)
+    about = dict(corpus_hash=manifest.hash, torch=torch.__version__)
+    if _outputs(Path(out), recipe, about, main=False): return Path(out) / 'final'
     model = model_of(recipe)
     objective = build_objective(recipe.objective, model=model, load=load_enhancer)
-    about = dict(corpus_hash=manifest.hash, torch=torch.__version__)
     return fit(model, objective, train_data, valid_data, recipe, out, progress=progress,
                tensorboard=tensorboard, about=about)
 
