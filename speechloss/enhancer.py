@@ -6,11 +6,16 @@
 __all__ = ['SILENCE', 'erb_bands', 'spectrum', 'frame_total', 'mean_so_far', 'Recurrent', 'SpectralEncoder', 'SpectralDecoder',
            'check_waves', 'SpectralEnhancer']
 
-# %% ../nbs/enhance/enhancer.ipynb #3f358ff7
+# %% ../nbs/enhance/enhancer.ipynb #29af3105
 import torch
-from huggingface_hub import PyTorchModelHubMixin
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+try:
+    from huggingface_hub import PyTorchModelHubMixin
+except ImportError:
+    raise ImportError("models need huggingface_hub: pip install 'speechloss[reproduce]'",
+                      name='huggingface_hub') from None
 
 from .audio import SAMPLE_RATE, SpeechLossError
 from .spectral import frame_mask, istft, window_of
