@@ -417,3 +417,38 @@ def test_run_state_is_complete(recipe):
     other.load(1, tensors, json.loads(json.dumps(state)))
     again, _ = other.save()
     assert set(again) == set(tensors) and all(again[name].equal(tensors[name]) for name in tensors)
+
+
+def test_frozen_fe_insists_on_a_frozen_encoder(recipe, tmp_path):
+    mal = dict(terms=dict(own=dict(name='model_as_loss', rule='frozen-fe')))
+    with pytest.raises(TrainingError, match='set freeze_encoder = true'):
+        train(replace(recipe, objective=mal), tmp_path / 'run')
+    train(replace(recipe, objective=mal, steps=1, freeze_encoder=True), tmp_path / 'frozen')
+
+
+def test_other_recordings_are_another_run(recipe, tmp_path):
+    train(replace(recipe, steps=1), tmp_path / 'run')
+    record = tmp_path / 'run' / 'recipe.json'
+    there = json.loads(record.read_text())
+    record.write_text(json.dumps(there | dict(corpus_hash='of other recordings')))
+    with pytest.raises(TrainingError, match='other recordings'):
+        train(replace(recipe, steps=1), tmp_path / 'run')
+
+
+def test_key_follows_the_content_of_another_encoder(recipe, tmp_path):
+    def key(encoder):
+        return replace(recipe, objective=dict(terms=dict(
+            other=dict(name='model_as_loss', encoder=str(encoder))))).key
+
+    for name, seed in (('a', 0), ('b', 0), ('c', 1)):
+        torch.manual_seed(seed)
+        enhancer('tiny').save_pretrained(tmp_path / name)
+    assert key(tmp_path / 'a') == key(tmp_path / 'b') != key(tmp_path / 'c')
+
+
+def test_two_runs_in_one_folder_wait_for_each_other(recipe, tmp_path):
+    command = [sys.executable, '-c', WORKER, json.dumps(asdict(recipe)), str(tmp_path / 'run')]
+    both = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    assert [process.wait(300) for process in both] == [0, 0]
+    assert [row['step'] for row in read_log(tmp_path / 'run' / 'log.jsonl')] == list(range(1, 13))
+    assert weights(tmp_path / 'run' / 'final') == weights(train(recipe, tmp_path / 'alone'))
