@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['main', 'refuse']
 
-# %% ../nbs/reproduce/main.ipynb #5f74534c
+# %% ../nbs/reproduce/main.ipynb #53d0e96b
 import sys
 from importlib.util import find_spec
 
@@ -22,8 +22,9 @@ def refuse(
     lacking: list[str],  # packages
 ) -> int:                # the exit code
     "Say what the command line lacks and which command brings it."
-    print(f"speechloss: the command line needs {' and '.join(lacking)}: "
-          "pip install 'speechloss[reproduce]'", file=sys.stderr)
+    from speechloss.audio import extra
+    print(f'speechloss: the command line needs {" and ".join(lacking)}: {extra("reproduce")}',
+          file=sys.stderr)
     return 2
 
 # %% ../nbs/reproduce/main.ipynb #cf87c7be

@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['FADE', 'EARLY', 'looped', 'coloured', 'room', 'convolve']
 
-# %% ../nbs/signal/acoustics.ipynb #ab02fa6b
+# %% ../nbs/signal/acoustics.ipynb #78530aef
 import numpy as np
 import torch
 from torch import Tensor
 
-from .audio import SAMPLE_RATE, SpeechLossError
+from .audio import SAMPLE_RATE, SpeechLossError, extra
 
 FADE = 0.05  # s of cross-fade where a short noise is repeated
 
@@ -40,7 +40,7 @@ def coloured(size: int, colour: str, rng: np.random.Generator) -> np.ndarray:
     x = np.fft.irfft(shaped, size).astype(np.float32)
     return x / np.sqrt(np.mean(x**2, dtype=np.float64) + 1e-20).astype(np.float32)
 
-# %% ../nbs/signal/acoustics.ipynb #ed5d3cb2
+# %% ../nbs/signal/acoustics.ipynb #0f55ee6c
 EARLY = 0.05   # s after the direct sound that still belong to it
 
 
@@ -49,8 +49,7 @@ def room(rng: np.random.Generator, sample_rate: int) -> tuple[np.ndarray, np.nda
     try:
         import pyroomacoustics as pra
     except ImportError:
-        raise SpeechLossError("reverb needs pyroomacoustics: pip install 'speechloss[reproduce]'") \
-            from None
+        raise SpeechLossError(f'reverb needs pyroomacoustics: {extra("reproduce")}') from None
     size = rng.uniform([3., 3., 2.4], [8., 6., 3.4])
     absorption = rng.uniform(.3, .6)       # order 20 then ends 30 dB down or lower
     mouth, ear = (rng.uniform(.5, size - .5) for _ in range(2))

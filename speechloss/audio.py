@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['SAMPLE_RATE', 'SUFFIXES', 'MARGIN_DB', 'HANGOVER', 'TIME_CONSTANT', 'SpeechLossError', 'AudioError', 'home', 'Info',
-           'info', 'load', 'atomic', 'save', 'blocks', 'scan', 'resample', 'rms_db', 'active_speech', 'active_level',
-           'level_db', 'set_level', 'mix']
+           'info', 'load', 'extra', 'available_cores', 'sha256', 'atomic', 'write_text', 'save', 'scan', 'resample',
+           'rms_db', 'active_speech', 'active_level', 'level_db', 'set_level', 'mix']
 
-# %% ../nbs/signal/audio.ipynb #9d4b32b2
+# %% ../nbs/signal/audio.ipynb #4e12f77a
+import hashlib
 import math
 import os
 import tempfile
@@ -36,7 +37,7 @@ def home() -> Path:
     "Cache folder of the package: `$SPEECHLOSS_HOME`, else `~/.cache/speechloss`"
     return Path(os.environ.get('SPEECHLOSS_HOME') or '~/.cache/speechloss').expanduser()
 
-# %% ../nbs/signal/audio.ipynb #77b93144
+# %% ../nbs/signal/audio.ipynb #80f37a77
 class Info(NamedTuple):
     "What a file's header says"
     frames: int       # samples per channel
@@ -97,6 +98,22 @@ def load(
             sample_rate or rate)
 
 
+def extra(name: str) -> str:
+    "The cure where an optional package is missing: how to install the extra that brings it"
+    return f"pip install '.[{name}]' in the clone"
+
+
+def available_cores() -> int:
+    "The cores that this process may use, busy or not"
+    if hasattr(os, 'sched_getaffinity'): return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def sha256(path) -> str:
+    "Checksum of a file, hexadecimal"
+    with open(path, 'rb') as f: return hashlib.file_digest(f, 'sha256').hexdigest()
+
+
 @contextmanager
 def atomic(path) -> Iterator[Path]:
     """Give a temporary path to write to; on success it is flushed and renamed to `path`.
@@ -112,6 +129,12 @@ def atomic(path) -> Iterator[Path]:
         os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)
+
+
+def write_text(path, text: str) -> Path:  # the path
+    "Write a text whole or not at all (UTF-8); OSError when it cannot be written"
+    with atomic(path) as part: part.write_text(text, encoding='utf-8')
+    return Path(path)
 
 
 def save(
@@ -140,22 +163,6 @@ def save(
     return path
 
 
-def blocks(
-    path,                   # audio file
-    *,
-    seconds: float = 30.,   # length of a block
-    overlap: float = 0.,    # seconds that neighbours share
-    mono: bool = True,      # `(T,)` blocks; else `(C, T)`
-) -> Iterator[Tensor]:      # float32, file's rate; the last block may be shorter
-    "Read a long file piece by piece, in the memory of one block"
-    header = info(path)
-    size, shared = (round(s * header.sample_rate) for s in (seconds, overlap))
-    if not 0 <= shared < size:
-        raise AudioError(f'overlap={overlap} s must lie in [0, seconds={seconds})')
-    for start in range(0, max(header.frames - shared, 1), size - shared):
-        yield load(path, start=start, frames=size, mono=mono)[0]
-
-
 def scan(folder) -> list[Path]:
     "Audio files below `folder`, sorted; `AudioError` when it is missing or has none"
     folder = Path(folder)
@@ -167,7 +174,7 @@ def scan(folder) -> list[Path]:
         raise AudioError(f'{folder} holds no audio: put {", ".join(SUFFIXES[:5])} files in it')
     return found
 
-# %% ../nbs/signal/audio.ipynb #63f5b35b
+# %% ../nbs/signal/audio.ipynb #a2abcd53
 def resample(
     wave: Tensor,  # `(T,)` or `(C, T)`, float
     orig: int,     # Hz it has
@@ -180,7 +187,7 @@ def resample(
     try:
         import soxr
     except ImportError:
-        raise AudioError("resample needs soxr: pip install 'speechloss[metrics]'") from None
+        raise AudioError(f'resample needs soxr: {extra("metrics")}') from None
     x = wave.detach().cpu().float().numpy().T                      # soxr wants (T, C)
     y = soxr.resample(np.ascontiguousarray(x), orig, new, quality='VHQ')
     size = round(len(x) * new / orig)

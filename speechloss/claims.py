@@ -17,7 +17,7 @@ from pathlib import Path
 import speechloss
 from .audio import SpeechLossError
 
-# %% ../nbs/reproduce/claims.ipynb #fe6d4227
+# %% ../nbs/reproduce/claims.ipynb #bb5fe3bc
 SCALES = ('smoke', 'laptop', 'paper')
 KINDS = ('must hold', 'expected', 'expected tie', 'open')
 RULES = {  # rule -> (required keys, optional keys)
@@ -26,7 +26,6 @@ RULES = {  # rule -> (required keys, optional keys)
     'within': ({'margin'}, {'of'}),
     'value_at_least': ({'than'}, {'tolerance'}),
     'value_at_most': ({'than'}, {'tolerance'}),
-    'true': (set(), set()),
 }
 
 
@@ -39,8 +38,6 @@ def reading(
     if value is None or not math.isfinite(value):
         return 'missing'
     kind, than, slack = holds['kind'], holds.get('than', 0.), holds.get('tolerance', 0.)
-    if kind == 'true':
-        return 'holds' if value else 'fails'
     if kind == 'value_at_least':
         return 'holds' if value >= than - slack else 'fails'
     if kind == 'value_at_most':

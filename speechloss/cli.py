@@ -18,7 +18,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-# %% ../nbs/reproduce/cli.ipynb #c377cf39
+# %% ../nbs/reproduce/cli.ipynb #efacc4ce
 FILE_SYSTEM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM,
                errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG)
 
@@ -34,7 +34,8 @@ def verdict_of(error: BaseException) -> tuple[str, int] | None:
         return (f'{error.filename or "the output"} cannot be written ({error.strerror}): '
                 'choose another place or make room'), 2
     if isinstance(error, ModuleNotFoundError) and not (error.name or '').startswith('speechloss'):
-        return f"this needs {error.name}: pip install 'speechloss[reproduce]'", 2
+        from speechloss.audio import extra
+        return f'this needs {error.name}: {extra("reproduce")}', 2
     if isinstance(error, KeyboardInterrupt):
         return 'stopped', 130
     return None
@@ -118,7 +119,7 @@ def torch_device(name: str | None) -> str:
         raise SpeechLossError(f'device {name!r} is not here: this machine has {", ".join(there)}')
     return name if name == 'cuda' else one_of('device', name, there)
 
-# %% ../nbs/reproduce/cli.ipynb #1918fcb5
+# %% ../nbs/reproduce/cli.ipynb #02b1dfd1
 Json = Annotated[bool, typer.Option('--json', help='JSON instead of a table.')]
 Quiet = Annotated[bool, typer.Option('--quiet', '-q', help='No progress.')]
 
@@ -136,7 +137,7 @@ def reproduce(
     corpus_dir: Annotated[Path | None, typer.Option(
         help='Folder that holds its published files: no network.')] = None,
     workers: Annotated[int | None, typer.Option(
-        help='Processes; else the cores that are free.')] = None,
+        help='Processes; else as many as there are cores.')] = None,
     quiet: Quiet = False,
 ):
     """Run a paper from nothing to verdicts; started again, it goes on where it was.

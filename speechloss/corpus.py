@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['CORPORA', 'get', 'from_folder', 'from_pairs']
 
-# %% ../nbs/signal/corpus.ipynb #57148454
+# %% ../nbs/signal/corpus.ipynb #1eb25a19
 import hashlib
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Callable
 
 from . import audio
-from .audio import AudioError, load, scan
-from .fetch import alone, laptop, opened, say, sha256
+from .audio import AudioError, load, scan, sha256
+from .fetch import alone, laptop, opened, say
 from .manifest import SPLITS, CorpusError, Manifest, Recording
 from .wheels import mini
 

@@ -4,10 +4,9 @@
 
 # %% auto #0
 __all__ = ['PACKAGES', 'version', 'cpu', 'environment', 'Check', 'doctor', 'look_basics', 'look_device', 'look_triton',
-           'look_torchaudio', 'look_formats', 'look_packages', 'extra', 'look_cache', 'human', 'present',
-           'look_corpora', 'rows']
+           'look_torchaudio', 'look_formats', 'look_packages', 'look_cache', 'human', 'present', 'look_corpora', 'rows']
 
-# %% ../nbs/reproduce/doctor.ipynb #d026a62d
+# %% ../nbs/reproduce/doctor.ipynb #a6e8f310
 import importlib.metadata
 import os
 import platform
@@ -20,7 +19,7 @@ from pathlib import Path
 
 import speechloss
 from . import __version__
-from .audio import home
+from .audio import extra, home
 
 # %% ../nbs/reproduce/doctor.ipynb #8be508a7
 #: Distributions whose version can change a number, and the extra that brings each.
@@ -65,7 +64,7 @@ def environment() -> dict:
         device=torch.cuda.get_device_name() if cuda else 'cpu',
         packages={name: found for name in PACKAGES if (found := version(name))})
 
-# %% ../nbs/reproduce/doctor.ipynb #317e94f8
+# %% ../nbs/reproduce/doctor.ipynb #a1a1d815
 @dataclass(frozen=True)
 class Check:
     "One line of the report."
@@ -157,11 +156,6 @@ def look_packages() -> list[Check]:
                             f'without {", ".join(lacking)}' if lacking else there,
                             extra(name) if lacking else ''))
     return checks
-
-
-def extra(name: str) -> str:
-    "The command that installs an extra."
-    return f"pip install 'speechloss[{name}]'"
 
 
 def look_cache() -> list[Check]:

@@ -7,7 +7,7 @@ __all__ = ['N_FFT', 'HOP', 'FLOOR', 'N_MELS', 'ORDER', 'WINDOW', 'METRICS', 'COL
            'si_sdr', 'lsd', 'mcd', 'dnsmos', 'dnsmos_fast', 'composite', 'Metric', 'metric_table', 'cards_of', 'reason',
            'no_score', 'score_one']
 
-# %% ../nbs/enhance/metrics.ipynb #6244217e
+# %% ../nbs/enhance/metrics.ipynb #09ec48e9
 import importlib
 import importlib.util
 import math
@@ -21,18 +21,18 @@ import numpy as np
 import torch
 
 from . import composite as _composite
-from .audio import SAMPLE_RATE, SpeechLossError
+from .audio import SAMPLE_RATE, SpeechLossError, extra
 from .composite import SILENCE, as_pair, as_wave, composite_ratings, llr, seg_snr, wss
 from .spectral import mel_filters, stft
 
-# %% ../nbs/enhance/metrics.ipynb #66e5e5df
+# %% ../nbs/enhance/metrics.ipynb #52f2d96d
 def _package(name: str, for_whom: str):
     "A module of the `metrics` extra"
     try:
         return importlib.import_module(name)
     except ImportError:
-        raise SpeechLossError(f"{for_whom} needs {name.split('.')[0]}: "
-                              "pip install 'speechloss[metrics]'") from None
+        raise SpeechLossError(f'{for_whom} needs {name.partition(".")[0]}: '
+                              f'{extra("metrics")}') from None
 
 
 def pesq_wb(
@@ -283,7 +283,7 @@ def metric_table() -> str:
             f'{", ".join(m.optimised_by) or "-"} |' for m in METRICS.values()]
     return '\n'.join([head, '|' + '---|' * 9, *rows])
 
-# %% ../nbs/enhance/metrics.ipynb #63f8b943
+# %% ../nbs/enhance/metrics.ipynb #dc13232e
 def cards_of(metrics: str | Iterable[str]) -> list[Metric]:
     "The cards of metrics; `SpeechLossError` for an unknown one or a missing package"
     names = (metrics,) if isinstance(metrics, str) else tuple(metrics)
@@ -292,8 +292,7 @@ def cards_of(metrics: str | Iterable[str]) -> list[Metric]:
             raise SpeechLossError(f'metric {name!r} is unknown: choose from {", ".join(METRICS)}')
         for package in METRICS[name].needs:
             if importlib.util.find_spec(package) is None:
-                raise SpeechLossError(f"metric {name!r} needs {package}: "
-                                      "pip install 'speechloss[metrics]'")
+                raise SpeechLossError(f'metric {name!r} needs {package}: {extra("metrics")}')
     return [METRICS[name] for name in names]
 
 

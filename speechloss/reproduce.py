@@ -7,7 +7,7 @@ __all__ = ['PYTHON', 'KERNEL', 'papers', 'find_paper', 'unknown', 'read_notebook
            'locked', 'kernel', 'environ', 'NotebookError', 'execute', 'is_user_error', 'watch', 'follow', 'bar', 'run',
            'execute_into', 'tidy', 'check_arguments', 'check_corpus', 'need']
 
-# %% ../nbs/reproduce/reproduce.ipynb #694f5184
+# %% ../nbs/reproduce/reproduce.ipynb #9c996f68
 import contextlib
 import hashlib
 import importlib.util
@@ -23,11 +23,10 @@ from pathlib import Path
 from typing import Any
 
 from . import __version__
-from .audio import SpeechLossError
+from .audio import SpeechLossError, extra, write_text
 from .claims import SCALES, registry
-from speechloss.results import (  # noqa: F401 (Run, progress: for notebooks)
-    CORPORA, PROGRESS, ReproduceError, Run, load_results, progress, run_folder, write_json,
-    write_text)
+from .results import (  # noqa: F401 (Run, progress: for notebooks)
+    CORPUS_OF, PROGRESS, ReproduceError, Run, load_results, progress, run_folder, write_json)
 
 # %% ../nbs/reproduce/reproduce.ipynb #a9c9ceea
 PYTHON = dict(display_name='python3', language='python', name='python3')
@@ -285,7 +284,7 @@ def bar(
         yield lambda label, done, total: shown.update(
             task, description=f'{title}: {label}', completed=done, total=total)
 
-# %% ../nbs/reproduce/reproduce.ipynb #a705cea4
+# %% ../nbs/reproduce/reproduce.ipynb #aaf8b774
 def run(
     paper: str,                              # its name, see `papers`
     *,
@@ -294,7 +293,7 @@ def run(
     out: str | Path = 'runs',                # where all runs lie
     corpus: str | None = None,               # its name; None: the default of the scale
     corpus_dir: str | Path | None = None,    # where its files lie, if not to be fetched
-    workers: int | None = None,              # processes; None: the free cores
+    workers: int | None = None,              # processes; None: all cores it may use
     progress: bool | Callable = True,        # a bar on stderr, or called with label, done, total
     notebook: str | Path | None = None,      # another notebook than that of the paper
 ) -> Path:                                   # the folder OUT/PAPER-SCALE-SEED
@@ -309,7 +308,7 @@ def run(
     check_arguments(scale, seed, corpus, workers)
     need('papermill', 'ipykernel', 'matplotlib')
     parsed, folder = read_notebook(source), run_folder(out, paper, scale, seed)
-    wanted = identity(paper, scale, seed, corpus or CORPORA[scale], parsed)
+    wanted = identity(paper, scale, seed, corpus or CORPUS_OF[scale], parsed)
     try:
         if folder.is_dir() and is_complete(folder):
             claim_folder(folder, wanted)
@@ -354,10 +353,14 @@ def execute_into(
 
 def tidy(notebook: Any) -> Any:
     "An executed notebook without the traces of its machine: paths, warnings, our kernel's name."
+    import re
     notebook.metadata.pop('papermill', None)
     notebook.metadata['kernelspec'] = dict(PYTHON)
     for cell in notebook.cells:
         cell.metadata = {k: v for k, v in cell.metadata.items() if k == 'tags'}
+        if 'injected-parameters' in cell.metadata.get('tags', ()):
+            for name, value in dict(corpus_dir=None, out='runs', workers=None).items():
+                cell.source = re.sub(f'(?m)^{name} = .*$', f'{name} = {value!r}', cell.source)
         if cell.cell_type == 'code':
             cell.outputs = [o for o in cell.outputs if o.get('name') != 'stderr']
     return notebook
@@ -371,7 +374,7 @@ def check_arguments(scale: str, seed: int, corpus: str | None, workers: int | No
         raise ReproduceError(f'seed is {seed!r}: use a whole number from 0')
     if workers is not None and workers < 1:
         raise ReproduceError(f'workers is {workers}: use 1 or more')
-    check_corpus(corpus or CORPORA[scale])
+    check_corpus(corpus or CORPUS_OF[scale])
 
 
 def check_corpus(name: str) -> None:
@@ -380,6 +383,9 @@ def check_corpus(name: str) -> None:
     if name.endswith('.jsonl') and not Path(name).is_file():
         raise ReproduceError(f'corpus {name} does not exist: '
                              'name the manifest (.jsonl) of a corpus')
+    if name == CORPUS_OF['paper'] and name not in corpus.CORPORA:
+        raise ReproduceError(f'corpus {name!r}, that of scale paper, comes with a later release: '
+                             'give the path of a manifest (--corpus my.jsonl)')
     if not name.endswith('.jsonl') and name not in corpus.CORPORA:
         raise ReproduceError(unknown('corpus', name, corpus.CORPORA)
                              + ', or the path of a manifest (.jsonl)')
@@ -389,4 +395,4 @@ def need(*packages: str) -> None:
     "Raises `ReproduceError`, with the command that helps, when a package is missing."
     for package in packages:
         if importlib.util.find_spec(package) is None:
-            raise ReproduceError(f"reproduce needs {package}: pip install 'speechloss[reproduce]'")
+            raise ReproduceError(f'reproduce needs {package}: {extra("reproduce")}')

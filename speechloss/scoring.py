@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['score']
 
-# %% ../nbs/enhance/scoring.ipynb #85d5027b
+# %% ../nbs/enhance/scoring.ipynb #ee6c6219
 import multiprocessing
 import os
 import warnings
@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from .audio import SAMPLE_RATE, SpeechLossError, load
+from .audio import SAMPLE_RATE, SpeechLossError, available_cores, load
 from .metrics import DEFAULT, METRICS, cards_of, no_score, reason, score_one
 
 # %% ../nbs/enhance/scoring.ipynb #c846489c
@@ -75,7 +75,7 @@ def _score_parcel(parcel, names: list[str]) -> tuple[dict, dict]:
     except Exception as error:
         return no_score(cards, reason(error))
 
-# %% ../nbs/enhance/scoring.ipynb #d0e58544
+# %% ../nbs/enhance/scoring.ipynb #ac53936a
 _THREADS = ('OMP_NUM_THREADS', 'OPENBLAS_NUM_THREADS', 'MKL_NUM_THREADS')
 _DIED = ('the process that scored this item died (killed, out of memory, or crashed in a '
          'library): score it by itself to see why')
@@ -158,7 +158,7 @@ def _pooled(pool, parcels: Iterator, names, cards, workers: int) -> Iterator:  #
 
 def _workers(asked: int | None, total: int | None) -> int:
     if asked is None:
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
+        cores = available_cores()
         jobs = cores if total is None else total // 8     # starting one costs some seconds
         return max(min(cores, jobs), 1)
     if not isinstance(asked, int) or asked < 1:

@@ -6,7 +6,7 @@
 __all__ = ['WHEELS', 'HOP', 'SHORT', 'LONG', 'PAUSE', 'FLOOR_DB', 'NOTE', 'Wheel', 'download_wheels', 'find_wheels', 'cut',
            'mini']
 
-# %% ../nbs/signal/wheels.ipynb #688e7c72
+# %% ../nbs/signal/wheels.ipynb #1e18e375
 import shutil
 import subprocess
 import sys
@@ -18,8 +18,8 @@ from typing import NamedTuple
 import numpy as np
 from torch import Tensor
 
-from .audio import SAMPLE_RATE, load, save
-from .fetch import say, seal, sha256, table
+from .audio import SAMPLE_RATE, load, save, sha256
+from .fetch import say, seal, table
 from .manifest import CorpusError, Manifest, Recording
 
 

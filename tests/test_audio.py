@@ -12,8 +12,8 @@ import soundfile
 import torch
 from hypothesis import given, settings, strategies as st
 
-from speechloss.audio import (AudioError, SpeechLossError, active_level, active_speech, blocks,
-                              home, load, mix, resample, rms_db, save, scan, set_level)
+from speechloss.audio import (AudioError, SpeechLossError, active_level, active_speech, home,
+                              load, mix, resample, rms_db, save, scan, set_level)
 
 RATE = 16000
 
@@ -111,25 +111,6 @@ def test_a_kill_leaves_no_half_written_file(tmp_path):
     p.send_signal(signal.SIGKILL)
     p.wait()
     if (tmp_path / 'a.flac').exists(): assert len(load(tmp_path / 'a.flac')[0]) == 160000
-
-
-@given(st.integers(1, 50000), st.floats(.05, 2.), st.floats(0, .9))
-@settings(max_examples=25, deadline=None)
-def test_blocks_cover_the_file(tmp_path_factory, frames, seconds, share):
-    path = tmp_path_factory.mktemp('b') / 'a.wav'
-    x = torch.arange(frames).remainder(30000).float() / 32768
-    save(path, x, RATE)
-    size, shared = round(seconds * RATE), round(seconds * share * RATE)
-    if shared >= size: return
-    parts = list(blocks(path, seconds=seconds, overlap=seconds * share))
-    joined = torch.cat([parts[0], *(p[shared:] for p in parts[1:])])
-    assert joined.equal(x) and max(map(len, parts)) <= size
-
-
-def test_blocks_bad_overlap(tmp_path):
-    path = save(tmp_path / 'a.wav', noise(.1), RATE)
-    with pytest.raises(AudioError) as e: next(blocks(path, seconds=1, overlap=1))
-    one_sentence(e, 'overlap')
 
 
 def test_scan(tmp_path):

@@ -1,7 +1,6 @@
 """The registry of claims, and the verdicts over invented numbers."""
 import json
 import math
-from types import SimpleNamespace
 
 import pytest
 from hypothesis import given
@@ -20,6 +19,7 @@ from speechloss.claims import (
     reading,
 )
 from speechloss.results import Run, load_results
+from speechloss.stats import Interval
 
 CLAIMS = load_claims()
 finite = st.floats(-10, 10)
@@ -150,8 +150,6 @@ def answer(entry, good: bool):
     if rule['kind'] == 'within':
         middle = rule.get('of', 0.) + (0. if good else 9 * rule['margin'])
         return number(middle, middle - .5 * rule['margin'], middle + .5 * rule['margin'])
-    if rule['kind'] == 'true':
-        return number(float(good))
     sign = 1 if rule['kind'] in ('interval_above', 'value_at_least') else -1
     middle = rule['than'] + sign * (1 if good else -1)
     return number(middle, middle - .5, middle + .5)
@@ -170,15 +168,16 @@ def test_registry_over_a_run(scale, good, tmp_path):
 
 def test_results_hold_what_the_interval_held(tmp_path):
     run = Run('p', scale='laptop', seed=3, out=tmp_path, corpus='mini')
-    run.record('x', SimpleNamespace(mean=1., low=.5, high=2., n=40, clusters=9), seeds=[3, 4], unit='dB')
+    run.record('x', Interval(1., .5, 2., 40, 9, 'cluster', 2, .9), seeds=[3, 4], unit='dB')
     run.record('nan', math.nan, low=-math.inf, note='silent')
     registry = tmp_path / 'claims.toml'
     registry.write_text('[[claim]]\nid="c"\npaper="p"\nsection="1"\nclaim="."\nmeasure=["x","nan"]\n'
                         'holds={kind="interval_above",than=0}\nscales=["laptop"]\nkind="open"\n')
     run.finish(registry)
     results = load_results(run.folder)
-    assert results['numbers']['x'] == dict(value=1., low=.5, high=2., n=40, clusters=9,
-                                           seeds=[3, 4], unit='dB', note='')
+    assert results['numbers']['x'] == dict(
+        value=1., low=.5, high=2., n=40, clusters=9, clustered_by='cluster', dropped=2, level=.9,
+        seeds=[3, 4], unit='dB', note='')
     assert results['numbers']['nan']['low'] is None
     assert results['claims'][0]['verdict'] == 'not measured' and len(results['failures']) == 1
     assert results['environment']['packages']['torch'] and results['seed'] == 3

@@ -77,6 +77,7 @@ def complete(tmp_path_factory):
         patch.setenv('WANTED', sys.executable)
         patch.setenv('JUPYTER_PATH', str(root / 'nothing'))  # whatever kernels the user has
         folder = run('toy', seed=5, out=root / 'runs', notebook=notebook, workers=1,
+                     corpus_dir=root / 'corpus',
                      progress=lambda *row: seen.append(row))
     return folder, notebook, seen
 
@@ -85,8 +86,9 @@ def test_what_a_run_leaves(complete):
     folder, _, seen = complete
     assert folder.name == 'toy-smoke-5' and seen[-1] == ('work', 4, 4)
     results = load_results(folder)
-    assert results['numbers']['answer'] == dict(value=42., low=None, high=None, n=3, clusters=None,
-                                                seeds=[5], unit='dB', note='')
+    assert results['numbers']['answer'] == dict(
+        value=42., low=None, high=None, n=3, clusters=None, clustered_by=None, dropped=None, level=None,
+        seeds=[5], unit='dB', note='')
     assert results['tables'] == dict(arms=[dict(arm='base', pesq=2.)])
     assert results['data'] == dict(mini=dict(hash='abc')) and results['corpus'] == 'mini'
     for kind in ('figures', 'audio'):
@@ -102,6 +104,12 @@ def test_executed_notebook_refers_to_files_beside_it(complete):
     nbformat.validate(notebook)
     shown = [o for c in notebook.cells if c.cell_type == 'code' for o in c.outputs]
     assert not [o for o in shown if o.output_type == 'error']
+    injected = next(c for c in notebook.cells if 'injected-parameters' in c.metadata.get('tags', ()))
+    found = {}
+    exec(injected.source, found)
+    assert str(folder.parent.parent) not in text and found['corpus_dir'] is None
+    assert {k: found[k] for k in ('out', 'scale', 'seed', 'corpus')} == dict(
+        out='runs', scale='smoke', seed=5, corpus='mini')
     html = ''.join(o.data.get('text/html', '') for o in shown if 'data' in o)
     assert html.count('<audio') == 2 and 'src="audio/first-noisy.flac"' in html
     assert 'base64' not in html
@@ -199,6 +207,7 @@ def test_a_full_disk_is_one_sentence(tmp_path):
     (dict(scale='smok'), "scale 'smok' is unknown: did you mean 'smoke'"),
     (dict(corpus='lapto'), "did you mean 'laptop'"),
     (dict(corpus='no/such.jsonl'), 'does not exist'),
+    (dict(scale='paper'), "comes with a later release: give .*--corpus my.jsonl"),
     (dict(seed=-1), 'seed is -1'),
     (dict(workers=0), 'workers is 0'),
     (dict(notebook='no.ipynb'), 'does not exist')])
