@@ -7,10 +7,9 @@ __all__ = ['BENCHES', 'FORMAT', 'Bench', 'bench', 'stage1', 'arm', 'model_folder
            'test_clips', 'waves_of', 'digest', 'enhance_clips', 'cached', 'score_model', 'spread', 'about', 'column',
            'difference', 'speech_kept', 'iterate', 'iterate_model']
 
-# %% ../nbs/reproduce/bench.ipynb #c2014124
+# %% ../nbs/reproduce/bench.ipynb #debc8f9e
 import hashlib
 import json
-import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,16 +18,18 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .audio import SpeechLossError, home
+from .audio import SpeechLossError, home, write_text
 from .corpus import get
 from .manifest import Manifest
-from .scoring import score
 from .mixing import Mixtures
 from .models import load_enhancer
+from .results import CORPUS_OF
+from .scoring import score
+from .spectral import stft
 from .stats import Interval, paired_bootstrap
 from .training import BASE, Recipe, train_many
 
-# %% ../nbs/reproduce/bench.ipynb #ff22f37a
+# %% ../nbs/reproduce/bench.ipynb #e80a34e6
 @dataclass(frozen=True)
 class Bench:
     "What a scale fixes for every paper"
@@ -55,13 +56,13 @@ class Bench:
 
 
 BENCHES = {bench.scale: bench for bench in (
-    Bench('smoke', 'mini', 'small', stage1_steps=60, stage2_steps=10, epochs=2, batch_size=4,
+    Bench('smoke', CORPUS_OF['smoke'], 'small', stage1_steps=60, stage2_steps=10, epochs=2, batch_size=4,
           seconds=2., seeds=1, test_clips=8, iterate_clips=4, passes=(1, 2, 5),
           metrics=('pesq', 'estoi', 'si_sdr', 'lsd', 'mcd')),
-    Bench('laptop', 'laptop', 'small', stage1_steps=1800, stage2_steps=400, epochs=10,
+    Bench('laptop', CORPUS_OF['laptop'], 'small', stage1_steps=1800, stage2_steps=400, epochs=10,
           batch_size=8, seconds=4., seeds=3, test_clips=100, iterate_clips=40,
           passes=(1, 2, 5, 10, 20, 50)),
-    Bench('paper', 'voicebank-demand', 'base', stage1_steps=100_000, stage2_steps=20_000,
+    Bench('paper', CORPUS_OF['paper'], 'base', stage1_steps=100_000, stage2_steps=20_000,
           epochs=10, batch_size=32, seconds=4., seeds=5, test_clips=824, iterate_clips=200,
           passes=(1, 2, 5, 10, 20, 50),
           metrics=('pesq', 'estoi', 'si_sdr', 'seg_snr', 'lsd', 'mcd', 'composite', 'dnsmos')),
@@ -120,7 +121,7 @@ def train_all(recipes: dict[str, Recipe], *, workers: int = 1,
                workers=workers, progress=progress)
     return {name: model_folder(r) for name, r in recipes.items()}
 
-# %% ../nbs/reproduce/bench.ipynb #40d1ab2d
+# %% ../nbs/reproduce/bench.ipynb #157f58e7
 def corpus_of(bench: Bench) -> Manifest:
     "The manifest of a bench"
     return get(bench.corpus, from_dir=bench.corpus_dir)
@@ -165,9 +166,7 @@ def cached(kind: str, key: str, compute: Callable) -> list[dict]:
         return json.loads(file.read_text())
     rows = compute()
     file.parent.mkdir(parents=True, exist_ok=True)
-    part = file.with_name(f'{file.name}.{os.getpid()}')
-    part.write_text(json.dumps(rows))
-    os.replace(part, file)                 # whole or not at all
+    write_text(file, json.dumps(rows))
     return rows
 
 
@@ -211,10 +210,9 @@ def difference(a, b, clips: list[dict]) -> Interval:
     "Paired difference a - b with its interval, clustered by speaker"
     return paired_bootstrap(a, b, cluster=[clip['speaker'] for clip in clips])
 
-# %% ../nbs/reproduce/bench.ipynb #f760751c
+# %% ../nbs/reproduce/bench.ipynb #5d7f4f13
 def speech_kept(enhanced: Tensor, clean: Tensor, *, top_db: float = 30.) -> Tensor:
     "Energy of enhanced over clean in the cells within `top_db` of the clean maximum, dB, `(B,)`"
-    from speechloss.spectral import stft
     e, s = (stft(w, 1024, 256).abs().square() for w in (enhanced, clean))
     strong = s > s.amax((1, 2), keepdim=True) * 10 ** (-top_db / 10)
     return 10 * torch.log10(((e * strong).sum((1, 2)) + 1e-9) / ((s * strong).sum((1, 2)) + 1e-9))
