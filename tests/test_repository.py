@@ -73,7 +73,7 @@ def test_notebook_is_clean(name, clone):
     assert (clone/name).read_text() == (ROOT/name).read_text(), f'{name}: run `make export`'
     if any('#| default_exp' in cell.source for cell in nb.cells):
         assert not any(cell.get('outputs') for cell in nb.cells), f'{name} has outputs'
-    assert 'audio/' not in json.dumps([c.get('outputs') for c in nb.cells]), f'{name} has audio'
+    assert 'data:audio' not in json.dumps([c.get('outputs') for c in nb.cells]), f'{name} has audio in it'
     assert nb.cells[0].source.startswith('# '), f'{name} does not open with its title'
 
 
