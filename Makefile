@@ -76,6 +76,7 @@ readme: $(ready)  ## run nbs/index.ipynb and write README.md from it
 export: $(ready)  ## write speechloss/*.py from the notebooks, and clean the notebooks
 	@"$(VENV)/bin/nbdev_export"
 	@"$(VENV)/bin/nbdev_clean"
+	@rm -f speechloss/_modidx.py  # with it nbdev links names in prose to pages that do not exist yet
 
 lab: $(ready)  ## open the notebooks in JupyterLab
 	@$(run) -m jupyter lab --notebook-dir=nbs

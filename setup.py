@@ -36,9 +36,6 @@ setup(
     package_data={'speechloss': ['data/*'], 'speechloss.papers': ['*.ipynb', '*.toml']},
     install_requires=core,
     extras_require=dict(metrics=metrics, reproduce=reproduce, ssl=ssl, docs=docs, dev=dev),
-    entry_points=dict(
-        console_scripts=['speechloss = speechloss.__main__:main'],
-        nbdev=['speechloss = speechloss._modidx:d'],
-    ),
+    entry_points=dict(console_scripts=['speechloss = speechloss.__main__:main']),
     zip_safe=False,
 )
