@@ -4,10 +4,9 @@
 
 # %% auto #0
 __all__ = ['TENSORS', 'STATE', 'CheckpointError', 'flush', 'write_folder', 'recover', 'write_text', 'save_tensors',
-           'load_tensors', 'sha256', 'save_checkpoint', 'steps', 'load_checkpoint', 'latest']
+           'load_tensors', 'save_checkpoint', 'steps', 'load_checkpoint', 'latest']
 
-# %% ../nbs/enhance/checkpoints.ipynb #fce98fb4
-import hashlib
+# %% ../nbs/enhance/checkpoints.ipynb #24199555
 import json
 import os
 import shutil
@@ -17,7 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .audio import SpeechLossError
+from .audio import SpeechLossError, sha256
 
 TENSORS, STATE = 'tensors.safetensors', 'state.json'
 
@@ -83,7 +82,7 @@ def write_text(path, text: str) -> None:
         part.unlink(missing_ok=True)
         raise CheckpointError(f'{path} cannot be written ({error.strerror or error})') from None
 
-# %% ../nbs/enhance/checkpoints.ipynb #0e9e846f
+# %% ../nbs/enhance/checkpoints.ipynb #869f3002
 def save_tensors(tensors: dict[str, Tensor], path) -> None:
     "Tensors by name to a `.safetensors` file; OSError when there is no room"
     from safetensors import SafetensorError
@@ -108,12 +107,6 @@ def load_tensors(path) -> dict[str, Tensor]:
         raise CheckpointError(f'{path} is missing: copy it from where the model was saved') from None
     except (SafetensorError, OSError, ValueError) as error:
         raise CheckpointError(f'{path} is damaged or cut short ({error}): copy or save it again') from None
-
-
-def sha256(path) -> str:
-    "Hash of a file, in hex"
-    with open(path, 'rb') as file:
-        return hashlib.file_digest(file, 'sha256').hexdigest()
 
 # %% ../nbs/enhance/checkpoints.ipynb #df14dcd8
 def save_checkpoint(
