@@ -1,0 +1,89 @@
+"""Which back end serves a call, and why another one cannot.
+
+Every kernel has up to four: `reference`, plain torch in a few lines, the oracle of the tests,
+which alone has second derivatives; `torch`, the algorithm of the kernel in torch, which
+computes the gradient on the way forward and works on any device; `triton`; and `auto`, which
+takes Triton for float32 and shorter on a GPU and torch elsewhere.
+"""
+import os
+from importlib.util import find_spec
+
+import torch
+from torch import Tensor
+
+BACKENDS = ('auto', 'torch', 'triton', 'reference')
+
+
+def why_not() -> str:
+    """Why the Triton back end cannot serve, in a phrase; empty when it can.
+
+    `TRITON_INTERPRET=1` counts as a device: the kernels then run, slowly, on the CPU.
+    """
+    if find_spec('triton') is None:
+        return 'triton is not installed'
+    if interpreted():
+        return ''
+    if torch.version.cuda is None and torch.version.hip is None:
+        return f'torch {torch.__version__} is built for the CPU alone'
+    if not torch.cuda.is_available():
+        return 'torch sees no GPU'
+    if torch.version.cuda and torch.cuda.get_device_capability() < (7, 0):
+        return f'{torch.cuda.get_device_name()} is older than compute capability 7.0'
+    return ''
+
+
+def interpreted() -> bool:
+    "Whether Triton kernels run in its interpreter, on the CPU"
+    return os.environ.get('TRITON_INTERPRET') == '1'
+
+
+def available() -> bool:
+    "Whether the Triton back end can serve on this machine"
+    return not why_not()
+
+
+def choose(
+    backend: str,      # one of BACKENDS
+    *tensors: Tensor,  # what the call works on
+) -> str:              # 'torch', 'triton' or 'reference'
+    """The back end of a call; `auto` never fails.
+
+    Raises ValueError for an unknown name and RuntimeError where Triton was asked for by name
+    and cannot serve.
+    """
+    if backend not in BACKENDS:
+        raise ValueError(f'backend is {backend!r}: choose one of {", ".join(BACKENDS)}')
+    if backend in ('torch', 'reference'):
+        return backend
+    double = any(t.dtype == torch.float64 for t in tensors)
+    on_gpu = all(t.is_cuda for t in tensors)
+    if backend == 'auto':
+        return 'triton' if on_gpu and not double and available() else 'torch'
+    if reason := why_not():
+        raise RuntimeError(f"backend 'triton' cannot serve: {reason}; use backend='auto'")
+    if double:
+        raise RuntimeError("backend 'triton' works in float32 and the tensors are float64: use backend='torch'")
+    if not on_gpu and not interpreted():
+        raise RuntimeError(f"backend 'triton' wants tensors on a GPU, these are on {tensors[0].device}: "
+                           "move them, or use backend='auto'")
+    return 'triton'
+
+
+def wants_grad(*tensors: Tensor) -> bool:
+    "Whether autograd will ask for a gradient of these"
+    return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+
+
+@torch.library.custom_op('speechloss::pull', mutates_args=())
+def pull(grad: Tensor, wave: Tensor) -> Tensor:
+    """`grad * wave`, broadcast from the left: the backward of every kernel that kept a gradient.
+
+    It has no derivative of its own, so that asking for a second one is an error and not a
+    silent zero: backend='reference' has it.
+    """
+    return grad.reshape(*grad.shape, *[1] * (wave.ndim - grad.ndim)).to(wave.dtype) * wave
+
+
+@pull.register_fake
+def _(grad, wave):
+    return torch.empty_like(wave, memory_format=torch.contiguous_format)

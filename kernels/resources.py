@@ -1,0 +1,86 @@
+"""What each shipped Triton kernel needs on a GPU, compiled ahead of time: no GPU is needed.
+
+    python -m speechloss.kernels.resources
+
+prints registers, stack (spills) and shared memory of every entry of the tile tables on
+compute capability 8.0, 9.0 and 10.0.
+"""
+import re
+import subprocess
+import sys
+import tempfile
+from importlib import import_module
+from pathlib import Path
+from typing import NamedTuple
+
+FAMILIES = ('triton_stft', 'triton_contrastive', 'triton_info_nce', 'triton_nearest_code')
+CAPABILITIES = (80, 90, 100)
+#: Shared memory that a block may use, bytes
+SHARED = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+
+
+class Variant(NamedTuple):
+    "One entry of a tile table: what the launcher would compile"
+    name: str                   # for people
+    kernel: object              # the @triton.jit function
+    signature: dict[str, str]   # argument -> '*fp32', 'i32', ... ; 'constexpr' for the constants
+    constants: dict[str, object]
+    num_warps: int = 4
+    num_stages: int = 2
+    spill: int = 0              # bytes of stack that this entry is known to need
+
+
+class Use(NamedTuple):
+    "What a compiled kernel needs"
+    registers: int
+    stack: int     # bytes; above 0 means spills
+    shared: int    # bytes
+
+
+def variants(families=FAMILIES) -> list[Variant]:
+    "The tile tables of all kernel families that this version has"
+    found = []
+    for family in families:
+        if (Path(__file__).parent / f'{family}.py').exists():
+            found += import_module(f'.{family}', __package__).VARIANTS
+    return found
+
+
+def compiled(variant: Variant, capability: int) -> Use:
+    "Compile one variant for a capability and read its resources off the binary"
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+    names = list(variant.signature)
+    constants = {(names.index(name),): value for name, value in variant.constants.items()}
+    # as the launcher does: pointers from torch are aligned to 16 bytes
+    aligned = {(k,): [['tt.divisibility', 16]] for k, kind in enumerate(variant.signature.values())
+               if kind.startswith('*')}
+    source = ASTSource(fn=variant.kernel, signature=variant.signature, constexprs=constants, attrs=aligned)
+    kernel = triton.compile(source, target=GPUTarget('cuda', capability, 32),
+                            options=dict(num_warps=variant.num_warps, num_stages=variant.num_stages))
+    tool = Path(triton.__file__).parent / 'backends/nvidia/bin/cuobjdump'
+    with tempfile.NamedTemporaryFile(suffix='.cubin') as file:
+        file.write(kernel.asm['cubin'])
+        file.flush()
+        text = subprocess.check_output([tool, '-res-usage', file.name], text=True)
+    use = {name: int(value) for name, value in re.findall(r'(REG|STACK):(\d+)', text)}
+    return Use(use['REG'], use['STACK'], kernel.metadata.shared)
+
+
+def main() -> int:
+    "Print the table; 1 when a variant spills or asks for more shared memory than there is"
+    bad = 0
+    print(f'{"kernel":44} sm  registers  stack  shared')
+    for variant in variants():
+        for capability in CAPABILITIES:
+            use = compiled(variant, capability)
+            wrong = use.stack > variant.spill or use.shared > SHARED[capability]
+            bad += wrong
+            print(f'{variant.name:44} {capability:3} {use.registers:9} {use.stack:6} {use.shared:7}'
+                  f'{"  <- too much" if wrong else ""}', flush=True)
+    return int(bad > 0)
+
+
+if __name__ == '__main__':
+    sys.exit(main())
