@@ -119,7 +119,7 @@ def load_claims(
                               'give each claim an id of its own')
     return [c for c in claims if paper in (None, c.paper)]
 
-# %% ../nbs/reproduce/claims.ipynb #880049b2
+# %% ../nbs/reproduce/claims.ipynb #ebd20764
 @dataclass(frozen=True)
 class Verdict:
     "What a run says about one claim, with the numbers it rests on."
@@ -164,13 +164,15 @@ def judge(
         wanted = min(larger or claim.scales, key=SCALES.index)
         return Verdict(claim, f'needs scale {wanted}', {}, shown)
     readings = {name: reading(claim.holds, n) for name, n in measured.items()}
-    said = set(readings.values())
+    said, too_small = set(readings.values()), 'tied'
+    if claim.holds['kind'] == 'within':  # nobody should read a wide interval as a tie
+        too_small = 'undecided'
     verdict = ('not measured' if 'missing' in said else 'not reproduced' if 'fails' in said
-               else 'tied' if 'open' in said else 'reproduced')
+               else too_small if 'open' in said else 'reproduced')
     shown = '; '.join(text(name, n) for name, n in measured.items())
     return Verdict(claim, verdict, readings, shown)
 
-# %% ../nbs/reproduce/claims.ipynb #80adbed1
+# %% ../nbs/reproduce/claims.ipynb #70895b9a
 class Verdicts(list):
     "The verdicts of one run: a list with a face."
 
@@ -223,4 +225,5 @@ def failures(
     return [f'claim {row["id"]} ({row["kind"]}) is {row["verdict"]}: {row["measured"]}'
             for row in results['claims']
             if row['verdict'] == 'not measured'
-            or row['kind'] == 'must hold' and row['verdict'] in ('tied', 'not reproduced')]
+            or row['kind'] == 'must hold'
+            and row['verdict'] in ('tied', 'undecided', 'not reproduced')]

@@ -116,6 +116,28 @@ def test_all_measures_decide(numbers, wanted):
     assert judge(claim(measure=names), given, 'laptop').verdict == wanted
 
 
+TIE = dict(holds=dict(kind='within', margin=.3), kind='expected tie')
+NARROW, WIDE, OUTSIDE = number(.1, -.1, .2), number(.1, -.4, .6), number(.5, .4, .6)
+
+
+@pytest.mark.parametrize('numbers, wanted', [
+    ([NARROW, NARROW], 'reproduced'), ([NARROW, WIDE], 'undecided'), ([WIDE, WIDE], 'undecided'),
+    ([WIDE, OUTSIDE], 'not reproduced'), ([WIDE, None], 'not measured'),
+    ([NARROW, number(.1)], 'undecided')])
+def test_a_tie_that_the_data_cannot_show_is_not_called_a_tie(numbers, wanted):
+    names = ('a', 'b')
+    given = {k: v for k, v in zip(names, numbers, strict=True) if v}
+    assert judge(claim(measure=names, **TIE), given, 'laptop').verdict == wanted
+
+
+@given(st.sampled_from(list(RULES)), st.lists(finite, min_size=3, max_size=3))
+def test_tied_and_undecided_are_answers_to_different_questions(rule, three):
+    low, value, high = sorted(three)
+    options = dict(margin=1.) if rule == 'within' else dict(than=0.)
+    verdict = judge(claim(holds=dict(kind=rule, **options)), dict(x=number(value, low, high)), 'laptop').verdict
+    assert verdict in ('reproduced', 'undecided' if rule == 'within' else 'tied', 'not reproduced')
+
+
 @pytest.mark.parametrize('scales, scale, wanted', [
     (('laptop', 'paper'), 'smoke', 'needs scale laptop'), (('paper',), 'smoke', 'needs scale paper'),
     (('paper',), 'laptop', 'needs scale paper'), (('smoke',), 'paper', 'needs scale smoke')])
@@ -129,6 +151,13 @@ def test_only_what_must_hold_fails_the_run(kind, value, verdict):
     shown = Verdicts([judge(claim(kind=kind), dict(x=value), 'laptop')])
     assert shown[0].verdict == verdict
     assert bool(failures(dict(claims=shown.rows()))) == (kind == 'must hold' and verdict != 'reproduced')
+
+
+@pytest.mark.parametrize('kind', KINDS)
+def test_undecided_fails_only_what_must_hold(kind):
+    shown = Verdicts([judge(claim(**TIE | dict(kind=kind)), dict(x=WIDE), 'laptop')])
+    assert bool(failures(dict(claims=shown.rows()))) == (kind == 'must hold')
+    assert '**undecided**' in shown._repr_markdown_() and 'undecided' in str(shown)
 
 
 def test_a_number_that_was_not_recorded_fails_the_run():
