@@ -18,6 +18,9 @@ settings.load_profile('speechloss')
 def pytest_collection_modifyitems(items):
     "Slow tests first, so that two processes end together; without CUDA its tests are left out"
     items.sort(key=lambda item: item.get_closest_marker('slow') is None)
+    for item in items:
+        if item.get_closest_marker('interpreted') and os.environ.get('TRITON_INTERPRET') != '1':
+            item.add_marker(pytest.mark.skip(reason='runs in a process of its own, see interpreted.py'))
     if torch.cuda.is_available(): return
     for item in items:
         if item.get_closest_marker('cuda'):
