@@ -12,8 +12,10 @@ from loss_contract import close_grad, waves
 from test_loss_contract import TinyModel
 from torch import nn
 
+from speechloss.auditory import BANDWIDTH, erb_centres, erb_width, gammatone_filters
 from speechloss.features import (
-    EncoderFeatures, Features, Frozen, MelFeatures, RandomFeatures, STFTFeatures, randomized)
+    EncoderFeatures, Features, Frozen, GammatoneFeatures, MelFeatures, RandomFeatures, STFTFeatures,
+    randomized)
 from speechloss.models import enhancer
 from speechloss.spectral import (
     compress, frame_count, frame_mask, hz_to_mel, istft, magnitude, mel_filters, mel_to_hz,
@@ -25,6 +27,7 @@ SETS = {
     'stft-log': partial(STFTFeatures, kind='log'),
     'stft-complex': partial(STFTFeatures, kind='complex'),
     'mel': partial(MelFeatures, sample_rate=16000),
+    'gammatone': partial(GammatoneFeatures, sample_rate=16000),
     'random': RandomFeatures,
     'bottleneck': lambda: EncoderFeatures(TinyModel()),
     'all': lambda: EncoderFeatures(TinyModel(), layers='all'),
@@ -168,6 +171,72 @@ def test_mel_features_against_librosa():
                                          n_mels=80, power=1., pad_mode='reflect')
     found = MelFeatures(sample_rate=16000)(wave)[0][0].T
     np.testing.assert_allclose(found, np.log(mag + 1e-5), atol=2e-3)
+
+
+# --- the filters of the ear ---
+
+def test_centres_lie_evenly_on_the_erb_scale():
+    "At a fixed distance in ERBs, each ERB being what the next one is measured with"
+    for n_bands, low, high in ((64, 50., 8000.), (8, 0., 4000.)):
+        centres = erb_centres(n_bands, low, high).numpy()
+        assert centres[0] == pytest.approx(low) and len(centres) == n_bands
+        edges = np.append(centres, high)
+        steps = [np.mean(1 / erb_width(np.linspace(a, b, 1001))) * (b - a)
+                 for a, b in zip(edges[:-1], edges[1:])]
+        np.testing.assert_allclose(steps, steps[0], rtol=1e-5)
+
+
+@pytest.mark.parametrize('rate', [8000, 16000, 48000])
+def test_gammatone_filters_against_their_closed_form(rate):
+    "On a grid of 1 Hz: the peak, the width at -3 dB, and the equivalent rectangle"
+    bank, centres = gammatone_filters(32, rate, rate), erb_centres(32, 50, rate / 2)
+    power = bank.square()
+    assert (bank.argmax(0) - centres).abs().max() <= .5 and bank.max() <= 1
+    wide = (power >= .5).sum(0)
+    assert (wide - 2 * (2 ** .25 - 1) ** .5 * BANDWIDTH * erb_width(centres)).abs().max() <= 1
+    torch.testing.assert_close(power.sum(0)[:-1], erb_width(centres)[:-1], rtol=6e-3, atol=0)
+    assert .95 < power.sum(0)[-1] / erb_width(centres[-1]) < 1    # a skirt is beyond the grid
+    below = bank[:-1, 16].diff() > 0       # rises to its centre and falls from there
+    assert (below[:int(centres[16])]).all() and not below[int(centres[16]) + 1:].any()
+
+
+@pytest.mark.parametrize('band', [0, 5, 17, 26])
+def test_gammatone_filters_against_a_filter_in_time(band):
+    "Noise through the impulse response of a real gammatone, and the power that comes out"
+    centre = float(erb_centres(32, 50, 8000)[band])
+    time = np.arange(16384) / 16000
+    envelope = time ** 3 * np.exp(-2 * np.pi * BANDWIDTH * erb_width(centre) * time)
+    response = np.abs(np.fft.rfft(envelope * np.cos(2 * np.pi * centre * time), 2 ** 16))
+    noise = np.random.default_rng(band).normal(size=2 ** 16)
+    spectrum = np.fft.rfft(noise)
+    truth = np.sum(np.abs(spectrum * response / response.max()) ** 2)
+    found = np.sum(np.abs(spectrum * gammatone_filters(32, 2 ** 16, 16000)[:, band].numpy()) ** 2)
+    assert 10 * np.log10(found / truth) == pytest.approx(0, abs=.1)
+
+
+def test_gammatone_features_of_a_sine_and_of_noise():
+    "A sine leads in the band it is the centre of; white noise rises with the bandwidth"
+    features, centres = GammatoneFeatures(sample_rate=16000), erb_centres(64, 50, 8000)
+    time = torch.arange(16000, dtype=torch.float64) / 16000
+    for band in (20, 35, 50, 63):
+        sine = torch.cos(2 * torch.pi * centres[band] * time)[None]
+        level = features(sine)[0][0, 30]
+        # the main lobe of the window lies within the band: amplitude 1 in a Hann window
+        energy = (3 / 8 * 1024 * 1024 / 4) ** .5
+        assert level.argmax() == band
+        assert level[band].exp().item() == pytest.approx(energy, rel=.2 if band < 30 else .05)
+    noise = torch.randn(1, 160_000, dtype=torch.float64)
+    power = (2 * features(noise)[0][0, 4:-4]).exp().mean(0)
+    wanted = 3 / 8 * 1024 * erb_width(centres) / (16000 / 1024)
+    torch.testing.assert_close(power[2:-1] / wanted[2:-1], torch.ones(61).double(), rtol=.1, atol=0)
+
+
+def test_wrong_gammatones():
+    for options, said in ((dict(sample_rate=48000), 'n_fft is 1024.*lowest filter .30.1 Hz.*larger n_fft'),
+                          (dict(sample_rate=16000, f_min=8000.), 'f_min is 8000 .*f_min < f_max <= 8000'),
+                          (dict(sample_rate=16000, f_min=-1.), 'f_min is -1')):
+        with pytest.raises(ValueError, match=said): GammatoneFeatures(**options)
+    assert GammatoneFeatures(sample_rate=48000, n_fft=2048)(torch.randn(1, 4800))[0].shape == (1, 19, 64)
 
 
 def test_random_features():

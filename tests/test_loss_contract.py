@@ -6,7 +6,8 @@ import torch
 from loss_contract import Case, LossContract
 from torch import nn
 
-from speechloss.features import EncoderFeatures, MelFeatures, RandomFeatures, STFTFeatures
+from speechloss.features import (
+    EncoderFeatures, GammatoneFeatures, MelFeatures, RandomFeatures, STFTFeatures)
 from speechloss.losses import (
     CARDS, CompressedComplexLoss, FeatureDistance, LogMelLoss, ModelAsLoss,
     MultiResolutionSTFTLoss, Objective, SISDRLoss, SNRLoss, STFTLoss, WaveL1Loss, WaveL2Loss)
@@ -87,6 +88,7 @@ SETS = {
     'stft-log': (partial(STFTFeatures, kind='log'), MAGNITUDE),
     'stft-complex': (partial(STFTFeatures, kind='complex'), ()),
     'mel': (partial(MelFeatures, sample_rate=16000, n_mels=40), MAGNITUDE),
+    'gammatone': (partial(GammatoneFeatures, sample_rate=16000, n_bands=40), MAGNITUDE),
     'random': (RandomFeatures, ()),
     'encoder': (partial(EncoderFeatures, TinyModel()), ()),
 }

@@ -5,14 +5,15 @@
 # %% auto #0
 __all__ = ['CARDS', 'FEATURES', 'Card', 'cards', 'build_features', 'build', 'build_objective']
 
-# %% ../../nbs/losses/registry.ipynb #f8c757f7
+# %% ../../nbs/losses/registry.ipynb #1db19e05
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 
 from torch import nn
 
 from ..audio import SpeechLossError
-from ..features import Features, MelFeatures, RandomFeatures, STFTFeatures, randomized
+from ..features import (
+    Features, GammatoneFeatures, MelFeatures, RandomFeatures, STFTFeatures, randomized)
 from .base import Loss
 from .distance import FeatureDistance
 from .model_as_loss import ModelAsLoss
@@ -60,8 +61,8 @@ def cards() -> list[dict]:
     "The cards as rows, for tables"
     return [asdict(card) | {'loss': card.loss.__name__} for card in CARDS.values()]
 
-# %% ../../nbs/losses/registry.ipynb #b813c16c
-FEATURES = dict(stft=STFTFeatures, mel=MelFeatures, random=RandomFeatures)
+# %% ../../nbs/losses/registry.ipynb #4391aa78
+FEATURES = dict(stft=STFTFeatures, mel=MelFeatures, gammatone=GammatoneFeatures, random=RandomFeatures)
 
 
 def _pick(what: str, name: str, choices: dict):
