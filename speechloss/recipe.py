@@ -5,15 +5,14 @@
 # %% auto #0
 __all__ = ['BASE', 'FORMAT', 'ASIDE', 'TrainingError', 'Recipe']
 
-# %% ../nbs/enhance/recipe.ipynb #8c8f715b
+# %% ../nbs/enhance/recipe.ipynb #c5b0fa3b
 import hashlib
 import json
 import math
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
-from .audio import SpeechLossError
-from .checkpoints import sha256
+from .audio import SpeechLossError, sha256
 
 
 class TrainingError(SpeechLossError):

@@ -15,20 +15,21 @@ import torch
 from torch import nn
 
 from speechloss import checkpoints
-from speechloss.audio import SpeechLossError
+from speechloss.audio import SpeechLossError, sha256
 from speechloss.checkpoints import CheckpointError
 from speechloss.losses import build_objective
 from speechloss.manifest import Manifest, Recording
 from speechloss.models import enhancer, load_enhancer
+from speechloss.state import PATIENCE, TrainingState
 from speechloss.training import (
-    PATIENCE, Recipe, Run, TrainingError, data_of, fit, model_of, read_log, train, train_many)
+    Recipe, TrainingError, data_of, fit, model_of, read_log, train, train_many)
 
 
 def recording(folder, name, kind, split, wave) -> Recording:
     path = folder / f'{name}.wav'
     soundfile.write(path, wave, 16000)
     return Recording(id=name, path=str(path), kind=kind, split=split, frames=len(wave), sample_rate=16000,
-                     speaker=name if kind == 'speech' else '', sha256=checkpoints.sha256(path),
+                     speaker=name if kind == 'speech' else '', sha256=sha256(path),
                      licence='none', source='the tests')
 
 
@@ -333,7 +334,7 @@ def test_wrong_recipes(recipe, tmp_path, wrong):
 
 def test_out_is_a_file(recipe, tmp_path):
     (tmp_path / 'run').write_text('')
-    with pytest.raises(TrainingError, match='cannot be made'):
+    with pytest.raises(CheckpointError, match='run cannot be written'):
         train(recipe, tmp_path / 'run')
 
 
@@ -401,20 +402,20 @@ def test_two_processes_are_one(recipe, tmp_path):
     assert [row['step'] for row in read_log(tmp_path / 'two/log.jsonl')] == [1, 2, 3, 4, 5]
 
 
-def test_run_state_is_complete(recipe):
+def test_state_is_complete(recipe):
     "What `save` gives, `load` takes, and after both the next step is the same"
     def fresh():
         model = model_of(recipe)
-        return Run(model, build_objective(MAL, model=model), recipe)
+        return TrainingState(model, build_objective(MAL, model=model), recipe)
 
-    run = fresh()
-    for p in run.trained: p.grad = torch.ones_like(p)
-    run.optimizer.step()
-    run.average()
-    run.objective.epoch_end(run.model)
-    tensors, state = run.save()
+    state = fresh()
+    for p in state.trained: p.grad = torch.ones_like(p)
+    state.optimizer.step()
+    state.average()
+    state.objective.epoch_end(state.model)
+    tensors, counters = state.save()
     other = fresh()
-    other.load(1, tensors, json.loads(json.dumps(state)))
+    other.load(1, tensors, json.loads(json.dumps(counters)))
     again, _ = other.save()
     assert set(again) == set(tensors) and all(again[name].equal(tensors[name]) for name in tensors)
 
