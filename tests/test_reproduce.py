@@ -1,4 +1,6 @@
 """Running a notebook for real: complete, again, killed, failing, without room."""
+import contextlib
+import functools
 import json
 import os
 import resource
@@ -7,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import nbformat
 import pytest
@@ -31,32 +34,44 @@ def write(path: Path, *cells: str) -> Path:
     return path
 
 
-def start(out, notebook, **more) -> subprocess.Popen:
-    "Run it in a process of its own"
-    return subprocess.Popen([sys.executable, '-c', DRIVER, str(out), str(notebook)],
-                            stderr=subprocess.PIPE, text=True, **more)
+@contextlib.contextmanager
+def started(out, notebook):
+    "Run it in a process of its own, which does not outlive the test"
+    # a script starts its background jobs deaf to SIGINT, and pytest may be one of them
+    hear = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    process = subprocess.Popen([sys.executable, '-c', DRIVER, str(out), str(notebook)],
+                               stderr=subprocess.PIPE, text=True, preexec_fn=hear)
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.communicate()
 
 
-def wait_for(path: Path, seconds: float = 90) -> str:
+def until(what: str, seconds: float, asked) -> Any:
+    "What `asked` answers once it is true; how long that may take is the caller's to say"
     end = time.monotonic() + seconds
     while time.monotonic() < end:
-        if path.exists() and (text := path.read_text()):
-            return text
+        if answer := asked():
+            return answer
         time.sleep(.1)
-    raise AssertionError(f'{path.name} did not appear')
+    raise AssertionError(f'{what}: not within {seconds:.0f} s')
 
 
-def gone(pid: int, seconds: float = 30) -> bool:
-    "Whether a process ends within some time (a zombie has ended)"
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        try:
-            if Path(f'/proc/{pid}/stat').read_text().rpartition(')')[2].split()[0] == 'Z':
-                return True
-        except OSError:
-            return True
-        time.sleep(.2)
-    return False
+def said(path: Path, process: subprocess.Popen) -> str:
+    "What a file holds, empty while there is none; its writer must be alive"
+    if path.exists() and (text := path.read_text()):
+        return text
+    assert process.poll() is None, process.stderr.read()
+    return ''
+
+
+def gone(pid: int) -> bool:
+    "Whether a process has ended (a zombie has)"
+    try:
+        return Path(f'/proc/{pid}/stat').read_text().rpartition(')')[2].split()[0] == 'Z'
+    except OSError:
+        return True
 
 
 @pytest.fixture(scope='module')
@@ -152,15 +167,19 @@ def test_killed_and_started_again(how, tmp_path):
         tmp_path / 'toy.ipynb',
         "import os, time\nmark = run.folder / 'trained'\nfirst = not mark.exists()\n"
         "mark.write_text(str(os.getpid()))",
-        'if first: time.sleep(600)',
+        'if first: time.sleep(36_000)',
         "run.record('first', first)\nrun.finish()")
-    process = start(tmp_path / 'runs', notebook)
-    kernel = int(wait_for(tmp_path / 'runs/toy-smoke-0/trained'))
-    with pytest.raises(ReproduceError, match='by another process'):
-        run('toy', out=tmp_path / 'runs', notebook=notebook, progress=False)
-    process.send_signal(how)
-    process.wait(60)
-    assert process.returncode != 0 and gone(kernel)
+    mark, begin = tmp_path / 'runs/toy-smoke-0/trained', time.monotonic()
+    with started(tmp_path / 'runs', notebook) as process:
+        kernel = int(until('the first cell', 900, lambda: said(mark, process)))
+        # to end is less work than to start: on a busy machine both take longer
+        patience = 30 + 5 * (time.monotonic() - begin)
+        with pytest.raises(ReproduceError, match='by another process'):
+            run('toy', out=tmp_path / 'runs', notebook=notebook, progress=False)
+        process.send_signal(how)
+        until('the end of the run', patience, lambda: process.poll() is not None)
+        assert process.returncode != 0
+        until('the end of its kernel', patience, lambda: gone(kernel))
     folder = run('toy', out=tmp_path / 'runs', notebook=notebook, progress=False)
     assert load_results(folder)['numbers']['first']['value'] == 0.
 
