@@ -28,6 +28,7 @@ class Variant(NamedTuple):
     num_warps: int = 4
     num_stages: int = 2
     spill: int = 0              # bytes of stack that this entry is known to need
+    fp_fusion: bool = True      # whether products and sums may be contracted
 
 
 class Use(NamedTuple):
@@ -58,7 +59,8 @@ def compiled(variant: Variant, capability: int) -> Use:
                if kind.startswith('*')}
     source = ASTSource(fn=variant.kernel, signature=variant.signature, constexprs=constants, attrs=aligned)
     kernel = triton.compile(source, target=GPUTarget('cuda', capability, 32),
-                            options=dict(num_warps=variant.num_warps, num_stages=variant.num_stages))
+                            options=dict(num_warps=variant.num_warps, num_stages=variant.num_stages,
+                                         enable_fp_fusion=variant.fp_fusion))
     tool = Path(triton.__file__).parent / 'backends/nvidia/bin/cuobjdump'
     with tempfile.NamedTemporaryFile(suffix='.cubin') as file:
         file.write(kernel.asm['cubin'])
