@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['BENCHES', 'FORMAT', 'Bench', 'bench', 'stage1', 'arm', 'model_folder', 'training_folder', 'train_all', 'corpus_of',
            'test_clips', 'waves_of', 'digest', 'enhance_clips', 'cached', 'score_model', 'spread', 'about', 'column',
-           'difference', 'speech_kept', 'iterate', 'iterate_model']
+           'Difference', 'difference', 'seed_means', 'speech_kept', 'iterate', 'iterate_model']
 
 # %% ../nbs/reproduce/bench.ipynb #debc8f9e
 import hashlib
@@ -199,16 +199,36 @@ def about(clip: dict) -> dict:
     "What identifies a clip, without its waves"
     return {k: v for k, v in clip.items() if k not in ('noisy', 'clean')}
 
-# %% ../nbs/reproduce/bench.ipynb #894865ab
+# %% ../nbs/reproduce/bench.ipynb #7770e545
 def column(runs: list[list[dict]], name: str) -> np.ndarray:
     "One metric of several seeds, `(seeds, clips)`; what could not be computed is NaN"
     return np.array([[np.nan if row[name] is None else row[name] for row in rows] for rows in runs],
                     dtype=float)
 
 
-def difference(a, b, clips: list[dict]) -> Interval:
-    "Paired difference a - b with its interval, clustered by speaker"
-    return paired_bootstrap(a, b, cluster=[clip['speaker'] for clip in clips])
+@dataclass(frozen=True)
+class Difference(Interval):
+    "An interval over clips, and beside it the mean of each seed, which the interval averages"
+    by_seed: tuple[float, ...] = ()   # empty where a and b do not share their seeds
+
+
+def difference(
+    a,                    # (seeds, clips), or (clips,)
+    b,                    # the same clips, the same seeds or none; or a number
+    clips: list[dict],
+) -> Difference:          # of a - b
+    "Paired difference with its interval, clustered by speaker, and with the mean of each seed"
+    interval = paired_bootstrap(a, b, cluster=[clip['speaker'] for clip in clips])
+    return Difference(**vars(interval), by_seed=seed_means(a, b))
+
+
+def seed_means(a, b) -> tuple[float, ...]:
+    "Mean of a - b for each seed over the clips that count, those without NaN in any seed"
+    counts = {len(x) for x in (np.asarray(a), np.asarray(b)) if x.ndim == 2}
+    if len(counts - {1}) > 1 or not counts:
+        return ()
+    gap = np.asarray(a, float) - np.asarray(b, float)      # (seeds, clips)
+    return tuple(gap[:, ~np.isnan(gap).any(0)].mean(1).tolist())
 
 # %% ../nbs/reproduce/bench.ipynb #5d7f4f13
 def speech_kept(enhanced: Tensor, clean: Tensor, *, top_db: float = 30.) -> Tensor:

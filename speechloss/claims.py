@@ -119,7 +119,7 @@ def load_claims(
                               'give each claim an id of its own')
     return [c for c in claims if paper in (None, c.paper)]
 
-# %% ../nbs/reproduce/claims.ipynb #ebd20764
+# %% ../nbs/reproduce/claims.ipynb #ccf27668
 @dataclass(frozen=True)
 class Verdict:
     "What a run says about one claim, with the numbers it rests on."
@@ -139,7 +139,10 @@ def text(
     name: str,               # of the number
     number: Mapping | None,  # as in results.json
 ) -> str:
-    "One number for people: `x-y = +0.12 [+0.05, +0.19] dB, n = 60`."
+    """One number for people: `x-y = +0.12 [+0.05, +0.19] dB, n = 60, seeds +0.08 to +0.15`.
+
+    The range of the seeds is there when there are several, and the run recorded them.
+    """
     if not number or number.get('value') is None:
         return f'{name} = ?' + (f' ({number["note"]})' if number and number.get('note') else '')
     low, high, unit = number.get('low'), number.get('high'), number.get('unit')
@@ -148,7 +151,9 @@ def text(
     else:
         shown = f'{name} = {number["value"]:+.3g} [{low:+.3g}, {high:+.3g}]'
     count = f', n = {number["n"]}' if number.get('n') else ''
-    return shown + (f' {unit}' if unit else '') + count
+    seeds = [mean for mean in number.get('by_seed') or () if mean is not None]
+    spread = f', seeds {min(seeds):+.3g} to {max(seeds):+.3g}' if len(seeds) > 1 else ''
+    return shown + (f' {unit}' if unit else '') + count + spread
 
 
 def judge(

@@ -22,7 +22,7 @@ from . import __version__
 from .audio import SpeechLossError, available_cores, save, write_text
 from .claims import SCALES, Verdicts, failures, judge_all
 
-# %% ../nbs/reproduce/results.ipynb #37a1f0e4
+# %% ../nbs/reproduce/results.ipynb #db394960
 class ReproduceError(SpeechLossError):
     "Something a user can cure stands in the way of a run."
 
@@ -55,7 +55,7 @@ def plain(
 
 
 #: What an interval says beside its mean, and a number of `results.json` beside its value.
-INTERVAL = ('low', 'high', 'n', 'clusters', 'clustered_by', 'dropped', 'level')
+INTERVAL = ('low', 'high', 'n', 'clusters', 'clustered_by', 'dropped', 'level', 'by_seed')
 
 
 def is_interval(value: Any) -> bool:

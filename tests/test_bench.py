@@ -1,13 +1,18 @@
 """The shared bench: what is shared is shared, what is cached is computed once."""
 import json
+import math
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from speechloss import bench as shared
 from speechloss.audio import SpeechLossError
+from speechloss.claims import text
 from speechloss.models import enhancer
+from speechloss.results import Run, load_results
 from speechloss.training import Recipe
 
 
@@ -100,6 +105,36 @@ def test_difference_is_paired(clips):
     a = np.array([[1., 2., 3.], [3., 4., 5.]])
     gap = shared.difference(a + 1, a, clips)
     assert (gap.mean, gap.low, gap.high, gap.n) == (1, 1, 1, 3)
+
+
+@given(st.lists(st.lists(st.floats(-5, 5) | st.just(math.nan), min_size=6, max_size=6), min_size=1, max_size=4),
+       st.sampled_from(['number', 'noisy', 'each']))
+def test_the_interval_is_over_the_mean_of_the_seeds(values, against):
+    a = np.array(values)
+    a[:, 0] = 1.                # one clip that counts
+    b = dict(number=.5, noisy=np.arange(6.)[None], each=a[::-1] / 2 + .1)[against]
+    gap = shared.difference(a, b, [dict(speaker=str(k // 2)) for k in range(6)])
+    assert len(gap.by_seed) == len(a) and np.mean(gap.by_seed) == pytest.approx(gap.mean)
+    counted = ~np.isnan(a - b).any(0)
+    assert gap.n == counted.sum() and gap.dropped == 6 - gap.n
+    assert gap.by_seed == pytest.approx((a - b)[:, counted].mean(1))
+
+
+def test_a_number_recorded_from_seeds_keeps_them(tmp_path):
+    "From (seeds, clips) to results.json and to the sentence that people read"
+    clips = [dict(speaker=str(k)) for k in range(5)]
+    a = np.arange(15.).reshape(3, 5)
+    run = Run('p', scale='laptop', out=tmp_path, corpus='mini')
+    run.record('a-b', shared.difference(a, np.zeros(5), clips), seeds=range(3), unit='dB')
+    run.record('a-other', shared.difference(a, a[:2], clips), seeds=range(3))
+    run.table('arms', [dict(arm='a', gap=shared.difference(a, 0., clips))])
+    run.finish()
+    results = load_results(run.folder)
+    assert results['numbers']['a-b']['by_seed'] == [2., 7., 12.]
+    assert results['numbers']['a-other']['by_seed'] == []
+    assert results['tables']['arms'][0]['gap']['by_seed'] == [2., 7., 12.]
+    assert text('a-b', results['numbers']['a-b']).endswith('dB, n = 5, seeds +2 to +12')
+    assert 'seeds' not in text('a-other', results['numbers']['a-other'])
 
 
 def test_a_metric_that_failed_is_nan():

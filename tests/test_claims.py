@@ -17,6 +17,7 @@ from speechloss.claims import (
     judge_all,
     load_claims,
     reading,
+    text,
 )
 from speechloss.results import Run, load_results
 from speechloss.stats import Interval
@@ -195,6 +196,14 @@ def test_registry_over_a_run(scale, good, tmp_path):
         assert bool(failures(dict(claims=shown.rows()))) == (not good)
 
 
+def test_results_from_before_the_seeds_were_kept_read_as_they_did():
+    old = number(.2, .1, .3, n=40, clusters=9, clustered_by='cluster', seeds=[0, 1, 2], unit='dB', note='')
+    assert text('x', old) == text('x', old | dict(by_seed=None)) == 'x = +0.2 [+0.1, +0.3] dB, n = 40'
+    assert judge(claim(), dict(x=old), 'laptop').verdict == 'reproduced'
+    assert text('x', old | dict(by_seed=[.1, None, .3])).endswith('n = 40, seeds +0.1 to +0.3')
+    assert text('x', old | dict(by_seed=[.2])) == text('x', old)      # one seed has no spread
+
+
 def test_results_hold_what_the_interval_held(tmp_path):
     run = Run('p', scale='laptop', seed=3, out=tmp_path, corpus='mini')
     run.record('x', Interval(1., .5, 2., 40, 9, 'cluster', 2, .9), seeds=[3, 4], unit='dB')
@@ -206,7 +215,7 @@ def test_results_hold_what_the_interval_held(tmp_path):
     results = load_results(run.folder)
     assert results['numbers']['x'] == dict(
         value=1., low=.5, high=2., n=40, clusters=9, clustered_by='cluster', dropped=2, level=.9,
-        seeds=[3, 4], unit='dB', note='')
+        by_seed=None, seeds=[3, 4], unit='dB', note='')
     assert results['numbers']['nan']['low'] is None
     assert results['claims'][0]['verdict'] == 'not measured' and len(results['failures']) == 1
     assert results['environment']['packages']['torch'] and results['seed'] == 3
