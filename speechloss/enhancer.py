@@ -6,19 +6,19 @@
 __all__ = ['SILENCE', 'erb_bands', 'spectrum', 'frame_total', 'mean_so_far', 'Recurrent', 'SpectralEncoder', 'SpectralDecoder',
            'check_waves', 'SpectralEnhancer']
 
-# %% ../nbs/enhance/enhancer.ipynb #29af3105
+# %% ../nbs/enhance/enhancer.ipynb #1b92d48c
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .audio import SAMPLE_RATE, SpeechLossError, extra
+from .spectral import frame_mask, istft, window_of
+
 try:
     from huggingface_hub import PyTorchModelHubMixin
 except ImportError:
-    raise ImportError("models need huggingface_hub: pip install 'speechloss[reproduce]'",
+    raise ImportError(f'models need huggingface_hub: {extra("reproduce")}',
                       name='huggingface_hub') from None
-
-from .audio import SAMPLE_RATE, SpeechLossError
-from .spectral import frame_mask, istft, window_of
 
 # %% ../nbs/enhance/enhancer.ipynb #f2ac7c49
 def erb_bands(

@@ -26,6 +26,7 @@ from speechloss.losses import (
 from speechloss.losses.functional import (
     compressed_complex, consistency, feature_distance, log_mel, multi_resolution_stft, si_sdr,
     snr, wave_l1, wave_l2)
+from speechloss.losses.model_as_loss import feature_health
 from speechloss.models import enhancer
 from speechloss.spectral import stft
 
@@ -445,7 +446,33 @@ def test_objective_passes_on_the_model_and_its_state():
     assert all(v.equal(start[k]) for k, v in objective.resume_state().items())
     plain = Objective(dict(l1=WaveL1Loss()))
     plain.step_end(model), plain.epoch_end(model), plain.load_resume_state({})
-    assert plain.resume_state() == {}
+    assert plain.resume_state() == {} == plain.health(waves()[1])
+
+
+@pytest.mark.parametrize('layers', ['bottleneck', 'all'])
+def test_health_is_of_the_copy_and_of_valid_frames(layers):
+    "It moves neither weights nor generators, and says nothing of a copy that stays"
+    model, (_, clean, _) = enhancer('tiny'), waves()
+    loss = ModelAsLoss(model, rule='dynamic', layers=layers)
+    with torch.no_grad():
+        for weight in model.parameters(): weight.zero_()
+    before = torch.get_rng_state(), loss.resume_state()
+    health = Objective(dict(own=loss)).health(clean)
+    assert torch.get_rng_state().equal(before[0])
+    assert all(value.equal(before[1][name]) for name, value in loss.resume_state().items())
+    names = [f'own.{layer}.{key}' for layer in loss.features.names for key in ('std', 'effective_rank')]
+    assert list(health) == names and min(health.values()) > 0
+    padded = torch.cat([clean, torch.full_like(clean, 9.)], 1)
+    lengths = torch.full((len(clean),), clean.shape[1])
+    assert Objective(dict(own=loss)).health(padded, lengths=lengths) == pytest.approx(health)
+    loss.epoch_end(model)
+    assert loss.health(clean)[f'{loss.features.names[-1]}.std'] == 0
+    assert ModelAsLoss(model, layers=layers).health(clean) == {}
+
+
+def test_health_of_features_that_are_not_finite_is_nan():
+    health = feature_health(torch.tensor([[[1., 2.], [torch.inf, 0.]]]))
+    assert list(health) == ['std', 'effective_rank'] and all(v != v for v in health.values())
 
 
 # --- Model as Loss ---
@@ -543,7 +570,7 @@ def test_build_objective():
     ({'name': 'snr', 'max': 3}, 'SNRLoss cannot be built.*max'), ('log_mel', 'sample_rate'),
     ('model_as_loss', 'needs the enhancer'),
     ({'name': 'model_as_loss', 'encoder': 'x.pt'}, 'give load='),
-    ({'name': 'feature_distance', 'features': 'melody'}, 'melody.*stft, mel, random')])
+    ({'name': 'feature_distance', 'features': 'melody'}, 'melody.*stft, mel, gammatone, random')])
 def test_build_errors(spec, message):
     with pytest.raises(SpeechLossError, match=message) as caught: build(spec)
     assert '\n' not in str(caught.value)

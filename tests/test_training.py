@@ -17,7 +17,8 @@ from torch import nn
 from speechloss import checkpoints
 from speechloss.audio import SpeechLossError, sha256
 from speechloss.checkpoints import CheckpointError
-from speechloss.losses import build_objective
+from speechloss.losses import Objective, build_objective
+from speechloss.losses.model_as_loss import feature_health
 from speechloss.manifest import Manifest, Recording
 from speechloss.models import enhancer, load_enhancer
 from speechloss.state import PATIENCE, TrainingState
@@ -135,6 +136,28 @@ def test_two_threads(recipe, tmp_path):
     run_worker(recipe, tmp_path / 'parts', kill_after=4)
     run_worker(recipe, tmp_path / 'parts')
     assert weights(tmp_path / 'parts/final') == weights(tmp_path / 'whole/final')
+
+
+def test_health_is_logged_after_each_epoch(recipe, tmp_path, monkeypatch):
+    "Once each, over stops too; it is of the model of that step, and changes nothing"
+    recipe = replace(recipe, objective=MAL, log_every=5)
+    for step in (5, 10):
+        with pytest.raises(KeyboardInterrupt): train(recipe, tmp_path / 'run', progress=stop_at(step))
+    train(recipe, tmp_path / 'run')
+    rows = {row['step']: row for row in read_log(tmp_path / 'run/log.jsonl')}
+    assert list(rows) == [4, 5, 8, 10, 12]
+    assert [step for step, row in rows.items() if 'health' in row] == [4, 8, 12]
+    model = model_of(recipe).eval()
+    model.load_state_dict({name.partition('/')[2]: value for name, value in checkpoints.latest(
+        tmp_path / 'run/checkpoints')[1].items() if name.startswith('model/')})
+    expected = feature_health(model.encode(data_of(recipe)[1][0]['clean'][None]).detach())
+    assert rows[12]['health'] == pytest.approx(
+        {f'extra.bottleneck.{name}': value for name, value in expected.items()}, rel=1e-5)
+    with monkeypatch.context() as patch:
+        patch.setattr(Objective, 'health', lambda *args, **kwargs: {})
+        train(recipe, tmp_path / 'silent')
+    assert weights(tmp_path / 'run/final') == weights(tmp_path / 'silent/final')
+    assert not any('health' in row for row in read_log(tmp_path / 'silent/log.jsonl'))
 
 
 class Dropped(nn.Module):
@@ -356,12 +379,14 @@ def test_key_follows_the_content_of_init(recipe, tmp_path):
 
 
 def test_tensorboard(recipe, tmp_path):
+    recipe = replace(recipe, objective=MAL)
     with pytest.raises(KeyboardInterrupt): train(recipe, tmp_path, tensorboard=True, progress=stop_at(8))
     train(recipe, tmp_path, tensorboard=True)
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
     board = EventAccumulator(str(tmp_path / 'tensorboard'))
     board.Reload()
-    assert {'loss', 'terms/wave', 'valid/si_sdr'} <= set(board.Tags()['scalars'])
+    assert {'loss', 'terms/base', 'valid/si_sdr', 'health/extra.bottleneck.effective_rank'} <= \
+        set(board.Tags()['scalars'])
     assert [event.step for event in board.Scalars('loss')] == list(range(1, 13))
 
 

@@ -5,14 +5,15 @@
 # %% auto #0
 __all__ = ['WRAPPERS', 'RULES', 'REFRESH', 'unwrapped', 'ModelAsLoss', 'feature_health']
 
-# %% ../../nbs/losses/model_as_loss.ipynb #78ad8e46
+# %% ../../nbs/losses/model_as_loss.ipynb #4927ef49
 import torch
 from torch import Tensor, nn
 
 from ..features import EncoderFeatures
 from .distance import FeatureDistance
+from ..spectral import frame_mask
 
-# %% ../../nbs/losses/model_as_loss.ipynb #511e01e2
+# %% ../../nbs/losses/model_as_loss.ipynb #51b91eb5
 WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel)
 
 
@@ -84,13 +85,28 @@ class ModelAsLoss(FeatureDistance):
         "Restore what `resume_state()` gave"
         self.snapshot.load_state_dict(state)
 
-# %% ../../nbs/losses/model_as_loss.ipynb #36876a03
+    @torch.no_grad()
+    def health(self, clean: Tensor, *, noisy: Tensor | None = None,
+               lengths: Tensor | None = None) -> dict[str, float]:
+        "`feature_health` of each layer on clips `(B, T)`; nothing where the copy never moves"
+        if self.rule != 'dynamic': return {}
+        views = self.features(clean, lengths)
+        counts = [None] * len(views) if lengths is None else self.features.frame_lengths(lengths)
+        return {f'{name}.{key}': value
+                for name, view, frames in zip(self.features.names, views, counts)
+                for key, value in feature_health(view, frames).items()}
+
+# %% ../../nbs/losses/model_as_loss.ipynb #0c72dc15
 @torch.no_grad()
 def feature_health(
-    features: Tensor,    # (B, frames, dim)
-) -> dict[str, float]:   # std, effective_rank in 1..dim
+    features: Tensor,               # (B, frames, dim)
+    frames: Tensor | None = None,   # (B,) valid frames; None: all
+) -> dict[str, float]:              # std, effective_rank in 1..dim; NaN where features are not finite
     "Deviation and effective rank of a feature space"
-    flat = features.flatten(0, -2).double()
+    flat = features.flatten(0, -2) if frames is None \
+        else features[frame_mask(frames, features.shape[1])]
+    if not flat.isfinite().all(): return dict(std=torch.nan, effective_rank=torch.nan)
+    flat = flat.cpu().double()      # not every device has float64
     flat = flat - flat.mean(0)
     share = torch.linalg.svdvals(flat)
     share = share / share.sum().clamp_min(1e-300)

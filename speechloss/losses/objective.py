@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from .balance import Balancer
 from .base import Loss
 
-# %% ../../nbs/losses/objective.ipynb #844cbb41
+# %% ../../nbs/losses/objective.ipynb #f529b8d9
 class Objective(Loss):
     """A weighted, balanced sum of losses with the call of a single one.
 
@@ -48,6 +48,13 @@ class Objective(Loss):
     def epoch_end(self, model: nn.Module):
         "Tell the losses that learn from the model that an epoch is done"
         self._call('epoch_end', model)
+
+    def health(self, clean: Tensor, *, noisy: Tensor | None = None,
+               lengths: Tensor | None = None) -> dict[str, float]:
+        "What the losses tell of their own state on clips `(B, T)`, as 'loss.number'; often nothing"
+        return {f'{name}.{key}': value for name, loss in self.losses.items()
+                if hasattr(loss, 'health')
+                for key, value in loss.health(clean, noisy=noisy, lengths=lengths).items()}
 
     def resume_state(self) -> dict[str, Tensor]:
         "Tensors that an exact resume needs and `state_dict()` leaves out, such as a snapshot"
