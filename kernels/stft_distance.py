@@ -3,8 +3,7 @@
 What is kept for the backward pass is one wave for each output, not the spectrograms: the
 gradient is computed on the way forward. Back ends: see `speechloss.kernels.backends`.
 """
-import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -85,14 +84,26 @@ class Plan:
         if self.weights: return [[w * s for w, s in zip(self.weights, share)]]
         return [[s * (i == k) for k, s in enumerate(share)] for i in range(len(share))]
 
-    def text(self) -> str: return json.dumps(asdict(self))
+    def text(self) -> str:
+        "For the custom op; `_plan` reads it. Plain joins, which torch.compile can follow."
+        resolutions = ';'.join(f'{r.n_fft},{r.hop_length},{r.win_length},{r.window},{r.gain},{r.weight}'
+                               for r in self.resolutions)
+        weights = ','.join(str(w) for w in self.weights or ())
+        filtered = ','.join(str(int(f)) for f in self.filtered)
+        return '|'.join([resolutions, ','.join(self.terms), weights, filtered, self.floor, self.norm,
+                         str(self.eps), str(self.power), str(self.sc_floor), str(self.offset)])
 
 
 @lru_cache(maxsize=256)
 def _plan(text: str) -> Plan:
-    record = json.loads(text)
-    record['resolutions'] = tuple(Resolution(**r) for r in record['resolutions'])
-    return Plan(**{k: tuple(v) if isinstance(v, list) else v for k, v in record.items()})
+    resolutions, terms, weights, filtered, floor, norm, *numbers = text.split('|')
+    eps, power, sc_floor, offset = map(float, numbers)
+    made = []
+    for line in resolutions.split(';'):
+        n_fft, hop_length, win_length, window, gain, weight = line.split(',')
+        made.append(Resolution(int(n_fft), int(hop_length), int(win_length), window, float(gain), float(weight)))
+    return Plan(tuple(made), tuple(terms.split(',')), tuple(map(float, weights.split(','))) if weights else None,
+                eps, floor, power, norm, sc_floor, offset, tuple(f == '1' for f in filtered.split(',') if f))
 
 
 def _torch(x: Tensor, y: Tensor, lengths: Tensor | None, filters: list[Tensor], plan: Plan, need_grad: bool):
