@@ -1,0 +1,118 @@
+"""STFT distance on the library's FFT: frames, rfft, one epilogue, irfft, overlap-add.
+
+A few utterances at a time, so that what is in memory at once is bounded. Behind a filter bank
+neither magnitudes nor their slopes are stored for the bins, only for the bands.
+"""
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .framing import kept_window
+from .triton_stft_cells import FUSION, floored, load_pair, store_pair, variant
+from .triton_stft_waves import Chunk, Job, cells, cut, frame_count, overlap
+
+#: Bytes of scratch in one chunk of utterances
+BUDGET = 512 << 20
+BANK_TILE, BANK_WARPS = dict(BLOCK_F=64, BLOCK_K=32, BLOCK_N=64), 8
+
+
+@triton.jit
+def bank_kernel(spectrum_ptr, bank_ptr, mag_ptr, rows, bins, bands, eps, CLAMP: tl.constexpr,
+                PRECISION: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr):
+    "Magnitudes behind a filter bank: |spectrum| (rows, bins) @ bank (bins, bands) to (rows, bands)"
+    f = tl.program_id(0).to(tl.int64) * BLOCK_F + tl.arange(0, BLOCK_F)[:, None]
+    n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
+    mag = tl.zeros([BLOCK_F, BLOCK_N], tl.float32)
+    for start in range(0, bins, BLOCK_K):
+        k = start + tl.arange(0, BLOCK_K)
+        re, im = load_pair(spectrum_ptr + 2 * (f * bins + k[None, :]), (f < rows) & (k < bins)[None, :])
+        bank = tl.load(bank_ptr + k[:, None] * bands + n, mask=(k < bins)[:, None] & (n < bands), other=0.)
+        mag = tl.dot(tl.sqrt(floored(re, im, eps, CLAMP)), bank, mag, input_precision=PRECISION)
+    tl.store(mag_ptr + f * bands + n, mag, mask=(f < rows) & (n < bands))
+
+
+@triton.jit
+def unbank_kernel(slope_ptr, bank_ptr, spectrum_ptr, out_ptr, rows, per_output, bins, bands, odd, eps,
+                  CLAMP: tl.constexpr, PRECISION: tl.constexpr,
+                  BLOCK_F: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr):
+    """The adjoint: slopes (rows, bands) of magnitudes to gradients (rows, bins) in the spectrum.
+
+    The rows of the spectrum repeat every `per_output`: outputs share it.
+    """
+    f = tl.program_id(0).to(tl.int64) * BLOCK_F + tl.arange(0, BLOCK_F)[:, None]
+    n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
+    slope = tl.zeros([BLOCK_F, BLOCK_N], tl.float32)
+    for start in range(0, bands, BLOCK_K):
+        k = start + tl.arange(0, BLOCK_K)
+        part = tl.load(slope_ptr + f * bands + k[None, :], mask=(f < rows) & (k < bands)[None, :], other=0.)
+        bank = tl.load(bank_ptr + n * bands + k[:, None], mask=(k < bands)[:, None] & (n < bins), other=0.)
+        slope = tl.dot(part, bank, slope, input_precision=PRECISION)
+    mask = (f < rows) & (n < bins)
+    re, im = load_pair(spectrum_ptr + 2 * ((f % per_output) * bins + n), mask)
+    power = floored(re, im, eps, CLAMP)
+    if CLAMP: slope = tl.where(power > eps, slope, 0.)
+    slope = slope / tl.sqrt(power) * tl.where((n == 0) | ((n == bins - 1) & (odd == 0)), 1., .5)
+    store_pair(out_ptr + 2 * (f * bins + n), re * slope, im * slope, mask)
+
+
+def utterances(job: Job, resolution) -> int:
+    "How many utterances go into one chunk"
+    n, bins, outputs = resolution.n_fft, resolution.bins, job.plan.outputs
+    frame = 8 * n + 16 * bins                       # both frames, both spectra
+    # gradient, the copy that the library's inverse makes of it, frames again
+    if job.waves is not None: frame += outputs * (16 * bins + 4 * n)
+    return max(1, BUDGET // (frame * frame_count(job, resolution)))
+
+
+def run(chunk: Chunk, bank: Tensor | None) -> None:
+    "Write the terms of a chunk, and add its gradients to the waves"
+    job, r = chunk.job, chunk.resolution
+    window = kept_window(r.window, r.win_length, r.gain, torch.float32, job.x.device)
+    spectra = torch.view_as_real(torch.fft.rfft(cut(chunk, window)).contiguous())   # (2, b, frames, bins, 2)
+    if bank is None:
+        slopes = cells(chunk, spectra[0], spectra[1], r.bins, pair=True)
+    else:
+        bank = bank.to(torch.float32).contiguous()
+        e, s = project(chunk, spectra, bank)
+        slopes = cells(chunk, e, s, bank.shape[1], pair=False)
+        if slopes is not None: slopes = unproject(chunk, slopes, bank, spectra[0])
+    if slopes is None: return
+    frames = torch.fft.irfft(torch.view_as_complex(slopes), r.n_fft, norm='forward')
+    overlap(chunk, frames.contiguous(), window)
+
+
+def precision(device: torch.device) -> str:
+    "Of float32 products on this device: three products of TF32, where there is TF32"
+    return 'tf32x3' if device.type == 'cuda' and torch.cuda.get_device_capability(device) >= (8, 0) else 'ieee'
+
+
+def project(chunk: Chunk, spectra: Tensor, bank: Tensor) -> Tensor:   # (2, b, frames, bands)
+    "Magnitudes behind the bank"
+    plan, (bins, bands) = chunk.job.plan, bank.shape
+    mags = chunk.empty(*spectra.shape[:3], bands)
+    rows = mags.numel() // bands
+    bank_kernel[(triton.cdiv(rows, BANK_TILE['BLOCK_F']), triton.cdiv(bands, BANK_TILE['BLOCK_N']))](
+        spectra, bank, mags, rows, bins, bands, plan.eps, CLAMP=plan.floor == 'clamp',
+        PRECISION=precision(bank.device), num_warps=BANK_WARPS,
+        **BANK_TILE, **FUSION)
+    return mags
+
+
+def unproject(chunk: Chunk, slopes: Tensor, bank: Tensor, spectrum: Tensor) -> Tensor:
+    "Slopes (outputs, b, frames, bands) to gradients (outputs, b, frames, bins, 2) in the spectrum"
+    plan, (bins, bands) = chunk.job.plan, bank.shape
+    found = chunk.empty(*slopes.shape[:3], bins, 2)
+    rows = slopes.numel() // bands
+    unbank_kernel[(triton.cdiv(rows, BANK_TILE['BLOCK_F']), triton.cdiv(bins, BANK_TILE['BLOCK_N']))](
+        slopes, bank, spectrum, found, rows, rows // len(slopes), bins, bands, chunk.resolution.n_fft % 2,
+        plan.eps, CLAMP=plan.floor == 'clamp', PRECISION=precision(bank.device), num_warps=BANK_WARPS,
+        **BANK_TILE, **FUSION)
+    return found
+
+
+_bank = dict(CLAMP=False, PRECISION='tf32x3', **BANK_TILE)
+VARIANTS = [
+    variant('stft filter bank', bank_kernel, _bank, BANK_WARPS),
+    variant('stft filter bank, adjoint', unbank_kernel, _bank, BANK_WARPS),
+]
