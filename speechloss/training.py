@@ -25,7 +25,7 @@ from .recipe import BASE, Recipe, TrainingError
 
 _all_ = ['BASE', 'Recipe', 'TrainingError', 'collate', 'fit', 'read_log', 'validate']
 
-# %% ../nbs/enhance/training.ipynb #0ab6a32e
+# %% ../nbs/enhance/training.ipynb #7e303dea
 def data_of(recipe: Recipe):
     "(training stream, validation set, manifest) of a recipe"
     manifest = get(recipe.corpus, from_dir=recipe.corpus_dir)
@@ -55,9 +55,10 @@ def train(
 ) -> Path:                             # out / 'final', for `load_enhancer`
     """Train the enhancer of a recipe, or go on where that was stopped; see `fit`.
 
-    A finished run returns at once; a folder with another run is a `TrainingError`.
+    A finished run takes no steps; a folder with another run is a `TrainingError`.
     """
     if isinstance(recipe, dict): recipe = Recipe.from_dict(recipe)
+    if progress: progress('reading the corpus', 0, recipe.steps)
     train_data, valid_data, manifest = data_of(recipe)
     about = dict(corpus_hash=manifest.hash, torch=torch.__version__)
     if finished(Path(out), recipe, about): return Path(out) / 'final'

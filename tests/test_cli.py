@@ -84,6 +84,12 @@ def test_every_command_has_help(command):
     assert CliRunner().invoke(app, [command, '--help']).exit_code == 0
 
 
+def test_train_lists_the_fields_of_a_recipe():
+    lines = CliRunner().invoke(app, ['train', '--fields']).output.splitlines()
+    assert lines[0] == 'field\tdefault\tmeaning' and 'steps\t2000\tof the optimiser' in lines
+    assert '--fields' in CliRunner().invoke(app, ['train', '--help']).output
+
+
 def test_version_is_the_package_s():
     from speechloss import __version__
     assert CliRunner().invoke(app, ['--version']).output.strip() == __version__
@@ -169,9 +175,10 @@ def test_one_paper_of_all_that_fails_does_not_end_the_others(tmp_path, monkeypat
     from speechloss import reproduce
     done = []
 
-    def run(name, **more):
-        done.append(name)
-        raise (reproduce.NotebookError if name == 'a' else reproduce.ReproduceError)(f'no {name}')
+    def run(study, **more):
+        done.append(study.paper)
+        kind = reproduce.NotebookError if study.paper == 'a' else reproduce.ReproduceError
+        raise kind(f'no {study.paper}')
 
     monkeypatch.setattr(reproduce, 'run', run)
     monkeypatch.setattr(reproduce, 'papers', lambda: dict(a=Path('a'), b=Path('b')))
@@ -414,6 +421,7 @@ def test_train_then_again_then_enhance(recipe, tmp_path):
     out = tmp_path / 'out'
     done = speechloss('train', recipe, '--steps', 6, '--objective.weights.wave=0.2', '--out', out)
     assert done.returncode == 0 and done.stdout.strip() == str(out / 'final'), done.stderr
+    assert done.stderr.startswith('train: reading the corpus (0/6)')
     rows = [json.loads(line) for line in (out / 'log.jsonl').read_text().splitlines()]
     assert [row['step'] for row in rows] == list(range(1, 7))
     assert json.loads((out / 'recipe.json').read_text())['recipe']['objective']['weights']['wave'] == .2

@@ -5,7 +5,7 @@ import random
 import signal
 import subprocess
 import sys
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -17,10 +17,12 @@ from torch import nn
 from speechloss import checkpoints
 from speechloss.audio import SpeechLossError, sha256
 from speechloss.checkpoints import CheckpointError
+from speechloss.cli import overrides
 from speechloss.losses import Objective, build_objective
 from speechloss.losses.model_as_loss import feature_health
 from speechloss.manifest import Manifest, Recording
 from speechloss.models import enhancer, load_enhancer
+from speechloss.recipe import recipe_fields
 from speechloss.state import PATIENCE, TrainingState
 from speechloss.training import (
     Recipe, TrainingError, data_of, fit, model_of, read_log, train, train_many)
@@ -208,11 +210,22 @@ def test_generators_and_threads_are_given_back(recipe, tmp_path):
     assert torch.rand(1).equal(expected) and torch.get_num_threads() == 2
 
 
-def test_finished_run_returns_at_once(recipe, tmp_path):
-    train(recipe, tmp_path / 'run')
+def test_progress_and_a_finished_run(recipe, tmp_path):
+    "From the first word on there is something to see; a finished run takes no steps"
     calls = []
-    train(replace(recipe, save_every=1), tmp_path / 'run', progress=lambda *event: calls.append(event))
-    assert not calls
+    for _ in range(2):
+        train(replace(recipe, save_every=1), tmp_path / 'run', progress=lambda *event: calls.append(event))
+    reading = ('reading the corpus', 0, 12)
+    assert calls[0] == calls[-1] == reading and calls.count(reading) == 2
+    assert [done for _, done, _ in calls[1:-1]] == list(range(13))
+
+
+def test_fields_of_a_recipe_are_told_as_they_are_given():
+    rows = recipe_fields()
+    assert [row['field'] for row in rows] == [f.name for f in fields(Recipe)]
+    assert all(row['meaning'] for row in rows)
+    given = overrides([part for row in rows for part in ('--' + row['field'], row['default'])])
+    assert Recipe.from_dict(given) == Recipe()
 
 
 def test_averaged_weights_are_the_result(recipe, tmp_path):
