@@ -1,0 +1,270 @@
+"""Contrastive ratio over feature layers: distance to clean over distance to what clean is not.
+
+Every layer of every utterance is read once, a block at a time. For 'l1' the backward pass needs
+no features, only the signs of the differences: two bits for each comparison, four comparisons a
+byte. For 'l2' and 'cosine' it reads the features again. Back ends: see
+`speechloss.kernels.backends`.
+"""
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .backends import choose, wants_grad
+from .contrastive_blocks import EPS, gradient, gradient_l1, regions, sums
+
+DISTANCES = ('l1', 'l2', 'cosine')
+#: Added to the mean size of the clean features, so that silence has a denominator
+FLOOR = 1e-8
+
+
+class ContrastiveTerms(NamedTuple):
+    "What `contrastive_terms` returns; all but the values without gradient, for logs"
+    values: Tensor         # (B,)
+    numerators: Tensor     # (B, layers), distance to clean
+    denominators: Tensor   # (B, layers), weighted distance to the negatives, epsilon included
+    distances: Tensor      # (B, layers, 1 + K), to clean and to each negative
+
+
+def contrastive_ratio(enhanced, clean, negatives, **options) -> Tensor:
+    """Distance to clean over the weighted distance to negatives, summed over layers, `(B,)`.
+
+    Arguments are those of `contrastive_terms`, whose `values` this is.
+
+    >>> contrastive_ratio([torch.ones(1, 4, 2)], [torch.zeros(1, 4, 2)], [[torch.full((1, 4, 2), 3.)]])
+    tensor([0.5000])
+    """
+    return contrastive_terms(enhanced, clean, negatives, **options).values
+
+
+def contrastive_terms(
+    enhanced: list[Tensor],               # layers (B, frames, dim), which may differ in frames and dim
+    clean: list[Tensor],                  # the same layers of the clean waves
+    negatives: list[list[Tensor]],        # K lists of the same layers
+    *,
+    weights: Tensor | None = None,        # (K,) or (B, K) >= 0, of the negatives; None: 1 / K
+    layer_weights=None,                   # one number per layer, a list or a tensor; None: 1
+    distance: str = 'l1',                 # one of DISTANCES
+    frames=None,                          # (B,) valid frames, or a list of them per layer
+    eps: float = 1e-3,                    # > 0, of the mean size of the clean features
+    backend: str = 'auto',                # see speechloss.kernels.backends
+) -> ContrastiveTerms:
+    """`sum_l w_l d(enhanced, clean) / (sum_k w_k d(enhanced, negative_k) + eps * size(clean))`.
+
+    `d` is a mean over the valid frames of an utterance and over dims: of |a - b| (l1), of
+    (a - b)² (l2), or over frames of 1 - cos (cosine); the size of clean is its mean |c|, its mean
+    c², or 1. So a value lies below `d / (eps * size)`, and nothing depends on the rest of the
+    batch. The gradient reaches `enhanced` alone. Numerics are float32 for shorter types, also
+    under autocast; float64 stays float64. A second derivative needs `backend='reference'`.
+    Nothing here waits for a GPU: give `weights`, `layer_weights` and `frames` on its device.
+    Raises ValueError and TypeError for what cannot be computed, before anything is.
+    """
+    enhanced, clean, flat = _check_layers(enhanced, clean, negatives)
+    if distance not in DISTANCES:
+        raise ValueError(f'distance is {distance!r}: choose one of {", ".join(DISTANCES)}')
+    if not 0 < eps < float('inf'): raise ValueError(f'eps is {eps}: give a number above 0')
+    every = [*enhanced, *clean, *flat]
+    first, dtype = enhanced[0], _working(every)
+    weights = _weights(weights, len(negatives), first, dtype)
+    layer_weights = _layer_weights(layer_weights, len(enhanced), first, dtype)
+    frames = _frames(frames, enhanced)
+    chosen = choose(backend, *every)
+    with torch.autocast(first.device.type, enabled=False):
+        clean, flat = [x.detach() for x in clean], [x.detach() for x in flat]
+        if chosen == 'reference':
+            distances, sizes = _reference(enhanced, clean, flat, frames, distance, dtype)
+            values = _ratio(distances, sizes, weights, layer_weights, eps)[0]
+        else:
+            values, distances, sizes, _ = _contrastive(enhanced, clean, flat, weights, layer_weights, frames,
+                                                       distance, float(eps), wants_grad(*enhanced), chosen)
+        distances = distances.detach()
+        denominators = _ratio(distances, sizes.detach(), weights, layer_weights, eps)[1]
+    return ContrastiveTerms(values, distances[..., 0], denominators, distances)
+
+
+def _ratio(distances, sizes, weights, layer_weights, eps) -> tuple[Tensor, Tensor]:   # (B,), (B, layers)
+    denominators = (distances[..., 1:] * weights[:, None]).sum(-1) + eps * (sizes + FLOOR)
+    return (layer_weights * distances[..., 0] / denominators).sum(-1), denominators
+
+
+def _reference(enhanced, clean, negatives, frames, distance, dtype) -> tuple[Tensor, Tensor]:
+    "Distances (B, layers, 1 + K) and the size of clean (B, layers)"
+    layers, distances, sizes = len(enhanced), [], []
+    for l in range(layers):
+        stack = torch.stack([x.to(dtype) for x in (enhanced[l], clean[l], *negatives[l::layers])])
+        valid = stack.new_full(stack.shape[1:2], stack.shape[2]) if frames is None else frames[l]     # (B,)
+        # `where`, not a product: padding may hold anything, NaN included
+        inside = torch.arange(stack.shape[2], device=stack.device) < valid[:, None]                   # (B, T)
+        e, *others = torch.where(inside[..., None], stack, 0)
+        each = [_frame_distance(e, x, distance) for x in others]
+        if distance != 'cosine': each.append(_frame_distance(others[0], torch.zeros_like(e), distance))
+        means = torch.stack([torch.where(inside, x, 0).sum(1) / valid for x in each], -1)
+        distances.append(means[:, :len(others)])
+        sizes.append(means[:, -1] if distance != 'cosine' else torch.ones_like(means[:, 0]))
+    return torch.stack(distances, 1), torch.stack(sizes, 1)
+
+
+def _frame_distance(a: Tensor, b: Tensor, distance: str) -> Tensor:   # (B, T, D) twice -> (B, T)
+    if distance == 'l1': return (a - b).abs().mean(-1)
+    if distance == 'l2': return (a - b).square().mean(-1)
+    dot, aa, bb = ((x * y).sum(-1) + EPS for x, y in ((a, b), (a, a), (b, b)))
+    return 1 - dot / (aa.sqrt() * bb.sqrt())
+
+
+def _working(tensors) -> torch.dtype:
+    return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
+
+
+def _coefficients(grad, distances, sizes, weights, layer_weights, eps) -> Tensor:
+    "Derivative of the values with respect to the distances, times `grad`: (B, layers, 1 + K)"
+    denominators = (distances[..., 1:] * weights[:, None]).sum(-1) + eps * (sizes + FLOOR)
+    pull = layer_weights * grad[:, None] / denominators                              # (B, layers)
+    push = -pull * (distances[..., 0] / denominators)
+    return torch.cat([pull[..., None], push[..., None] * weights[:, None]], -1)
+
+
+# ------------------------------------------------------------------------------ the operators
+
+@torch.library.custom_op('speechloss::contrastive', mutates_args=())
+def _contrastive(enhanced: list[Tensor], clean: list[Tensor], negatives: list[Tensor], weights: Tensor,
+                 layer_weights: Tensor, frames: Tensor | None, distance: str, eps: float, need_grad: bool,
+                 backend: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    "Values (B,), distances (B, layers, 1 + K), size of clean (B, layers), packed signs or empty"
+    keep = need_grad and distance == 'l1'
+    with torch.autocast(weights.device.type, enabled=False):
+        if backend == 'triton':
+            from .triton_contrastive import sums as triton_sums
+            found = triton_sums(enhanced, clean, negatives, frames, distance, keep)
+        else:
+            found = sums(enhanced, clean, negatives, frames, distance, keep, weights.dtype)
+        distances, sizes, codes = found
+        return _ratio(distances, sizes, weights, layer_weights, eps)[0], distances, sizes, codes
+
+
+@_contrastive.register_fake
+def _(enhanced, clean, negatives, weights, layer_weights, frames, distance, eps, need_grad, backend):
+    B, layers, comparisons = len(enhanced[0]), len(enhanced), 1 + len(negatives) // len(enhanced)
+    keep = need_grad and distance == 'l1'
+    size = regions([e.shape for e in enhanced], comparisons)[-1].stop if keep else 0
+    return (weights.new_empty(B), weights.new_empty(B, layers, comparisons), weights.new_empty(B, layers),
+            weights.new_empty(size, dtype=torch.uint8))
+
+
+@torch.library.custom_op('speechloss::contrastive_backward', mutates_args=())
+def _contrastive_backward(grad: Tensor, features: list[Tensor], codes: Tensor, shapes: list[int],
+                          distances: Tensor, sizes: Tensor, weights: Tensor, layer_weights: Tensor,
+                          frames: Tensor | None, distance: str, eps: float, dtype: torch.dtype,
+                          backend: str) -> list[Tensor]:
+    "Gradients of the enhanced layers, which have no derivative of their own"
+    shapes, layers = [tuple(shapes[k:k + 3]) for k in range(0, len(shapes), 3)], len(shapes) // 3
+    with torch.autocast(grad.device.type, enabled=False):
+        each = _coefficients(grad.to(weights.dtype), distances, sizes, weights, layer_weights, eps)
+        if backend == 'triton':
+            from .triton_contrastive import gradients
+            return gradients(features, codes, shapes, each, frames, distance, dtype)
+        results, places = [], regions(shapes, each.shape[2])
+        for l, shape in enumerate(shapes):
+            valid = None if frames is None else frames[l]
+            results.append(
+                gradient_l1(shape, codes[places[l]], each[:, l], valid, dtype) if distance == 'l1'
+                else gradient(features[l], features[layers + l::layers], each[:, l], valid, distance))
+        return results
+
+
+@_contrastive_backward.register_fake
+def _(grad, features, codes, shapes, distances, sizes, weights, layer_weights, frames, distance, eps, dtype, backend):
+    return [grad.new_empty(shapes[k:k + 3], dtype=dtype) for k in range(0, len(shapes), 3)]
+
+
+def _keep(ctx, inputs, output):
+    enhanced, clean, negatives, weights, layer_weights, frames, ctx.distance, ctx.eps, _, ctx.backend = inputs
+    ctx.shapes, ctx.dtype = [n for e in enhanced for n in e.shape], enhanced[0].dtype
+    ctx.counts = len(enhanced), len(clean), len(negatives)
+    features = [] if ctx.distance == 'l1' else [*enhanced, *clean, *negatives]
+    ctx.save_for_backward(*output[1:], weights, layer_weights, frames, *features)
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx, grad, *others):
+    rest = [None] * ctx.counts[1], [None] * ctx.counts[2], *[None] * 7
+    if grad is None: return [None] * ctx.counts[0], *rest
+    distances, sizes, codes, weights, layer_weights, frames, *features = ctx.saved_tensors
+    return _contrastive_backward(grad, features, codes, ctx.shapes, distances, sizes, weights, layer_weights, frames,
+                                 ctx.distance, ctx.eps, ctx.dtype, ctx.backend), *rest
+
+
+_contrastive.register_autograd(_backward, setup_context=_keep)
+
+
+# ---------------------------------------------------------------------------------- checks
+
+def _check_layers(enhanced, clean, negatives) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+    "The layers of enhanced and clean, and those of all negatives end to end"
+    negatives = [negatives] if isinstance(negatives, Tensor) else list(negatives)
+    stacks = dict(enhanced=enhanced, clean=clean) | {f'negatives[{k}]': x for k, x in enumerate(negatives)}
+    for name, stack in stacks.items():
+        if isinstance(stack, Tensor) or not hasattr(stack, '__len__'):
+            raise TypeError(f'{name} is a {type(stack).__name__}: give a list of layers, (B, frames, dim) each')
+        if len(stack) != len(enhanced) or not len(stack):
+            raise ValueError(f'{name} has {len(stack)} layers and enhanced has {len(enhanced)}: '
+                             'give the same layers, at least one')
+        for l, layer in enumerate(stack): _check_layer(f'{name}[{l}]', layer, f'enhanced[{l}]', enhanced[l])
+    if not negatives: raise ValueError('negatives is empty: give at least one list of layers')
+    for l, layer in enumerate(enhanced):
+        if len(layer) != len(enhanced[0]) or layer.dtype != enhanced[0].dtype:
+            raise ValueError(f'enhanced[{l}] holds {len(layer)} utterances in {layer.dtype} and enhanced[0] '
+                             f'{len(enhanced[0])} in {enhanced[0].dtype}: the two must be equal')
+    return list(enhanced), list(clean), [layer for stack in negatives for layer in stack]
+
+
+def _check_layer(name: str, layer, like_name: str, like: Tensor) -> None:
+    if not isinstance(layer, Tensor) or not layer.is_floating_point():
+        got = layer.dtype if isinstance(layer, Tensor) else type(layer).__name__
+        raise TypeError(f'{name} is {got}: give a real floating point tensor')
+    if layer.ndim != 3 or not layer.numel():
+        raise ValueError(f'{name} has shape {tuple(layer.shape)}: give (B, frames, dim), at least one of each')
+    if layer.shape != like.shape:
+        raise ValueError(f'{name} has shape {tuple(layer.shape)} and {like_name} has {tuple(like.shape)}: '
+                         'the two must be equal')
+    if layer.device != like.device:
+        raise ValueError(f'{name} is on {layer.device} and {like_name} on {like.device}: move them to one device')
+
+
+def _weights(weights, count: int, like: Tensor, dtype) -> Tensor:   # (B, K)
+    if weights is None: return like.new_full((len(like), count), 1 / count, dtype=dtype)
+    if not isinstance(weights, Tensor) or not weights.is_floating_point():
+        got = weights.dtype if isinstance(weights, Tensor) else type(weights).__name__
+        raise TypeError(f'weights is {got}: give a real floating point tensor')
+    if weights.shape not in ((count,), (len(like), count)) or weights.device != like.device:
+        raise ValueError(f'weights has shape {tuple(weights.shape)} on {weights.device}: give one weight for each '
+                         f'negative, ({count},) or ({len(like)}, {count}) on {like.device}')
+    # a copy: a curriculum may change its weights before the backward pass
+    return weights.detach().to(dtype, copy=True).expand(len(like), count)
+
+
+def _layer_weights(weights, count: int, like: Tensor, dtype) -> Tensor:   # (layers,)
+    if weights is None: return like.new_ones(count, dtype=dtype)
+    if len(weights) != count:
+        raise ValueError(f'layer_weights has {len(weights)} numbers and there are {count} layers: give one for each')
+    return torch.as_tensor(weights, dtype=dtype, device=like.device).detach().clone()
+
+
+def _frames(frames, enhanced: list[Tensor]) -> Tensor | None:   # (layers, B)
+    if frames is None: return None
+    each = [frames] * len(enhanced) if isinstance(frames, Tensor) else list(frames)
+    if len(each) != len(enhanced):
+        raise ValueError(f'frames has {len(each)} entries and there are {len(enhanced)} layers: '
+                         'give one tensor for each, or one for all')
+    for l, (valid, layer) in enumerate(zip(each, enhanced)):
+        B, T = layer.shape[:2]
+        if not isinstance(valid, Tensor) or valid.shape != (B,) or valid.is_floating_point() \
+                or valid.device != layer.device:
+            got = f'{valid.dtype} of shape {tuple(valid.shape)} on {valid.device}' if isinstance(valid, Tensor) \
+                else f'a {type(valid).__name__}'
+            raise ValueError(f'frames is {got}: give {B} integers on {layer.device}, one per utterance')
+        # on another device the look would wait for it
+        if valid.device.type == 'cpu' and not torch.compiler.is_compiling():
+            low, high = int(valid.min()), int(valid.max())
+            if low < 1 or high > T:
+                raise ValueError(f'frames go from {low} to {high}: they must lie in 1..{T}, the frames of layer {l}')
+    return torch.stack([valid.to(torch.int64) for valid in each])

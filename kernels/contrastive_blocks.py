@@ -1,0 +1,149 @@
+"""The torch back end of the contrastive ratio: each layer of each utterance, a block at a time."""
+import torch
+from torch import Tensor
+
+#: Added to inner products and squared norms of frames, which keeps silence apart from 0 / 0: a
+#: frame behaves as if it had one more dim that holds sqrt(EPS)
+EPS = 1e-8
+#: Comparisons whose signs share a byte
+PACKED = 4
+#: Elements worked on at a time on a CPU: they should stay in the cache
+BLOCK = 1 << 17
+
+
+def _blocks(shape, device, frames: Tensor | None):
+    """Where each block of a layer lies, (utterances, frames), and its mask or None.
+
+    On a CPU a block is a part of one utterance, of its valid frames alone; elsewhere it is the
+    layer, since reading `frames` would wait for the device.
+    """
+    B, T, D = shape
+    if device.type != 'cpu':
+        inside = None if frames is None else (torch.arange(T, device=device) < frames[:, None])[..., None]
+        yield (slice(0, B), slice(0, T)), inside
+        return
+    step = max(1, BLOCK // D)
+    for b, valid in enumerate([T] * B if frames is None else frames.tolist()):
+        for t in range(0, valid, step):
+            yield (slice(b, b + 1), slice(t, min(t + step, valid))), None
+
+
+def _part(x: Tensor, at, inside, dtype) -> Tensor:
+    x = x[at].to(dtype)
+    return x if inside is None else torch.where(inside, x, 0)
+
+
+def regions(shapes: list[tuple], comparisons: int) -> list[slice]:
+    "Where the packed signs of each layer lie, (groups, B, T, D)"
+    groups, found, start = -(-comparisons // PACKED), [], 0
+    for B, T, D in shapes:
+        found.append(slice(start, start + groups * B * T * D))
+        start = found[-1].stop
+    return found
+
+
+def sums(enhanced, clean, negatives, frames, distance, keep, dtype):
+    "Distances (B, layers, 1 + K), size of clean (B, layers) and, to keep, packed signs"
+    layers, shapes = len(enhanced), [e.shape for e in enhanced]
+    comparisons = 1 + len(negatives) // layers
+    places = regions(shapes, comparisons)
+    total = enhanced[0].new_zeros(shapes[0][0], layers, comparisons + 1)
+    total = total.to(torch.float64 if total.is_cpu else dtype)      # elsewhere a layer is one block
+    codes = torch.zeros(places[-1].stop if keep else 0, dtype=torch.uint8, device=total.device)
+    for l, shape in enumerate(shapes):
+        others, valid = (clean[l], *negatives[l::layers]), None if frames is None else frames[l]
+        packed = codes[places[l]].view(-1, *shape) if keep else ()
+        for at, inside in _blocks(shape, total.device, valid):
+            e, *parts = (_part(x, at, inside, dtype) for x in (enhanced[l], *others))
+            if distance == 'l1':
+                found, signs = _l1_block(e, parts, keep)
+                for group, code in zip(packed, signs): group[at] = code
+            else:
+                found = [_sum(e, x, distance) for x in parts]
+            if distance != 'cosine': found.append(_sum(parts[0], torch.zeros_like(e[:, :1, :1]), distance))
+            total[at[0], l, :len(found)] += torch.stack(found, -1)
+        total[:, l] /= counts(shape, valid, total, distance)[:, None]
+    if distance == 'cosine': total[..., -1] = 1
+    # copies: what a custom op returns may not share memory
+    own = dict(dtype=dtype, copy=True, memory_format=torch.contiguous_format)
+    return total[..., :-1].to(**own), total[..., -1].to(**own), codes
+
+
+def counts(shape, frames: Tensor | None, like: Tensor, distance: str) -> Tensor:
+    "How many numbers a mean is taken over, (B,)"
+    B, T, D = shape
+    valid = like.new_full((B,), T) if frames is None else frames.clamp(1, T).to(like.dtype)
+    return valid if distance == 'cosine' else valid * D
+
+
+def _l1_block(e: Tensor, others: list[Tensor], keep: bool) -> tuple[list[Tensor], list[Tensor]]:
+    "Sums of |e - x|, and their signs as base 4 digits, 0 for - and 2 for +, PACKED in a number"
+    found, codes = [], []
+    for m, x in enumerate(others):
+        difference = e - x
+        found.append(difference.abs().sum((1, 2)))
+        if not keep: continue
+        if m % PACKED == 0: codes.append(torch.full_like(e, sum(4 ** k for k in range(PACKED))))
+        codes[-1].add_(difference.sign_(), alpha=4 ** (m % PACKED))
+    return found, codes
+
+
+def _sum(e: Tensor, x: Tensor, distance: str) -> Tensor:   # (B, t, D) -> (B,)
+    if distance == 'l1': return (e - x).abs_().sum((1, 2))
+    if distance == 'l2': return (e - x).square_().sum((1, 2))
+    return _cosine(e, x)[0].sum(1)
+
+
+def _cosine(e: Tensor, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """1 - cos of each frame (B, t), and its gradient as factors of e - x and of e.
+
+    All from the difference, |e| |x| (1 - cos) = (|e - x|² - (|e| - |x|)²) / 2, so that nothing
+    cancels where e is close to x, and identity is exactly 0.
+    """
+    difference = e - x
+    apart, along = difference.square().sum(-1), (difference * e).sum(-1)
+    e_norm, x_norm = ((v.square().sum(-1) + EPS).sqrt() for v in (e, x))
+    gap = (2 * along - apart) / (e_norm + x_norm)              # |e| - |x|
+    inverse = 1 / (e_norm * x_norm)
+    away = ((apart - gap.square()) * inverse / 2).clamp_min(0)
+    return away, inverse, -(gap / x_norm + away) / e_norm.square()
+
+
+def gradient_l1(shape, codes, coefficients, frames, dtype) -> Tensor:
+    "Gradient of one layer from packed signs (groups, B, T, D) and coefficients (B, 1 + K)"
+    result = torch.zeros(shape, dtype=dtype, device=codes.device)
+    coefficients = coefficients / counts(shape, frames, coefficients, 'l1')[:, None]
+    tables = [_table(coefficients[:, k:k + PACKED]) for k in range(0, coefficients.shape[1], PACKED)]
+    codes = codes.view(-1, *shape)
+    for at, inside in _blocks(shape, codes.device, frames):
+        rows = 256 * torch.arange(at[0].stop - at[0].start, dtype=torch.int32, device=codes.device)
+        total = 0
+        for table, group in zip(tables, codes):
+            index = group[at].to(torch.int32).add_(rows[:, None, None])
+            total = total + table[at[0]].flatten().index_select(0, index.flatten()).view(index.shape)
+        result[at] = total if inside is None else torch.where(inside, total, 0)
+    return result
+
+
+def _table(coefficients: Tensor) -> Tensor:   # (B, up to PACKED) -> (B, 256)
+    "What each byte of signs contributes to the gradient; summed in a fixed order"
+    byte, table = torch.arange(256, device=coefficients.device), 0
+    for k, coefficient in enumerate(coefficients.T): table = table + coefficient[:, None] * ((byte >> 2 * k & 3) - 1)
+    return table
+
+
+def gradient(e_all, others, coefficients, frames, distance) -> Tensor:
+    "Gradient of one layer from its features and coefficients (B, 1 + K)"
+    result = torch.zeros_like(e_all, memory_format=torch.contiguous_format)
+    coefficients = coefficients / counts(e_all.shape, frames, coefficients, distance)[:, None]
+    for at, inside in _blocks(e_all.shape, e_all.device, frames):
+        e, *parts = (_part(x, at, inside, coefficients.dtype) for x in (e_all, *others))
+        total = torch.zeros_like(e)
+        for c, x in zip(coefficients[at[0]].T[..., None], parts):                    # (B, 1)
+            if distance == 'l2':
+                total.addcmul_(e - x, 2 * c[..., None])
+            else:
+                _, apart, along = _cosine(e, x)
+                total.addcmul_(e - x, (c * apart)[..., None]).addcmul_(e, (c * along)[..., None])
+        result[at] = total
+    return result
