@@ -1,4 +1,5 @@
 """Metrics against their packages, against other definitions, and on what cannot be scored."""
+import importlib.util
 import math
 import os
 import subprocess
@@ -11,6 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from speechloss import composite, listeners
 from speechloss import metrics as M
 from speechloss.audio import SpeechLossError, resample
 from speechloss.composite import composite_ratings, llr, seg_snr, wss
@@ -128,7 +130,7 @@ def test_dnsmos_is_that_of_its_package():
     want, got = dnsmos.run(wave, RATE), M.dnsmos(wave, RATE)
     for key in ('ovrl', 'sig', 'bak', 'p808'):
         assert got[f'dnsmos_{key}'] == pytest.approx(float(want[f'{key}_mos']), abs=1e-3)
-    assert M._dnsmos() is M._dnsmos()                                      # loaded once
+    assert listeners._dnsmos() is listeners._dnsmos()                                      # loaded once
     loud = M.dnsmos_fast(8 * NOISY / np.abs(NOISY).max(), RATE)
     assert loud == pytest.approx(M.dnsmos_fast(NOISY / np.abs(NOISY).max(), RATE))
 
@@ -143,9 +145,9 @@ def test_dnsmos_hears_the_windows_of_its_package(seconds):
     for k in range(int(np.floor(len(looped) / RATE) - 9.01) + 1):
         part = looped[int(k * RATE):int((k + 9.01) * RATE)]
         if len(part) >= int(9.01 * RATE): want.append(part)
-    found = M._windows(wave, None)
+    found = listeners._windows(wave, None)
     assert sum(found.values()) == len(want)
-    got = [wave.take(range(s, s + M.WINDOW), mode='wrap') for s, n in found.items() for _ in range(n)]
+    got = [wave.take(range(s, s + listeners.WINDOW), mode='wrap') for s, n in found.items() for _ in range(n)]
     assert sorted(p[0] for p in got) == sorted(p[0] for p in want)
     assert all(any((p == q).all() for q in got) for p in want)
 
@@ -211,7 +213,7 @@ def test_frames_of_silence_inside_a_clip_are_harmless():
 
 def test_composite_takes_what_is_known(monkeypatch):
     calls = []
-    monkeypatch.setattr(M, 'pesq_wb', lambda *a: calls.append(a) or 2.)
+    monkeypatch.setitem(composite.PARTS, 'pesq', lambda *a: calls.append(a) or 2.)
     values, _ = M.score_one(NOISY, CLEAN, ['pesq', 'llr', 'wss', 'seg_snr', 'composite'])
     assert not calls                                                       # the card's own was used
     assert values['covl'] == composite_ratings(
@@ -221,8 +223,8 @@ def test_composite_takes_what_is_known(monkeypatch):
 
 
 def test_a_missing_package_says_how_to_get_it(monkeypatch):
-    find = M.importlib.util.find_spec
-    monkeypatch.setattr(M.importlib.util, 'find_spec', lambda n: None if n == 'pesq' else find(n))
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, 'find_spec', lambda n: None if n == 'pesq' else find(n))
     with pytest.raises(SpeechLossError, match=r"'pesq' needs pesq: pip install '.\[metrics\]' in the clone"):
         M.score_one(NOISY, CLEAN, 'pesq')
     monkeypatch.setitem(sys.modules, 'pesq', None)
