@@ -7,7 +7,7 @@ __all__ = ['BENCHES', 'FORMAT', 'Bench', 'bench', 'stage1', 'arm', 'model_folder
            'test_clips', 'waves_of', 'digest', 'enhance_clips', 'cached', 'score_model', 'spread', 'about', 'column',
            'Difference', 'difference', 'seed_means', 'speech_kept', 'iterate', 'iterate_model']
 
-# %% ../nbs/reproduce/bench.ipynb #debc8f9e
+# %% ../nbs/reproduce/bench.ipynb #3e279625
 import hashlib
 import json
 from collections.abc import Callable, Iterable
@@ -23,10 +23,10 @@ from .corpus import get
 from .manifest import Manifest
 from .mixing import Mixtures
 from .models import load_enhancer
-from .results import CORPUS_OF
 from .scoring import score
 from .spectral import stft
 from .stats import Interval, paired_bootstrap
+from .study import CORPUS_OF
 from .training import BASE, Recipe, train_many
 
 # %% ../nbs/reproduce/bench.ipynb #e80a34e6

@@ -15,15 +15,15 @@ import nbformat
 import pytest
 
 from speechloss.claims import load_claims
-from speechloss.reproduce import NotebookError, ReproduceError, load_results, papers, run
+from speechloss.reproduce import NotebookError, ReproduceError, Study, load_results, papers, run
 
 HEAD = ("# parameters\nscale, seed, out = 'smoke', 0, 'runs'\ncorpus = corpus_dir = workers = None",
         'from speechloss.reproduce import Run\n'
         "run = Run('toy', scale=scale, seed=seed, out=out, corpus=corpus, workers=workers)")
 DRIVER = """
 import sys
-from speechloss.reproduce import run
-run('toy', out=sys.argv[1], notebook=sys.argv[2], progress=False)
+from speechloss.reproduce import Study, run
+run(Study('toy', out=sys.argv[1]), notebook=sys.argv[2], progress=False)
 """
 
 
@@ -91,9 +91,8 @@ def complete(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv('WANTED', sys.executable)
         patch.setenv('JUPYTER_PATH', str(root / 'nothing'))  # whatever kernels the user has
-        folder = run('toy', seed=5, out=root / 'runs', notebook=notebook, workers=1,
-                     corpus_dir=root / 'corpus',
-                     progress=lambda *row: seen.append(row))
+        study = Study('toy', seed=5, out=root / 'runs', workers=1, corpus_dir=root / 'corpus')
+        folder = run(study, notebook=notebook, progress=lambda *row: seen.append(row))
     return folder, notebook, seen
 
 
@@ -143,7 +142,7 @@ def test_again_is_at_once(complete):
     folder, notebook, _ = complete
     before = {p: p.stat().st_mtime_ns for p in folder.rglob('*')}
     start = time.monotonic()
-    assert run('toy', seed=5, out=folder.parent, notebook=notebook) == folder
+    assert run(Study('toy', seed=5, out=folder.parent), notebook=notebook) == folder
     assert time.monotonic() - start < 3
     assert {p: p.stat().st_mtime_ns for p in folder.rglob('*')} == before
 
@@ -152,10 +151,9 @@ def test_another_run_is_never_overwritten(complete, tmp_path):
     folder, notebook, _ = complete
     before = {p: p.stat().st_mtime_ns for p in folder.rglob('*')}
     edited = write(tmp_path / 'toy.ipynb', 'run.finish()')
-    for more, what in ((dict(corpus='laptop', notebook=notebook), 'corpus'),
-                       (dict(notebook=edited), 'notebook')):
+    for corpus, given, what in (('laptop', notebook, 'corpus'), ('mini', edited, 'notebook')):
         with pytest.raises(ReproduceError, match=f'another run .its {what} differs'):
-            run('toy', seed=5, out=folder.parent, **more)
+            run(Study('toy', seed=5, out=folder.parent, corpus=corpus), notebook=given)
     assert {p: p.stat().st_mtime_ns for p in folder.rglob('*')} == before
 
 
@@ -175,12 +173,12 @@ def test_killed_and_started_again(how, tmp_path):
         # to end is less work than to start: on a busy machine both take longer
         patience = 30 + 5 * (time.monotonic() - begin)
         with pytest.raises(ReproduceError, match='by another process'):
-            run('toy', out=tmp_path / 'runs', notebook=notebook, progress=False)
+            run(Study('toy', out=tmp_path / 'runs'), notebook=notebook, progress=False)
         process.send_signal(how)
         until('the end of the run', patience, lambda: process.poll() is not None)
         assert process.returncode != 0
         until('the end of its kernel', patience, lambda: gone(kernel))
-    folder = run('toy', out=tmp_path / 'runs', notebook=notebook, progress=False)
+    folder = run(Study('toy', out=tmp_path / 'runs'), notebook=notebook, progress=False)
     assert load_results(folder)['numbers']['first']['value'] == 0.
 
 
@@ -194,7 +192,7 @@ def test_killed_and_started_again(how, tmp_path):
 def test_a_failing_cell_is_one_sentence(cell, kind, said, tmp_path):
     notebook = write(tmp_path / 'toy.ipynb', cell)
     with pytest.raises(kind, match=said) as caught:
-        run('toy', out=tmp_path / 'runs', notebook=notebook, progress=False)
+        run(Study('toy', out=tmp_path / 'runs'), notebook=notebook, progress=False)
     assert type(caught.value) is kind and '\n' not in str(caught.value)
     folder = tmp_path / 'runs/toy-smoke-0'
     assert 'notebook.partial.ipynb' in str(caught.value)
@@ -204,8 +202,8 @@ def test_a_failing_cell_is_one_sentence(cell, kind, said, tmp_path):
 def test_a_mended_notebook_goes_on_in_its_folder(tmp_path):
     out = tmp_path / 'runs'
     with pytest.raises(NotebookError):
-        run('toy', out=out, notebook=write(tmp_path / 'toy.ipynb', '1 / 0'), progress=False)
-    folder = run('toy', out=out, notebook=write(tmp_path / 'toy.ipynb', 'run.finish()'), progress=False)
+        run(Study('toy', out=out), notebook=write(tmp_path / 'toy.ipynb', '1 / 0'), progress=False)
+    folder = run(Study('toy', out=out), notebook=write(tmp_path / 'toy.ipynb', 'run.finish()'), progress=False)
     assert not (folder / 'notebook.partial.ipynb').exists() and load_results(folder)['claims'] == []
 
 
@@ -234,7 +232,8 @@ def test_wrong_arguments_leave_nothing(more, said, tmp_path):
     notebook = write(tmp_path / 'toy.ipynb', 'run.finish()')
     arguments = dict(paper='toy', out=tmp_path / 'runs', notebook=notebook) | more
     with pytest.raises(ReproduceError, match=said):
-        run(arguments.pop('paper'), **arguments)
+        given = arguments.pop('notebook')
+        run(Study(**arguments), notebook=given)
     assert not (tmp_path / 'runs').exists()
 
 
@@ -246,7 +245,7 @@ def test_what_is_not_a_paper(content, said, tmp_path):
     else:
         nbformat.write(nbformat.v4.new_notebook(), path)
     with pytest.raises(ReproduceError, match=said):
-        run('toy', out=tmp_path / 'runs', notebook=path)
+        run(Study('toy', out=tmp_path / 'runs'), notebook=path)
 
 
 def test_a_place_that_cannot_be_written(tmp_path):
@@ -259,7 +258,7 @@ def test_a_place_that_cannot_be_written(tmp_path):
     for out, said in ((tmp_path / 'file', 'cannot be written'), (tmp_path / 'runs', 'is a file'),
                       (tmp_path / 'thesis', 'thesis.tex'), (Path('/proc/nowhere'), 'cannot be written')):
         with pytest.raises(ReproduceError, match=said):
-            run('toy', out=out, notebook=notebook)
+            run(Study('toy', out=out), notebook=notebook)
     assert os.listdir(tmp_path / 'thesis/toy-smoke-0') == ['thesis.tex']
 
 
