@@ -46,12 +46,12 @@ def test_stage_one_is_one_for_all(cache):
 def test_arms_start_from_stage_one_and_differ_in_the_loss_alone(cache):
     bench = shared.bench('laptop')
     start = saved(shared.stage1(bench, 0))
-    base, more = shared.arm(bench, 0), shared.arm(bench, 0, 'log_mel', ratio=.3)
+    base, more = shared.arm(bench, 0), shared.arm(bench, 0, 'mel', ratio=.3)
     changed = {f for f in base.__dataclass_fields__ if getattr(base, f) != getattr(more, f)}
     assert changed == {'objective'} and base.init == str(start)
     assert more.objective['weights'] == {'extra': .3} and more.objective['balance'] == 'grad'
     assert base.steps_per_epoch * bench.epochs == base.steps
-    assert len({shared.arm(bench, 0, t).key for t in (None, 'log_mel', 'snr')}) == 3
+    assert len({shared.arm(bench, 0, t).key for t in (None, 'mel', 'snr')}) == 3
 
 
 def test_unknown_scale_names_the_choices():

@@ -9,8 +9,8 @@ from torch import nn
 from speechloss.features import (
     EncoderFeatures, GammatoneFeatures, MelFeatures, RandomFeatures, STFTFeatures)
 from speechloss.losses import (
-    CARDS, CompressedComplexLoss, FeatureDistance, LogMelLoss, ModelAsLoss,
-    MultiResolutionSTFTLoss, Objective, SISDRLoss, SNRLoss, STFTLoss, WaveL1Loss, WaveL2Loss)
+    CARDS, CompressedComplexLoss, FeatureDistance, MelLoss, ModelAsLoss,
+    MultiResolutionSTFTLoss, Objective, SISDRLoss, SNRLoss, STFTLoss, WaveL1Loss, WaveL2Loss, preset)
 from speechloss.models import enhancer
 
 # A magnitude knows no direction at exact silence.
@@ -50,7 +50,7 @@ def distance(features, reduction='mean', **options):
 
 def objective(*names, reduction='mean', **options):
     makers = dict(l1=WaveL1Loss, l2=WaveL2Loss, cc=CompressedComplexLoss, snr=SNRLoss,
-                  mel=partial(LogMelLoss, sample_rate=16000), own=own)
+                  mel=partial(MelLoss, sample_rate=16000), own=own)
     return Objective({name: makers[name]() for name in names}, reduction=reduction, **options)
 
 
@@ -66,20 +66,22 @@ WAVES = [
 ]
 
 SPECTRA = [
-    Case('stft', STFTLoss, compiles='aot_eager', blind=MAGNITUDE),
+    Case('stft', STFTLoss, compiles='inductor', blind=MAGNITUDE),
     Case('stft-lin', partial(STFTLoss, n_fft=400, hop_length=100, win_length=321,
-                             terms=dict(lin=2.), window='hamming'), blind=MAGNITUDE),
+                             terms=dict(lin_l1=2.), window='hamming'), blind=MAGNITUDE),
     Case('stft-sc', partial(STFTLoss, terms=dict(sc=1.)), blind=MAGNITUDE),
-    Case('stft-log', partial(STFTLoss, terms=dict(log=1.), eps=1e-7), blind=MAGNITUDE),
+    Case('stft-log', partial(STFTLoss, terms=dict(log_l1=1.), eps=1e-7), blind=MAGNITUDE),
     Case('multi_resolution_stft', MultiResolutionSTFTLoss, compiles='aot_eager', blind=MAGNITUDE),
     Case('multi_resolution_stft-all', partial(
         MultiResolutionSTFTLoss, resolutions=((256, 64, 256), (128, 50, 100)),
-        terms=dict(sc=.5, log=2., lin=1.)), blind=MAGNITUDE),
-    Case('log_mel', partial(LogMelLoss, sample_rate=16000), compiles='aot_eager', blind=MAGNITUDE),
-    Case('log_mel-20', partial(LogMelLoss, sample_rate=8000, n_fft=256, hop_length=100, n_mels=20),
+        terms=dict(sc=.5, log_l1=2., lin_l1=1., log_l2=.5, lin_l2=.1)), blind=MAGNITUDE),
+    Case('mel', partial(MelLoss, sample_rate=16000), compiles='aot_eager', blind=MAGNITUDE),
+    Case('mel-20', partial(MelLoss, sample_rate=8000, resolutions=[(256, 100, 256)], n_mels=20),
          blind=MAGNITUDE),
     Case('compressed_complex', CompressedComplexLoss, compiles='inductor'),
     Case('compressed_complex-complex', partial(CompressedComplexLoss, share=1., power=.5)),
+    Case('dac-mel', partial(preset, 'dac-mel'), blind=MAGNITUDE),
+    Case('deepfilternet', partial(preset, 'deepfilternet')),
     Case('compressed_complex-magnitude', partial(CompressedComplexLoss, share=0.), blind=MAGNITUDE),
 ]
 

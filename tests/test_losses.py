@@ -20,11 +20,11 @@ from torch import nn
 from speechloss.audio import SpeechLossError
 from speechloss.features import RandomFeatures, STFTFeatures, randomized
 from speechloss.losses import (
-    CARDS, Balancer, CompressedComplexLoss, ConsistencyLoss, FeatureDistance, LogMelLoss,
+    CARDS, Balancer, CompressedComplexLoss, ConsistencyLoss, FeatureDistance, MelLoss,
     ModelAsLoss, MultiResolutionSTFTLoss, Objective, SISDRLoss, SNRLoss, STFTLoss, WaveL1Loss,
-    WaveL2Loss, build, build_objective, cards, functional)
+    WaveL2Loss, build, build_objective, cards, from_auraloss, functional, preset)
 from speechloss.losses.functional import (
-    compressed_complex, consistency, feature_distance, log_mel, multi_resolution_stft, si_sdr,
+    compressed_complex, consistency, feature_distance, mel, multi_resolution_stft, si_sdr,
     snr, wave_l1, wave_l2)
 from speechloss.losses.model_as_loss import feature_health
 from speechloss.models import enhancer
@@ -35,8 +35,8 @@ CLOSED = {
     'wave_l1': wave_l1, 'wave_l2': wave_l2, 'snr': snr, 'snr-30': partial(snr, max_db=30.),
     'si_sdr': si_sdr, 'si_sdr-mean': partial(si_sdr, zero_mean=False, max_db=20.),
     'mr_stft': partial(multi_resolution_stft, resolutions=SMALL),
-    'mr_stft-lin': partial(multi_resolution_stft, resolutions=SMALL[:1], terms=dict(lin=1.)),
-    'log_mel': partial(log_mel, sample_rate=8000, n_fft=128, hop_length=40, n_mels=10),
+    'mr_stft-lin': partial(multi_resolution_stft, resolutions=SMALL[:1], terms=dict(lin_l1=1.)),
+    'mel': partial(mel, sample_rate=8000, resolutions=[(128, 40, 128)], n_mels=10),
     'compressed_complex': partial(compressed_complex, n_fft=64, hop_length=16),
     'compressed_complex-1': partial(compressed_complex, n_fft=64, hop_length=30, power=1., share=1.),
 }
@@ -47,7 +47,7 @@ DISTANCES = {
     'random-cosine': (RandomFeatures(**RANDOM), dict(distance='cosine')),
     'random-standardized': (RandomFeatures(**RANDOM), dict(standardize=True, weights=[1., .3])),
 }
-ANY = {'feature_distance': dict(features='stft'), 'log_mel': dict(sample_rate=16000)}
+ANY = {'feature_distance': dict(features='stft'), 'mel': dict(sample_rate=16000)}
 
 
 def make(name: str, **options):
@@ -92,7 +92,9 @@ def test_gradcheck_of_consistency():
 def test_gradgradcheck(name):
     enhanced, clean, _ = waves(1, 150, dtype=torch.float64)
     enhanced = (enhanced + .05 * torch.randn(1, 150, dtype=torch.float64)).requires_grad_()
-    torch.autograd.gradgradcheck(lambda e: CLOSED[name](e, clean), enhanced,
+    # the kernels keep a gradient, not a graph: their plain path has the second derivative
+    plain = dict(backend='reference') if name in ('mr_stft', 'compressed_complex') else {}
+    torch.autograd.gradgradcheck(lambda e: CLOSED[name](e, clean, **plain), enhanced,
                                  eps=1e-7, atol=1e-3, rtol=1e-2, nondet_tol=1e-9)
 
 
@@ -142,14 +144,90 @@ def test_multi_resolution_stft_against_auraloss(seed):
                                rtol=2e-4, atol=1e-5)
 
 
-def test_log_mel_against_librosa():
+FREQ = auraloss.freq
+PEERS = {
+    'defaults': FREQ.MultiResolutionSTFTLoss,
+    'every magnitude term': partial(FREQ.MultiResolutionSTFTLoss, w_sc=.5, w_log_mag=2., w_lin_mag=.3),
+    'log alone, L2': partial(FREQ.MultiResolutionSTFTLoss, w_sc=0., mag_distance='L2', eps=1e-6),
+    'Hamming': partial(FREQ.MultiResolutionSTFTLoss, [400, 256], [100, 70], [321, 256], window='hamming_window'),
+    'Kaiser': partial(FREQ.STFTLoss, window='kaiser_window'),
+    'one': partial(FREQ.STFTLoss, 512, 128, 400, w_lin_mag=1.),
+    'mel': partial(FREQ.MelSTFTLoss, 16000, n_mels=40),
+    'mel, several': partial(FREQ.MultiResolutionSTFTLoss, scale='mel', n_bins=32, sample_rate=16000),
+}
+
+
+@pytest.mark.parametrize('name', PEERS)
+def test_from_auraloss_is_auraloss(name):
+    try:
+        torch.set_default_dtype(torch.float64)     # their window is made in it
+        peer = PEERS[name]()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    ours = from_auraloss(peer)
+    enhanced, clean, _ = (w[:, None].double() + .01 * torch.randn(3, 1, 3001).double() for w in waves())
+    if hasattr(peer, 'fb'): peer.fb = peer.fb.double()
+    for one in getattr(peer, 'stft_losses', ()):
+        if hasattr(one, 'fb'): one.fb = one.fb.double()
+    for batch in (slice(None), slice(1)):
+        grads, values = [], []
+        for loss in (peer, ours):
+            x = enhanced[batch].clone().requires_grad_()
+            values.append(loss(x, clean[batch]))
+            grads.append(torch.autograd.grad(values[-1], x)[0])
+        assert abs(values[1] / values[0] - 1) < 1e-5
+        assert (grads[1] - grads[0]).norm() < 1e-6 * grads[0].norm()
+
+
+@pytest.mark.parametrize('says, peer', [
+    ('w_phs=1.0', partial(FREQ.STFTLoss, w_phs=1.)),
+    ('scale_invariance=True', partial(FREQ.MultiResolutionSTFTLoss, scale_invariance=True)),
+    ("output='full'", partial(FREQ.STFTLoss, output='full')),
+    ("reduction='sum'", partial(FREQ.STFTLoss, reduction='sum'))])
+def test_from_auraloss_says_what_it_has_not(says, peer):
+    with pytest.raises(ValueError, match=f'the auraloss module has .*{says}.*give one without'):
+        from_auraloss(peer())
+
+
+def test_preset_of_the_audio_codec_against_its_formula():
     enhanced, clean, _ = (w.double() + .01 * torch.randn(3, 3001) for w in waves())
-    def mel(wave):
+    wanted = 0
+    for n_mels, size in zip((5, 10, 20, 40, 80, 160, 320), (32, 64, 128, 256, 512, 1024, 2048)):
+        bank = torch.as_tensor(librosa.filters.mel(sr=16000, n_fft=size, n_mels=n_mels)).double()
+        mels = [stft(w, size, size // 4).abs() @ bank.T for w in (enhanced, clean)]
+        wanted += ((mels[0] + 1e-5).log10() - (mels[1] + 1e-5).log10()).abs().mean((1, 2))
+    value = preset('dac-mel', sample_rate=16000, reduction='none')(enhanced, clean)
+    torch.testing.assert_close(value, wanted, rtol=1e-3, atol=0)   # their floor is a clamp, ours smooth
+
+
+def test_preset_of_deepfilternet_against_its_formula():
+    enhanced, clean, _ = (w.double() + .01 * torch.randn(3, 3001) for w in waves())
+    wanted = 0
+    for size in (256, 512, 1024):
+        E, S = (torch.stft(w, size, size // 4, window=torch.hann_window(size).double(), normalized=True,
+                           pad_mode='reflect', return_complex=True) for w in (enhanced, clean))
+        e, s = E.abs() ** .3, S.abs() ** .3
+        wanted += 500 * (e - s).square().mean((1, 2))
+        gap = torch.view_as_real(torch.polar(e, E.angle()) - torch.polar(s, S.angle()))
+        wanted += 500 * gap.square().mean((1, 2, 3))
+    value = preset('deepfilternet', reduction='none')(enhanced, clean)
+    torch.testing.assert_close(value, wanted, rtol=1e-5, atol=0)
+
+
+def test_presets_by_name():
+    assert build('dac-mel').resolutions == preset('dac-mel').resolutions
+    assert build({'name': 'parallel-wavegan', 'reduction': 'sum'}).options['eps'] == 1e-7
+    with pytest.raises(ValueError, match="name is 'dac': choose one of auraloss, "): preset('dac')
+
+
+def test_mel_against_librosa():
+    enhanced, clean, _ = (w.double() + .01 * torch.randn(3, 3001) for w in waves())
+    def log_mel(wave):
         mag = librosa.feature.melspectrogram(y=wave.numpy(), sr=16000, n_fft=1024, hop_length=256,
                                              n_mels=80, power=1., pad_mode='reflect')
         return np.log(mag + 1e-5)
-    wanted = np.abs(mel(enhanced) - mel(clean)).mean((1, 2))
-    np.testing.assert_allclose(log_mel(enhanced, clean, sample_rate=16000), wanted, rtol=1e-4)
+    wanted = np.abs(log_mel(enhanced) - log_mel(clean)).mean((1, 2))
+    np.testing.assert_allclose(mel(enhanced, clean, sample_rate=16000), wanted, rtol=1e-4)
 
 
 def test_compressed_complex_against_polar_form():
@@ -163,8 +241,8 @@ def test_compressed_complex_against_polar_form():
 
 def test_stft_loss_is_one_resolution():
     enhanced, clean, _ = waves()
-    terms = [STFTLoss(n_fft=n, hop_length=h, win_length=w)(enhanced, clean)
-             for n, h, w in MultiResolutionSTFTLoss().resolutions]
+    terms = [STFTLoss(n_fft=r.n_fft, hop_length=r.hop_length, win_length=r.win_length)(enhanced, clean)
+             for r in MultiResolutionSTFTLoss().resolutions]
     assert MultiResolutionSTFTLoss()(enhanced, clean).item() == pytest.approx(np.mean(terms), rel=1e-5)
 
 
@@ -267,7 +345,7 @@ def test_cards_tell_the_truth(name):
 # --- functions and modules ---
 
 TWINS = {wave_l1: WaveL1Loss, wave_l2: WaveL2Loss, snr: SNRLoss, si_sdr: SISDRLoss,
-         multi_resolution_stft: MultiResolutionSTFTLoss, log_mel: LogMelLoss,
+         multi_resolution_stft: MultiResolutionSTFTLoss, mel: MelLoss,
          compressed_complex: CompressedComplexLoss}
 
 
@@ -278,7 +356,7 @@ def test_twins(function):
         return {n: p.default for n, p in inspect.signature(f).parameters.items() if n not in without}
     module = TWINS[function]
     assert options(function, 'enhanced', 'clean', 'lengths') == options(module, 'reduction')
-    needed = dict(sample_rate=16000) if function is log_mel else {}
+    needed = dict(sample_rate=16000) if function is mel else {}
     enhanced, clean, _ = waves()
     value = module(reduction='none', **needed)(enhanced, clean, lengths=[3001, 2000, 1100])
     sign = -1 if function in (snr, si_sdr) else 1
@@ -291,7 +369,7 @@ def test_twins(function):
 @pytest.mark.filterwarnings('ignore:Dynamo detected a call to a `functools.lru_cache`')
 def test_functions_compile(function):
     torch._dynamo.reset()
-    needed = dict(sample_rate=16000) if function is log_mel else {}
+    needed = dict(sample_rate=16000) if function is mel else {}
     enhanced, clean, _ = waves()
     compiled = torch.compile(function, fullgraph=True, backend='eager')
     torch.testing.assert_close(compiled(enhanced, clean, **needed),
@@ -305,7 +383,7 @@ def test_every_function_is_exported():
 # --- what is too short, and other options out of range ---
 
 @pytest.mark.parametrize('name, least', [
-    ('stft', 513), ('multi_resolution_stft', 1025), ('log_mel', 513), ('compressed_complex', 257)])
+    ('stft', 513), ('multi_resolution_stft', 1025), ('mel', 513), ('compressed_complex', 257)])
 def test_shortest_wave(name, least):
     loss, (enhanced, clean, _) = make(name), waves()
     assert loss(enhanced[:, :least], clean[:, :least]).isfinite()
@@ -318,9 +396,9 @@ def test_shortest_wave(name, least):
 def test_wrong_options():
     for message, wrong in {
         'terms is .*phase': partial(STFTLoss, terms=dict(phase=1.)),
-        'window is .*kaiser': lambda: STFTLoss(window='kaiser')(*waves()[:2]),
-        'win_length is 2000': lambda: STFTLoss(win_length=2000)(*waves()[:2]),
-        'n_mels is 512': partial(LogMelLoss, sample_rate=16000, n_mels=512),
+        'window is .*flat': partial(STFTLoss, window='flat'),
+        'win_length is 2000': partial(STFTLoss, win_length=2000),
+        'n_mels is 512': partial(MelLoss, sample_rate=16000, n_mels=512),
         'power is 0': partial(CompressedComplexLoss, power=0),
         'share is 2': partial(CompressedComplexLoss, share=2),
         'distance is .*l3': partial(FeatureDistance, STFTFeatures(), distance='l3'),
@@ -333,7 +411,7 @@ def test_wrong_options():
     }.items():
         with pytest.raises(ValueError, match=message): wrong()
     with pytest.raises(TypeError, match='no method encode'): ModelAsLoss(nn.Linear(2, 2))
-    with pytest.raises(TypeError, match='sample_rate'): LogMelLoss()
+    with pytest.raises(TypeError, match='sample_rate'): MelLoss()
 
 
 # --- balance ---
@@ -567,7 +645,7 @@ def test_build_objective():
 
 @pytest.mark.parametrize('spec, message', [
     ('si-sdr', 'si-sdr.*choose one of wave_l1'), ({'max_db': 3}, 'name is None'),
-    ({'name': 'snr', 'max': 3}, 'SNRLoss cannot be built.*max'), ('log_mel', 'sample_rate'),
+    ({'name': 'snr', 'max': 3}, 'SNRLoss cannot be built.*max'), ('mel', 'sample_rate'),
     ('model_as_loss', 'needs the enhancer'),
     ({'name': 'model_as_loss', 'encoder': 'x.pt'}, 'give load='),
     ({'name': 'feature_distance', 'features': 'melody'}, 'melody.*stft, mel, gammatone, random')])

@@ -115,7 +115,7 @@ def masked_mean(
     mask = frame_mask(count, values.shape[1])
     return mean_over(torch.where(mask.view(*mask.shape, *[1] * (values.ndim - 2)), values, 0), count)
 
-# %% ../../nbs/losses/base.ipynb #aeb1bfd3
+# %% ../../nbs/losses/base.ipynb #2d434513
 REDUCTIONS = ('mean', 'sum', 'none')
 
 
@@ -135,18 +135,28 @@ class Loss(nn.Module):
         "The named parts, each `(N,)`; their sum is the loss"
         raise NotImplementedError(f'{type(self).__name__} must define values(waves)')
 
+    def total(self, waves: Waves) -> Tensor:
+        "The loss `(N,)`; a loss that can sum its parts at less cost than one by one does it here"
+        return sum(self.values(waves).values())
+
     def _reduce(self, values: Tensor) -> Tensor:
         return values if self.reduction == 'none' else getattr(values, self.reduction)()
 
     def terms(self, enhanced: Tensor, clean: Tensor, *, noisy: Tensor | None = None,
               lengths: Tensor | None = None) -> dict[str, Tensor]:
         "The named parts, reduced like the loss; they add up to it"
-        _check('enhanced', enhanced)
-        with torch.autocast(enhanced.device.type, enabled=False):
-            waves = prepare(enhanced, clean, noisy=noisy, lengths=lengths)
-            return {name: self._reduce(waves.unfold(value))
-                    for name, value in self.values(waves).items()}
+        def parts(waves):
+            return {name: self._reduce(waves.unfold(value)) for name, value in self.values(waves).items()}
+
+        return self._apply_to(parts, enhanced, clean, noisy, lengths)
 
     def forward(self, enhanced: Tensor, clean: Tensor, *, noisy: Tensor | None = None,
                 lengths: Tensor | None = None) -> Tensor:
-        return sum(self.terms(enhanced, clean, noisy=noisy, lengths=lengths).values())
+        def whole(waves): return self._reduce(waves.unfold(self.total(waves)))
+
+        return self._apply_to(whole, enhanced, clean, noisy, lengths)
+
+    def _apply_to(self, function, enhanced, clean, noisy, lengths):
+        _check('enhanced', enhanced)
+        with torch.autocast(enhanced.device.type, enabled=False):
+            return function(prepare(enhanced, clean, noisy=noisy, lengths=lengths))

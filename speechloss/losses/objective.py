@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from .balance import Balancer
 from .base import Loss
 
-# %% ../../nbs/losses/objective.ipynb #f529b8d9
+# %% ../../nbs/losses/objective.ipynb #1e6a7b76
 class Objective(Loss):
     """A weighted, balanced sum of losses with the call of a single one.
 
@@ -32,7 +32,7 @@ class Objective(Loss):
     def values(self, waves):
         def compute(enhanced):
             now = waves._replace(enhanced=enhanced)
-            return {name: sum(loss.values(now).values()) for name, loss in self.losses.items()}
+            return {name: loss.total(now) for name, loss in self.losses.items()}
 
         return self.balancer(compute, waves.enhanced)
 

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['CARDS', 'FEATURES', 'Card', 'cards', 'build_features', 'build', 'build_objective']
 
-# %% ../../nbs/losses/registry.ipynb #1db19e05
+# %% ../../nbs/losses/registry.ipynb #41e9ffc1
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 
@@ -19,10 +19,10 @@ from .distance import FeatureDistance
 from .model_as_loss import ModelAsLoss
 from .objective import Objective
 from .spectral import (
-    CompressedComplexLoss, LogMelLoss, MultiResolutionSTFTLoss, STFTLoss)
+    PRESETS, CompressedComplexLoss, MelLoss, MultiResolutionSTFTLoss, STFTLoss, preset)
 from .waveform import SISDRLoss, SNRLoss, WaveL1Loss, WaveL2Loss
 
-# %% ../../nbs/losses/registry.ipynb #4180136f
+# %% ../../nbs/losses/registry.ipynb #ffc8bd77
 @dataclass(frozen=True)
 class Card:
     "What a user wants to know before choosing a loss"
@@ -46,7 +46,7 @@ CARDS = {card.name: card for card in (
          'Arik et al. 2018', 'https://arxiv.org/abs/1808.06719'),
     Card('multi_resolution_stft', MultiResolutionSTFTLoss, 'STFT magnitude, three resolutions',
          '0', 'yes', 'no', 'Yamamoto et al. 2020', 'https://arxiv.org/abs/1910.11480'),
-    Card('log_mel', LogMelLoss, 'log-mel spectrum', '0', 'yes', 'no', 'Kong et al. 2020',
+    Card('mel', MelLoss, 'mel spectrum', '0', 'yes', 'no', 'Kong et al. 2020',
          'https://arxiv.org/abs/2010.05646'),
     Card('compressed_complex', CompressedComplexLoss, 'compressed STFT, magnitude and complex',
          '0', 'yes', 'yes', 'Braun & Tashev 2021', 'https://arxiv.org/abs/2009.12286'),
@@ -61,7 +61,7 @@ def cards() -> list[dict]:
     "The cards as rows, for tables"
     return [asdict(card) | {'loss': card.loss.__name__} for card in CARDS.values()]
 
-# %% ../../nbs/losses/registry.ipynb #4391aa78
+# %% ../../nbs/losses/registry.ipynb #6f344536
 FEATURES = dict(stft=STFTFeatures, mel=MelFeatures, gammatone=GammatoneFeatures, random=RandomFeatures)
 
 
@@ -94,14 +94,15 @@ def build(
     model: nn.Module | None = None, # the enhancer, for losses that look through it
     load: Callable | None = None,   # opens another model by its path
 ) -> Loss:
-    """A loss from its name and options.
+    """A loss from its name and options; the name may be that of a preset.
 
     >>> build('snr')
     SNRLoss()
     """
     spec = {'name': spec} if isinstance(spec, str) else dict(spec)
-    if 'terms' in spec:
+    if 'terms' in spec and 'name' not in spec:
         return build_objective(spec, model=model, load=load)   # a sum within a sum
+    if spec.get('name') in PRESETS: return preset(**spec)
     kind = _pick('name', spec.pop('name', None), CARDS).loss
     try:
         if kind is ModelAsLoss:
