@@ -6,14 +6,14 @@
 __all__ = ['stft', 'istft', 'magnitude', 'compress', 'hz_to_mel', 'mel_to_hz', 'mel_filters', 'EPS', 'frame_count', 'frame_mask',
            'pad_reflect', 'shortest', 'window_of']
 
-# %% ../nbs/signal/spectral.ipynb #a5105486
+# %% ../nbs/signal/spectral.ipynb #1f75afbe
 import math
 from functools import lru_cache
 
 import torch
 from torch import Tensor
 
-from .kernels.framing import frame_count, frame_mask, pad_reflect, shortest, window_of
+from .kernels.framing import frame_count, frame_mask, pad_reflect, shortest, window_of  # noqa: F401
 from .kernels.stft_distance import EPS
 
 _all_ = ['EPS', 'frame_count', 'frame_mask', 'pad_reflect', 'shortest', 'window_of']
