@@ -77,7 +77,7 @@ def validate(
     score = float(torch.cat(scores).double().mean())
     return dict(si_sdr=score, gain=score - float(torch.cat(before).double().mean()))
 
-# %% ../nbs/enhance/loop.ipynb #f5f5edbe
+# %% ../nbs/enhance/loop.ipynb #381c9288
 HEALTH_CLIPS = 8   # validation clips on which the objective's own state is watched
 
 
@@ -100,7 +100,7 @@ def fit(
     """
     out, about, accelerator = Path(out), about or {}, _accelerator(recipe)
     main = accelerator.is_main_process
-    # two runs in one folder would mix their rows and checkpoints: the second waits, and finds it done
+    # two runs in one folder would mix their rows: the second waits, and finds it done
     with _settled(recipe, accelerator.device), alone(out) if main else nullcontext():
         if finished(out, recipe, about): return out / 'final'
         if main: claim(out, recipe, about)
@@ -125,7 +125,8 @@ def _accelerator(recipe: Recipe):
 def _settled(recipe: Recipe, device) -> Iterator[None]:
     "The number of threads of the recipe and generators of its own, given back at the end"
     threads = torch.get_num_threads()
-    if recipe.threads and torch.device(device).type == 'cpu': torch.set_num_threads(recipe.threads)
+    if recipe.threads and torch.device(device).type == 'cpu':
+        torch.set_num_threads(recipe.threads)
     try:
         with torch.random.fork_rng(): yield
     finally:
@@ -140,7 +141,8 @@ class _Loop:
     def __init__(self, accelerator, model, objective, recipe: Recipe, out: Path):
         self.accelerator, self.recipe, self.out = accelerator, recipe, out
         self.main, self.device = accelerator.is_main_process, accelerator.device
-        self.state = TrainingState(model.to(self.device), objective.to(self.device).train(), recipe)
+        self.state = TrainingState(
+            model.to(self.device), objective.to(self.device).train(), recipe)
         if self.main: checkpoints.recover(out / 'best')
         found = checkpoints.latest(out / 'checkpoints')
         if found: self.state.load(*found)
@@ -171,14 +173,15 @@ class _Loop:
         order = Order(self.state.step, self.recipe.steps, self.recipe.batch_size,
                       place.process_index, place.num_processes)
         return torch.utils.data.DataLoader(
-            Wrapped(data), batch_sampler=order, collate_fn=collate, num_workers=self.recipe.workers,
-            generator=torch.Generator(), pin_memory=self.device.type == 'cuda')
+            Wrapped(data), batch_sampler=order, collate_fn=collate, generator=torch.Generator(),
+            num_workers=self.recipe.workers, pin_memory=self.device.type == 'cuda')
 
     def _step(self, batch: dict) -> dict:
         "One step of the optimiser; what the log should have of it"
         state, recipe = self.state, self.recipe
         # the generators, too, depend on the step alone
-        torch.manual_seed((recipe.seed << 40) + (state.step << 8) + self.accelerator.process_index)
+        rank = self.accelerator.process_index
+        torch.manual_seed((recipe.seed << 40) + (state.step << 8) + rank)
         for group in state.optimizer.param_groups: group['lr'] = recipe.rate(state.step)
         noisy, clean, given = _on(batch, self.device)
         with self.accelerator.autocast():
@@ -194,17 +197,20 @@ class _Loop:
         state.optimizer.zero_grad(set_to_none=True)
         state.count(finite)
         if (state.step + 1) % recipe.log_every: return {}
-        return dict(loss=float(loss.detach()), terms={k: float(v.detach()) for k, v in terms.items()},
-                    lr=recipe.rate(state.step), grad_norm=float(norm), skipped=state.skipped)
+        return dict(
+            loss=float(loss.detach()), terms={k: float(v.detach()) for k, v in terms.items()},
+            lr=recipe.rate(state.step), grad_norm=float(norm), skipped=state.skipped)
 
     def _keep(self, row: dict, valid_data) -> None:
         "Score, log and save what is due after this step"
         state, recipe = self.state, self.recipe
         last = state.step == recipe.steps
-        if state.step % recipe.eval_every == 0 or last: row['valid'] = self._validate(valid_data)
+        if state.step % recipe.eval_every == 0 or last:
+            row['valid'] = self._validate(valid_data)
         if state.step % recipe.steps_per_epoch == 0: row |= self._health(valid_data)
         if row:
-            self.log.write(dict(step=state.step, **row, seconds=round(time.monotonic() - self.began, 2)))
+            seconds = round(time.monotonic() - self.began, 2)
+            self.log.write(dict(step=state.step, **row, seconds=seconds))
         if state.step % recipe.save_every == 0 or last:
             checkpoints.save_checkpoint(self.out / 'checkpoints', state.step, *state.save())
 
@@ -218,7 +224,7 @@ class _Loop:
         return valid
 
     def _health(self, data) -> dict:
-        "What the objective tells of its own state on the first clips; they draw nothing at random"
+        "What the objective tells of its own state, on the first clips"
         if not hasattr(self.state.objective, 'health'): return {}
         batch = collate([data[k] for k in range(min(HEALTH_CLIPS, len(data)))])
         noisy, clean, given = _on(batch, self.device)

@@ -21,7 +21,7 @@ from .audio import SpeechLossError, sha256
 class TrainingError(SpeechLossError):
     "A training that cannot start or cannot go on"
 
-# %% ../nbs/enhance/recipe.ipynb #3d7f07e7
+# %% ../nbs/enhance/recipe.ipynb #0f329612
 BASE = dict(terms=dict(spectrum=dict(name='compressed_complex', hop_length=256),
                        wave=dict(name='snr')),
             weights=dict(wave=.05))
@@ -95,7 +95,8 @@ class Recipe:
 
 def recipe_fields() -> list[dict[str, str]]:  # field, default, meaning
     "The fields of a recipe: the default as the command line takes it, the comment of its line"
-    comments = dict(re.findall(r'^ {4}(\w+): .*?  # (.+)$', inspect.getsource(Recipe), re.MULTILINE))
+    source = inspect.getsource(Recipe)
+    comments = dict(re.findall(r'^ {4}(\w+): .*?  # (.+)$', source, re.MULTILINE))
     return [dict(field=name, default=value if isinstance(value, str) else json.dumps(value),
                  meaning=comments[name]) for name, value in asdict(Recipe()).items()]
 
@@ -117,7 +118,8 @@ def _check(recipe: Recipe) -> None:
         value = getattr(recipe, name)
         if value is not None and not _is_range(value):
             raise TrainingError(f'{name} is {value!r}: give its low and its high end in dB')
-    for name in ('clean_fraction', 'reverb', 'weight_decay', 'ema', 'seed', 'threads', 'workers', 'warmup'):
+    for name in ('clean_fraction', 'reverb', 'weight_decay', 'ema', 'seed', 'threads', 'workers',
+                 'warmup'):
         value = getattr(recipe, name)
         if not isinstance(value, (int, float)) or value < 0:
             raise TrainingError(f'{name} is {value!r}: give a number of at least 0')
@@ -142,5 +144,6 @@ def _fingerprint(init) -> str:
     for weights in (path / 'model.safetensors', path / 'final' / 'model.safetensors'):
         if weights.is_file(): return sha256(weights)
     if path.is_dir() or path.is_absolute():
-        raise TrainingError(f'init {path} holds no model.safetensors: give the folder of a saved model')
+        raise TrainingError(f'init {path} holds no model.safetensors: '
+                            'give the folder of a saved model')
     return str(init)    # a model on the hub, known by its name

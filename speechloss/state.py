@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from .encoders import encoder_modules, encoder_parameters
 from .recipe import Recipe, TrainingError
 
-# %% ../nbs/enhance/state.ipynb #75626657
+# %% ../nbs/enhance/state.ipynb #cc07e88c
 PATIENCE = 10   # steps without a finite gradient before the run gives up
 
 
@@ -37,11 +37,13 @@ class TrainingState:
         self.averaged = {k: v.detach().clone() for k, v in model.state_dict().items()}
         rules = {getattr(module, 'rule', None) for module in objective.modules()}
         if 'frozen-fe' in rules and not recipe.freeze_encoder:
-            raise TrainingError("rule 'frozen-fe' trains the decoder alone: set freeze_encoder = true")
+            raise TrainingError("rule 'frozen-fe' trains the decoder alone: "
+                                'set freeze_encoder = true')
         self.frozen = _freeze(model) if recipe.freeze_encoder else []
         self.trained = [p for p in model.parameters() if p.requires_grad]
         if not self.trained:
-            raise TrainingError('freeze_encoder leaves nothing to train: encode() runs the whole model')
+            raise TrainingError('freeze_encoder leaves nothing to train: '
+                                'encode() runs the whole model')
         self.optimizer = torch.optim.AdamW(self.trained, lr=recipe.lr, betas=(.9, .99),
                                            weight_decay=recipe.weight_decay)
 
@@ -53,7 +55,7 @@ class TrainingState:
     @torch.no_grad()
     def average(self) -> None:
         "Let the average follow the weights, fast while it is young"
-        decay = min(self.recipe.ema, (1 + self.step) / (10 + self.step)) if self.recipe.ema else 0.
+        decay = self.recipe.ema and min(self.recipe.ema, (1 + self.step) / (10 + self.step))
         for name, value in self.model.state_dict().items():
             if value.is_floating_point(): self.averaged[name].lerp_(value, 1 - decay)
             else: self.averaged[name].copy_(value)

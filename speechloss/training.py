@@ -25,7 +25,7 @@ from .recipe import BASE, Recipe, TrainingError
 
 _all_ = ['BASE', 'Recipe', 'TrainingError', 'collate', 'fit', 'read_log', 'validate']
 
-# %% ../nbs/enhance/training.ipynb #7e303dea
+# %% ../nbs/enhance/training.ipynb #72fc73fb
 def data_of(recipe: Recipe):
     "(training stream, validation set, manifest) of a recipe"
     manifest = get(recipe.corpus, from_dir=recipe.corpus_dir)
@@ -34,7 +34,8 @@ def data_of(recipe: Recipe):
                      reverb=recipe.reverb, extra_noise=recipe.extra_noise, seed=recipe.seed)
     train[0]   # what is wrong with the data shows here, before anything is written
     # the same validation mixtures for every seed and recipe of a corpus
-    valid = Mixtures.grid(manifest, 'valid', seconds=recipe.seconds, limit=recipe.valid_size, seed=0)
+    valid = Mixtures.grid(manifest, 'valid', seconds=recipe.seconds, limit=recipe.valid_size,
+                          seed=0)
     return train, valid, manifest
 
 
@@ -67,7 +68,7 @@ def train(
     return fit(model, objective, train_data, valid_data, recipe, out, progress=progress,
                tensorboard=tensorboard, about=about)
 
-# %% ../nbs/enhance/training.ipynb #5974049d
+# %% ../nbs/enhance/training.ipynb #44c67597
 def train_many(
     recipes: dict[str, Recipe],
     outs: dict[str, Path] | Path,      # a folder for each, or one for all: outs / name
@@ -80,7 +81,8 @@ def train_many(
     When one fails the others are stopped, and its error is raised with its name; started again,
     all go on where they were.
     """
-    outs = {name: Path(outs[name] if isinstance(outs, dict) else Path(outs) / name) for name in recipes}
+    outs = {name: Path(outs[name] if isinstance(outs, dict) else Path(outs) / name)
+            for name in recipes}
     report = _Total(recipes, progress or (lambda label, done, total: None))
     workers = min(workers or available_cores(), len(recipes))
     if workers > 1: return _side_by_side(recipes, outs, workers, report)
@@ -97,7 +99,8 @@ class _Total:
     def __call__(self, name: str, done: int) -> None:
         self.done[name] = done
         ready = sum(self.done[n] >= self.steps[n] for n in self.done)
-        self.progress(f'{ready} of {len(self.done)} trained', sum(self.done.values()), sum(self.steps.values()))
+        self.progress(f'{ready} of {len(self.done)} trained',
+                      sum(self.done.values()), sum(self.steps.values()))
 
 
 def _named(name: str, recipe: Recipe, out: Path, report: Callable) -> Path:
@@ -128,7 +131,8 @@ def _side_by_side(recipes, outs, workers: int, report: Callable) -> dict[str, Pa
     with context.Manager() as manager, \
             ProcessPoolExecutor(workers, mp_context=context) as pool:
         events = manager.Queue()
-        jobs = {name: pool.submit(_in_process, name, recipes[name], outs[name], events) for name in recipes}
+        jobs = {name: pool.submit(_in_process, name, recipe, outs[name], events)
+                for name, recipe in recipes.items()}
         try:
             waiting = set(jobs.values())
             while waiting:
