@@ -328,7 +328,7 @@ def test_randomized():
 def test_wrong_options():
     with pytest.raises(ValueError, match='kind is .*phase.*log, magnitude, complex'): STFTFeatures(kind='phase')
     with pytest.raises(TypeError, match='sample_rate'): MelFeatures()
-    with pytest.raises(ValueError, match='window is .*kaiser'): stft(waves()[0], window='kaiser')
+    with pytest.raises(ValueError, match='window is .*triangle'): stft(waves()[0], window='triangle')
     with pytest.raises(ValueError, match=r'win_length is 600.*1\.\.n_fft \(512\)'): stft(waves()[0], win_length=600)
     with pytest.raises(ValueError, match='256 samples.*at least .* 257'): stft(torch.zeros(1, 256))
     with pytest.raises(ValueError, match='n_mels is 200.*filters without a bin'): mel_filters(200, 512, 16000)
