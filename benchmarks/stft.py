@@ -1,0 +1,59 @@
+"""Multi-resolution STFT distances against auraloss and plain torch."""
+import auraloss
+import torch
+
+from speechloss.losses import MelLoss, MultiResolutionSTFTLoss, from_auraloss, preset
+
+from .common import DEVICE, Contest
+
+SECONDS, RATE = 4, 16000
+
+
+def speechlike(batch: int) -> tuple:
+    "Enhanced and clean: noise with a falling spectrum and pauses at -80 dBFS; the one 10 dB off the other"
+    size = SECONDS * RATE
+    waves = []
+    for seed in (0, 1):
+        generator = torch.Generator().manual_seed(seed)
+        spectrum = torch.fft.rfft(torch.randn(batch, size, generator=generator))
+        spectrum /= 1 + torch.arange(spectrum.shape[-1]) ** 2 * 1e-7
+        wave = torch.fft.irfft(spectrum, size)
+        wave *= .1 / wave.square().mean(-1, keepdim=True).sqrt()
+        wave[:, size // 3:size // 2] *= 1e-3
+        waves.append(wave.to(DEVICE))
+    return waves[0] + .3 * waves[1], waves[0]
+
+
+def against(loss, **others) -> dict:
+    "Our back ends beside the others, all of waves `(B, T)`"
+    own = dict(torch=loss(backend='reference'), speechloss=loss(backend='auto'))
+    return {**others, **{name: module.to(DEVICE) for name, module in own.items()}}
+
+
+def _channels(peer):
+    peer = peer.to(DEVICE)
+    return lambda x, y: peer(x[:, None], y[:, None])
+
+
+def contests() -> list[Contest]:
+    sizes = (8,) if DEVICE == 'cpu' else (16, 64)
+    found = []
+    for batch in sizes:
+        def one(config, providers, truth, batch=batch):
+            return Contest('stft_distance', config, f'{batch}x{SECONDS * RATE}', lambda: speechlike(batch), providers,
+                           truth, bytes_modelled=3 * 4 * batch * SECONDS * RATE)
+        plain = MultiResolutionSTFTLoss(backend='reference').to(DEVICE)
+        found.append(one('mrstft 1024/120/600 2048/240/1200 512/50/240', against(
+            MultiResolutionSTFTLoss, auraloss=_channels(auraloss.freq.MultiResolutionSTFTLoss())), plain))
+        # the same formula as auraloss, one norm over the batch
+        peer = auraloss.freq.MultiResolutionSTFTLoss()
+        found.append(one('auraloss parity', dict(auraloss=_channels(peer), speechloss=from_auraloss(peer).to(DEVICE)),
+                         from_auraloss(peer, backend='reference').to(DEVICE)))
+        found.append(one('mel 80 1024/256', against(
+            lambda backend: MelLoss(sample_rate=RATE, backend=backend),
+            auraloss=_channels(auraloss.freq.MelSTFTLoss(RATE, w_sc=0., n_mels=80))),
+            MelLoss(sample_rate=RATE, backend='reference').to(DEVICE)))
+        for name in ('dac-mel', 'deepfilternet'):
+            found.append(one(name, against(lambda backend, name=name: preset(name, backend=backend)),
+                             preset(name, backend='reference').to(DEVICE)))
+    return found
