@@ -2,6 +2,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from interpreted import run_interpreted
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from speechloss.kernels import info_nce as module
@@ -24,14 +25,14 @@ def small_tiles(monkeypatch):
     monkeypatch.setattr(module, 'TILES', dict(cpu=(96, 56)))
 
 
-def example(N, D, *, groups=False, extra=0, dtype=torch.float32, seed=0, **options):
+def example(N, D, *, groups=False, extra=0, dtype=torch.float32, seed=0, device='cpu', **options):
     "Tensors [queries, keys, extra negatives] and the options of a call; keys resemble their queries"
     draw = torch.Generator().manual_seed(seed)
     q = torch.randn(N, D, generator=draw)
     tensors = [q, .5 * q + torch.randn(N, D, generator=draw)]
     if extra: tensors.append(2 * torch.randn(extra, D, generator=draw))
-    if groups: options['groups'] = torch.randint(0, 1 + N // 8, (N,), generator=draw)
-    return [x.to(dtype).requires_grad_() for x in tensors], options
+    if groups: options['groups'] = torch.randint(0, 1 + N // 8, (N,), generator=draw).to(device)
+    return [x.to(device, dtype).requires_grad_() for x in tensors], options
 
 
 def call(tensors, options, backend='torch'):
@@ -44,7 +45,7 @@ def plain(tensors, *, groups=None, normalize=True, temperature=.1):
     q, *k = (F.normalize(x, dim=1) if normalize else x for x in tensors)
     scores = q @ torch.cat(k).T / temperature
     if groups is not None:
-        mates = (groups[:, None] == groups) & ~torch.eye(len(groups), dtype=torch.bool)
+        mates = (groups[:, None] == groups) & ~torch.eye(len(groups), dtype=torch.bool, device=groups.device)
         scores[:, :len(q)] = scores[:, :len(q)].masked_fill(mates, -torch.inf)
     return scores.logsumexp(1) - scores.diagonal()
 
@@ -61,10 +62,10 @@ def grads(loss, tensors, weight):
 def distance(a, b): return float((a.double() - b.double()).norm() / b.double().norm().clamp_min(1e-30))
 
 
-def check_rule(shape, name, dtype, backend):
-    tensors, options = example(*shape, dtype=dtype, **OPTIONS[name])
+def check_rule(shape, name, dtype, backend, device='cpu'):
+    tensors, options = example(*shape, dtype=dtype, device=device, **OPTIONS[name])
     floor, loss_floor, factor = DTYPES[dtype]
-    weight = factor * torch.linspace(.5, 1., shape[0])
+    weight = factor * torch.linspace(.5, 1., shape[0], device=device)
     results = {}
     copies = dict(fast=tensors, plain=cast(tensors, torch.float32), true=cast(tensors, torch.float64))
     for kind, values in copies.items():
@@ -278,6 +279,94 @@ def test_mixed_dtypes_keep_their_own():
     grad_q, grad_k = torch.autograd.grad(info_nce(q, k).sum(), (q, k))
     assert (grad_q.dtype, grad_k.dtype) == (torch.float32, torch.bfloat16)
     assert info_nce(q.double(), k).dtype == torch.float64
+
+
+# ------------------------------------------------------------------------------- Triton
+
+DEVICES = [pytest.param('cpu', marks=pytest.mark.interpreted), pytest.param('cuda', marks=pytest.mark.cuda)]
+
+
+@pytest.fixture
+def triton_tiles(monkeypatch):
+    "Tiles that an example spans several of"
+    from speechloss.kernels import triton_info_nce as kernels
+    monkeypatch.setattr(kernels, 'TILES', {0: kernels.Tile(16, 32, 16, 4, 2), 50: kernels.Tile(32, 16, 16, 4, 2)})
+    monkeypatch.setattr(kernels, 'STRIP', (16, 48))
+    return kernels
+
+
+@pytest.mark.parametrize('device', DEVICES)
+@pytest.mark.parametrize('dtype', DTYPES, ids=str)
+@pytest.mark.parametrize('shape, name', [*((s, 'cosine') for s in SHAPES), *(((90, 35), n) for n in OPTIONS)], ids=str)
+def test_triton_gradient_error_is_at_most_twice_the_plain_one(shape, name, dtype, device, monkeypatch):
+    if device == 'cpu':     # the interpreter takes its time for each tile, whatever its size
+        from speechloss.kernels import triton_info_nce as kernels
+        monkeypatch.setattr(kernels, 'TILES', {0: kernels.Tile(256, 128, 128, 4, 2)})
+        monkeypatch.setattr(kernels, 'STRIP', (512, 512))
+    check_rule(shape, name, dtype, 'triton', device)
+
+
+@pytest.mark.parametrize('device', DEVICES)
+@pytest.mark.parametrize('name', OPTIONS)
+def test_triton_equals_torch_over_many_tiles(name, device, triton_tiles, monkeypatch):
+    monkeypatch.setattr(triton_tiles, 'BUSY', 12)      # some shares of several tiles
+    tensors, options = example(75, 35, device=device, **OPTIONS[name])
+    tensors[0] = tensors[0].detach()[:, torch.arange(35)].mT.contiguous().mT.requires_grad_()
+    results = []
+    for backend in 'torch', 'triton', 'triton':
+        loss = call(tensors, options, backend)
+        results.append((loss, *torch.autograd.grad(loss, tensors, torch.linspace(-1, 1, 75, device=device))))
+    for a, b, c in zip(*results):
+        torch.testing.assert_close(b, a, rtol=1e-4, atol=1e-5)
+        assert torch.equal(b, c)
+
+
+@pytest.mark.parametrize('device', DEVICES)
+def test_triton_on_hard_rows(device, triton_tiles):
+    tensors, _ = example(40, 9, device=device)
+    with torch.no_grad():
+        tensors[0][3], tensors[1][5] = 0., 0.
+    for options in dict(temperature=1e-3), dict(normalize=False, temperature=1e-6), dict(groups=torch.zeros(40).long()):
+        options = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in options.items()}
+        loss = info_nce(*tensors, backend='triton', **options)
+        assert loss.isfinite().all() and (loss >= 0).all()
+        assert all(g.isfinite().all() for g in torch.autograd.grad(loss.sum(), tensors))
+    assert not loss.any()
+    with torch.no_grad(): tensors[0][7, 2] = torch.nan
+    loss = info_nce(*tensors, backend='triton')
+    assert loss.isnan().nonzero().tolist() == [[7]]
+    unit = torch.eye(20, device=device, requires_grad=True)
+    tiny = info_nce(unit, unit.detach(), temperature=.03, backend='triton')     # 19 exp(-33), with its digits
+    torch.testing.assert_close(tiny, info_nce(unit, unit.detach(), temperature=.03, backend='torch'), rtol=1e-4, atol=0)
+    one, = torch.autograd.grad(tiny.sum(), unit, retain_graph=True)
+    assert one.abs().max() > 0
+
+
+@pytest.mark.parametrize('device', DEVICES)
+def test_triton_gives_the_gradients_that_are_wanted(device, triton_tiles):
+    (q, k), _ = example(40, 9, device=device)
+    both = torch.autograd.grad(info_nce(q, k, backend='triton').sum(), (q, k))
+    for wanted in 0, 1:
+        leaves = [x.detach().requires_grad_(i == wanted) for i, x in enumerate((q, k))]
+        grad, = torch.autograd.grad(info_nce(*leaves, backend='triton').sum(), leaves[wanted])
+        assert torch.equal(grad, both[wanted])
+
+
+@pytest.mark.cuda
+def test_a_cuda_graph_replays_the_same_bits():
+    (q, k), _ = example(300, 64, device='cuda')
+    def step(): return torch.autograd.grad(info_nce(q, k).sum(), (q, k))
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side): expected = [step() for _ in range(2)][-1]
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph): found = step()
+    graph.replay()
+    for a, b in zip(found, expected): assert torch.equal(a, b)
+
+
+@pytest.mark.slow
+def test_in_the_interpreter(): run_interpreted(__file__)
 
 
 X = torch.zeros(4, 3)

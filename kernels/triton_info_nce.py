@@ -1,0 +1,331 @@
+"""InfoNCE in Triton: a tile of similarities at a time.
+
+Forward, a program holds some queries and goes over a share of the keys with a running
+log-sum-exp. Backward, the slopes of a strip of keys are computed again, N times at most
+STRIP[1] numbers, and multiplied with the keys and with the queries. (Programs that keep the
+gradient of some rows would compute the slopes twice, and again for every 128 dims that fit
+their registers.) Every row is one sum in one order: no atomics. Scores are in units of ln 2,
+as in `info_nce`.
+"""
+from contextlib import nullcontext
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .info_nce import EPS, LOG2E, NONE_YET
+from .resources import Variant
+
+#: Programs that a large GPU holds at once: with fewer, the keys are dealt out to several
+BUSY = 264
+#: Rows of a program that multiplies no matrices, and dims that it reads at a time
+ROWS, DEPTH = 16, 128
+
+
+#: Keys of a strip, least and most; between them an eighth of the queries
+STRIP = 64, 1024
+
+
+class Tile(NamedTuple):
+    "Rows, columns and depth that a program multiplies at a time"
+    rows: int
+    cols: int
+    depth: int
+    warps: int
+    stages: int
+
+
+#: From this many rows of the result on: the tile
+TILES = {0: Tile(64, 64, 16, 8, 3), 4096: Tile(128, 64, 16, 8, 3)}
+
+
+@triton.jit
+def read(ptr, rows, count, depth, dims):
+    "Rows of a matrix (count, dims) as float32, 0 outside"
+    keep = (rows < count)[:, None] & (depth < dims)[None, :]
+    return tl.load(ptr + rows[:, None].to(tl.int64) * dims + depth[None, :], mask=keep, other=0.).to(tl.float32)
+
+
+@triton.jit
+def products(a_ptr, b_ptr, a_rows, b_rows, a_count, b_count, dims, ROWS: tl.constexpr, COLS: tl.constexpr,
+             DEPTH: tl.constexpr, PRECISION: tl.constexpr):
+    "Inner products (ROWS, COLS)"
+    total = tl.zeros((ROWS, COLS), tl.float32)
+    for start in range(0, dims, DEPTH):
+        depth = start + tl.arange(0, DEPTH)
+        a, b = read(a_ptr, a_rows, a_count, depth, dims), read(b_ptr, b_rows, b_count, depth, dims)
+        total = tl.dot(a, tl.trans(b), total, input_precision=PRECISION)
+    return total
+
+
+@triton.jit
+def log1p(x):
+    "ln(1 + x) for x in [0, 1] to float32, digits of a small x included: 2 artanh(x / (2 + x))"
+    z = x / (2 + x)
+    w = z * z
+    return 2 * z * (1 + w * (1 / 3 + w * (1 / 5 + w * (1 / 7 + w * (1 / 9 + w * (1 / 11 + w / 13))))))
+
+
+@triton.jit
+def norms_kernel(x_ptr, inverse_ptr, count, dims, EPS: tl.constexpr, ROWS: tl.constexpr, DEPTH: tl.constexpr):
+    "Inverse norm of each row"
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    total = tl.zeros((ROWS,), tl.float32)
+    for start in range(0, dims, DEPTH):
+        x = read(x_ptr, rows, count, start + tl.arange(0, DEPTH), dims)
+        total += tl.sum(x * x, 1)
+    tl.store(inverse_ptr + rows, 1 / tl.sqrt(total + EPS), mask=rows < count)
+
+
+@triton.jit
+def scores_kernel(q_ptr, k_ptr, inverse_q_ptr, inverse_k_ptr, groups_ptr, positive_ptr, negative_ptr, pairs, keys,
+                  dims, share, scale, GROUPS: tl.constexpr, NONE_YET: tl.constexpr, ROWS: tl.constexpr,
+                  COLS: tl.constexpr, DEPTH: tl.constexpr, PRECISION: tl.constexpr):
+    "Score of each query with its own key (N,), and log-sum-exp of those of a share of others (shares, N)"
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    first = tl.program_id(1) * share
+    last = tl.minimum(first + share, keys)
+    factor = tl.load(inverse_q_ptr + rows, mask=rows < pairs, other=0.) * scale
+    if GROUPS: group = tl.load(groups_ptr + rows, mask=rows < pairs, other=0)
+    top = tl.full((ROWS,), NONE_YET, tl.float32)
+    total, positive = tl.zeros((ROWS,), tl.float32), tl.zeros((ROWS,), tl.float32)
+    for start in range(first, last, COLS):
+        cols = start + tl.arange(0, COLS)
+        s = products(q_ptr, k_ptr, rows, cols, pairs, last, dims, ROWS, COLS, DEPTH, PRECISION)
+        s *= factor[:, None] * tl.load(inverse_k_ptr + cols, mask=cols < last, other=0.)[None, :]
+        own = rows[:, None] == cols[None, :]
+        positive += tl.sum(tl.where(own, s, 0.), 1)
+        drop = own | (cols >= last)[None, :]
+        if GROUPS:
+            theirs = tl.load(groups_ptr + cols, mask=cols < pairs, other=0)
+            drop |= (group[:, None] == theirs[None, :]) & (cols < pairs)[None, :]
+        s = tl.where(drop, -float('inf'), s)
+        higher = tl.maximum(top, tl.max(s, 1))
+        total = total * tl.exp2(top - higher) + tl.sum(tl.exp2(s - higher[:, None]), 1)
+        top = higher
+    tl.store(negative_ptr + tl.program_id(1) * pairs + rows, top + tl.log2(total), mask=rows < pairs)
+    tl.store(positive_ptr + rows, positive, mask=(rows < pairs) & (rows >= first) & (rows < last))
+
+
+@triton.jit
+def loss_kernel(positive_ptr, negative_ptr, loss_ptr, lse_ptr, pairs, shares, LN2: tl.constexpr, ROWS: tl.constexpr):
+    "Loss and log-sum-exp of each query; the shares are added in their order"
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    live = rows < pairs
+    positive = tl.load(positive_ptr + rows, mask=live, other=0.)
+    negative = tl.load(negative_ptr + rows, mask=live, other=0.)
+    for share in range(1, shares):
+        more = tl.load(negative_ptr + share * pairs + rows, mask=live, other=0.)
+        high, low = tl.maximum(negative, more), tl.minimum(negative, more)
+        gap = tl.where(low == high, 0., low - high)                  # two shares without any key: 0, not nan
+        negative = high + log1p(tl.exp2(gap)) / LN2
+    gap = negative - positive
+    rest = log1p(tl.exp2(-tl.abs(gap))) / LN2
+    tl.store(loss_ptr + rows, (tl.maximum(gap, 0.) + rest) * LN2, mask=live)
+    tl.store(lse_ptr + rows, tl.maximum(negative, positive) + rest, mask=live)
+
+
+@triton.jit
+def slopes_kernel(q_ptr, k_ptr, inverse_q_ptr, inverse_k_ptr, groups_ptr, loss_ptr, lse_ptr, grad_ptr, slopes_ptr,
+                  first, last, pairs, dims, scale, temperature, GROUPS: tl.constexpr, ROWS: tl.constexpr,
+                  COLS: tl.constexpr, DEPTH: tl.constexpr, PRECISION: tl.constexpr):
+    "Derivatives with respect to the similarities of all queries and the keys first..last - 1, (N, last - first)"
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    cols = first + tl.program_id(1) * COLS + tl.arange(0, COLS)
+    live, there = rows < pairs, cols < last
+    s = products(q_ptr, k_ptr, rows, cols, pairs, last, dims, ROWS, COLS, DEPTH, PRECISION)
+    factor = tl.load(inverse_q_ptr + rows, mask=live, other=0.) * scale
+    s *= factor[:, None] * tl.load(inverse_k_ptr + cols, mask=there, other=0.)[None, :]
+    slope = tl.exp2(s - tl.load(lse_ptr + rows, mask=live, other=0.)[:, None])
+    if GROUPS:
+        group = tl.load(groups_ptr + rows, mask=live, other=0)
+        theirs = tl.load(groups_ptr + cols, mask=there & (cols < pairs), other=0)
+        slope = tl.where((group[:, None] == theirs[None, :]) & (cols < pairs)[None, :], 0., slope)
+    # of its own key a query has its share less 1, exp(-loss) - 1 with its digits
+    loss = tl.load(loss_ptr + rows, mask=live, other=0.)
+    small = -loss * (1 - loss * (1 / 2 - loss * (1 / 6 - loss / 24)))
+    own = tl.where(loss < .02, small, tl.exp(-loss) - 1)
+    slope = tl.where(rows[:, None] == cols[None, :], own[:, None], slope)
+    slope *= (tl.load(grad_ptr + rows, mask=live, other=0.) / temperature)[:, None]
+    place = slopes_ptr + rows[:, None].to(tl.int64) * (last - first) + (cols - first)[None, :]
+    tl.store(place, slope, mask=live[:, None] & there[None, :])
+
+
+@triton.jit
+def product_kernel(slopes_ptr, x_ptr, inverse_ptr, out_ptr, height, width, dims, TRANSPOSED: tl.constexpr,
+                   ADD: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, DEPTH: tl.constexpr,
+                   PRECISION: tl.constexpr):
+    """Slopes (height, width), or their transpose, times the rows of x scaled to length one.
+
+    Into float32 `out`, (height, dims) or (width, dims), or added to what is there.
+    """
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    held = tl.program_id(1) * COLS + tl.arange(0, COLS)
+    count = width if TRANSPOSED else height
+    length = height if TRANSPOSED else width
+    total = tl.zeros((ROWS, COLS), tl.float32)
+    for start in range(0, length, DEPTH):
+        depth = start + tl.arange(0, DEPTH)
+        if TRANSPOSED: slopes = tl.trans(read(slopes_ptr, depth, length, rows, count))
+        else: slopes = read(slopes_ptr, rows, count, depth, length)
+        x = read(x_ptr, depth, length, held, dims)
+        x *= tl.load(inverse_ptr + depth, mask=depth < length, other=0.)[:, None]
+        total = tl.dot(slopes, x, total, input_precision=PRECISION)
+    place = out_ptr + rows[:, None].to(tl.int64) * dims + held[None, :]
+    inside = (rows < count)[:, None] & (held < dims)[None, :]
+    if ADD: total += tl.load(place, mask=inside, other=0.)
+    tl.store(place, total, mask=inside)
+
+
+@triton.jit
+def across_kernel(grad_ptr, x_ptr, inverse_ptr, out_ptr, count, dims, ROWS: tl.constexpr, DEPTH: tl.constexpr):
+    "Gradient of rows x from that of the rows scaled to length one: only what is across a row turns it"
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    inverse = tl.load(inverse_ptr + rows, mask=rows < count, other=0.)
+    along = tl.zeros((ROWS,), tl.float32)
+    for start in range(0, dims, DEPTH):
+        depth = start + tl.arange(0, DEPTH)
+        along += tl.sum(read(grad_ptr, rows, count, depth, dims) * read(x_ptr, rows, count, depth, dims), 1)
+    along *= inverse * inverse
+    for start in range(0, dims, DEPTH):
+        depth = start + tl.arange(0, DEPTH)
+        grad = read(grad_ptr, rows, count, depth, dims) - along[:, None] * read(x_ptr, rows, count, depth, dims)
+        place = out_ptr + rows[:, None].to(tl.int64) * dims + depth[None, :]
+        inside = (rows < count)[:, None] & (depth < dims)[None, :]
+        tl.store(place, (grad * inverse[:, None]).to(out_ptr.dtype.element_ty), mask=inside)
+
+
+# ------------------------------------------------------------------------------- launchers
+
+def forward(queries: Tensor, keys: Tensor, groups: Tensor | None, temperature: float, normalize: bool):
+    "Loss and log-sum-exp of each query, inverse norms of queries and keys"
+    q, k = queries.contiguous(), keys.contiguous()
+    pairs, dims = q.shape
+    tile = tile_of(pairs)
+    loss, lse, positive = (q.new_empty(pairs, dtype=torch.float32) for _ in range(3))
+    blocks, tiles = triton.cdiv(pairs, tile.rows), triton.cdiv(len(k), tile.cols)
+    share = triton.cdiv(tiles, min(tiles, triton.cdiv(BUSY, blocks))) * tile.cols
+    shares = triton.cdiv(len(k), share)
+    negative = loss.new_empty(shares, pairs)
+    with on_device(q):
+        inverse_q, inverse_k = (inverse_norms(x, normalize) for x in (q, k))
+        scores_kernel[blocks, shares](
+            q, k, inverse_q, inverse_k, marks(groups, q), positive, negative, pairs, len(k), dims, share,
+            LOG2E / temperature, GROUPS=groups is not None, NONE_YET=NONE_YET, **sizes(tile, precision(q, k)))
+        loss_kernel[triton.cdiv(pairs, ROWS),](positive, negative, loss, lse, pairs, shares, 1 / LOG2E, ROWS)
+    return loss, lse, inverse_q, inverse_k
+
+
+def backward(grad, queries, keys, groups, saved, temperature, normalize, need):
+    "Gradients of queries and keys, empty where not needed"
+    loss, lse, inverse_q, inverse_k = saved
+    q, k, grad = queries.contiguous(), keys.contiguous(), grad.to(torch.float32).contiguous()
+    pairs, dims = q.shape
+    strip = min(max(triton.cdiv(pairs, 8), STRIP[0]), STRIP[1], len(k))
+    slopes = loss.new_empty(pairs * strip)
+    sums = [loss.new_empty(x.shape if wanted else 0) for x, wanted in zip((q, k), need)]
+    with on_device(q):
+        for first in range(0, len(k), strip):
+            last = min(first + strip, len(k))
+            part, width = slice(first, last), last - first
+            tile = tile_of(pairs)
+            slopes_kernel[triton.cdiv(pairs, tile.rows), triton.cdiv(width, tile.cols)](
+                q, k, inverse_q, inverse_k, marks(groups, q), loss, lse, grad, slopes, first, last, pairs, dims,
+                LOG2E / temperature, temperature, GROUPS=groups is not None, **sizes(tile, precision(q, k)))
+            if need[0]: multiply(slopes, k[part], inverse_k[part], sums[0], pairs, width, ADD=first > 0)
+            if need[1]: multiply(slopes, q, inverse_q, sums[1][part], pairs, width, TRANSPOSED=True)
+        return tuple(through_norm(s, x, inverse, normalize and wanted)
+                     for s, x, inverse, wanted in zip(sums, (q, k), (inverse_q, inverse_k), need))
+
+
+def multiply(slopes, x, inverse, out, height, width, *, TRANSPOSED=False, ADD=False):
+    tile, dims = tile_of(len(out)), x.shape[1]
+    product_kernel[triton.cdiv(len(out), tile.rows), triton.cdiv(dims, tile.cols)](
+        slopes, x, inverse, out, height, width, dims, TRANSPOSED=TRANSPOSED, ADD=ADD, **sizes(tile, exact(x)))
+
+
+def tile_of(rows: int) -> Tile:
+    "The tile for that many rows of a result"
+    return TILES[max(least for least in TILES if least <= rows)]
+
+
+def inverse_norms(x: Tensor, normalize: bool) -> Tensor:   # (N,)
+    inverse = x.new_ones(len(x), dtype=torch.float32)
+    if normalize: norms_kernel[triton.cdiv(len(x), ROWS),](x, inverse, *x.shape, EPS, ROWS, DEPTH)
+    return inverse
+
+
+def through_norm(grad: Tensor, x: Tensor, inverse: Tensor, normalize: bool) -> Tensor:
+    if not normalize: return grad.to(x.dtype)
+    out = torch.empty_like(x)
+    across_kernel[triton.cdiv(len(x), ROWS),](grad, x, inverse, out, *x.shape, ROWS, DEPTH)
+    return out
+
+
+def marks(groups: Tensor | None, like: Tensor) -> Tensor:
+    "A pointer for the kernels, which do not read it where there are no groups"
+    return like if groups is None else groups.contiguous()
+
+
+def sizes(tile: Tile, precision: str) -> dict:
+    return dict(ROWS=tile.rows, COLS=tile.cols, DEPTH=tile.depth, PRECISION=precision, num_warps=tile.warps,
+                num_stages=tile.stages)
+
+
+def precision(*operands: Tensor) -> str:
+    "A product of these that is exact to float32: bfloat16 and float16 fit into one tf32"
+    best = exact(operands[0])
+    short = all(x.dtype in (torch.bfloat16, torch.float16) for x in operands)
+    return 'tf32' if short and best == 'tf32x3' else best
+
+
+def exact(x: Tensor) -> str:
+    "A product of float32 numbers that is exact to float32 on this device"
+    has_tf32 = x.is_cuda and torch.version.cuda and torch.cuda.get_device_capability(x.device) >= (8, 0)
+    return 'tf32x3' if has_tf32 else 'ieee'
+
+
+def on_device(x: Tensor):
+    "Launches go to the GPU of the tensor; in the interpreter there is none"
+    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
+
+
+# -------------------------------------------------------------------------------- resources
+
+def _variant(name: str, kernel, pointers: dict, numbers: str, constants: dict, tile: Tile | None = None) -> Variant:
+    "`numbers` are the names of integers; those that end in a dot are floats"
+    signature = dict(pointers)
+    for number in numbers.split(): signature[number.strip('.')] = 'fp32' if number.endswith('.') else 'i32'
+    if tile: constants = constants | dict(ROWS=tile.rows, COLS=tile.cols, DEPTH=tile.depth)
+    ordered = {name: signature.get(name, 'constexpr') for name in kernel.arg_names}
+    return Variant(f'info_nce {name}', kernel, ordered, constants, *((tile.warps, tile.stages) if tile else ()))
+
+
+def _variants(kind: str, scores: str) -> list[Variant]:
+    x, vector, found = f'*{kind}', '*fp32', []
+    both = dict(q_ptr=x, k_ptr=x, inverse_q_ptr=vector, inverse_k_ptr=vector, groups_ptr='*i64')
+    for tile in TILES.values():
+        name = f'{tile.rows}x{tile.cols}x{tile.depth} {kind}'
+        found += [
+            _variant(f'scores {name}', scores_kernel, both | dict(positive_ptr=vector, negative_ptr=vector),
+                     'pairs keys dims share scale.', dict(GROUPS=True, NONE_YET=NONE_YET, PRECISION=scores), tile),
+            _variant(f'slopes {name}', slopes_kernel,
+                     both | dict(loss_ptr=vector, lse_ptr=vector, grad_ptr=vector, slopes_ptr=vector),
+                     'first last pairs dims scale. temperature.', dict(GROUPS=True, PRECISION=scores), tile)]
+        found += [
+            _variant(f'{side} {name}', product_kernel,
+                     dict(slopes_ptr=vector, x_ptr=x, inverse_ptr=vector, out_ptr=vector), 'height width dims',
+                     dict(TRANSPOSED=side == 'keys', ADD=side == 'queries', PRECISION='tf32x3'), tile)
+            for side in ('queries', 'keys')]
+    rows = dict(ROWS=ROWS, DEPTH=DEPTH)
+    return found + [
+        _variant(f'norms {kind}', norms_kernel, dict(x_ptr=x, inverse_ptr=vector), 'count dims', dict(rows, EPS=EPS)),
+        _variant(f'across {kind}', across_kernel, dict(grad_ptr=vector, x_ptr=x, inverse_ptr=vector, out_ptr=x),
+                 'count dims', rows)]
+
+
+VARIANTS = [*_variants('fp32', 'tf32x3'), *_variants('bf16', 'tf32'), _variant(
+    'loss', loss_kernel, dict.fromkeys(('positive_ptr', 'negative_ptr', 'loss_ptr', 'lse_ptr'), '*fp32'),
+    'pairs shares', dict(LN2=1 / LOG2E, ROWS=ROWS))]
