@@ -13,7 +13,8 @@ from importlib import import_module
 from pathlib import Path
 from typing import NamedTuple
 
-FAMILIES = ('triton_stft', 'triton_contrastive', 'triton_info_nce', 'triton_nearest_code')
+FAMILIES = ('triton_stft', 'triton_contrastive', 'triton_info_nce', 'triton_nearest_code',
+            'triton_token_loss')
 CAPABILITIES = (80, 90, 100)
 #: Shared memory that a block may use, bytes
 SHARED = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}

@@ -101,8 +101,8 @@ def token_loss(frames: Tensor, codes: Tensor, targets: Tensor, scale: float, met
     with torch.autocast(frames.device.type, enabled=False):
         if triton:
             from .triton_token_loss import forward as fast
-            return fast(*prepared(frames, codes, targets, metric), targets, scale, metric)
-        return forward(*prepared(frames, codes, targets, metric), targets, scale, metric)
+            return fast(*prepared(frames, codes, metric), targets, scale, metric)
+        return forward(*prepared(frames, codes, metric), targets, scale, metric)
 
 
 @torch.library.custom_op('speechloss::token_loss_backward', mutates_args=())
@@ -117,9 +117,9 @@ def token_loss_backward(
     with torch.autocast(frames.device.type, enabled=False):
         if triton:
             from .triton_token_loss import backward as fast
-            return fast(*prepared(frames, codes, targets, metric), targets, scale, metric, rest, grad,
+            return fast(*prepared(frames, codes, metric), targets, scale, metric, rest, grad,
                         of_frames, of_codes)
-        return backward(*prepared(frames, codes, targets, metric), targets, scale, metric, rest, grad,
+        return backward(*prepared(frames, codes, metric), targets, scale, metric, rest, grad,
                         of_frames, of_codes)
 
 
@@ -149,32 +149,21 @@ def _back(ctx, grad, _):
 token_loss.register_autograd(_back, setup_context=_keep)
 
 
-def prepared(frames: Tensor, codes: Tensor, targets: Tensor, metric: str) -> list[Tensor]:
-    "Frames, codes, the point (D,) to take from frames, |code|^2 (K,) and the targets' distances (N,)"
+def prepared(frames: Tensor, codes: Tensor, metric: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    "Frames, codes, the point (D,) to take from frames, and |code|^2 (K,)"
     frames, codes = frames.contiguous(), codes.contiguous()
-    own = [own_distance(*pair, codes, metric) for pair in zip(frames.split(ROWS), targets.split(ROWS))]
-    own = torch.cat([frames.new_empty(0), *own])
     if metric == 'cosine':
-        return [frames, codes, torch.zeros_like(codes[0]), torch.zeros_like(codes[:, 0]), own]
+        return frames, codes, torch.zeros_like(codes[0]), torch.zeros_like(codes[:, 0])
     shift = anchor(codes)
     codes = codes - shift
-    return [frames, codes, shift, codes.square().sum(-1), own]
-
-
-def own_distance(x: Tensor, targets: Tensor, codes: Tensor, metric: str) -> Tensor:
-    "Distance (n,) of frames from their targets, with nothing that cancels; 0 for the left out"
-    code = codes[targets.clamp_min(0)]
-    if metric == 'cosine':
-        own = -2 * (x * code).sum(-1)
-    else:
-        own = (x - code).square().sum(-1)
-    return (own.sqrt() if metric == 'euclidean' else own).masked_fill(targets < 0, 0)
+    return frames, codes, shift, codes.square().sum(-1)
 
 
 # ---- in torch
 
-def forward(frames, codes, shift, norms, own, targets, scale, metric) -> tuple[Tensor, Tensor]:
+def forward(frames, codes, shift, norms, targets, scale, metric) -> tuple[Tensor, Tensor]:
     "Running log-sum-exp over tiles of ROWS frames x COLUMNS codes, the targets left out"
+    own = own_distances(frames, codes, shift, targets, metric)
     rest = torch.empty_like(own)
     for rows, x, tiles in walk(frames, codes, shift, norms, targets, metric):
         low = x.new_full((len(x), 1), torch.finfo(x.dtype).max)          # least h so far
@@ -189,8 +178,10 @@ def forward(frames, codes, shift, norms, own, targets, scale, metric) -> tuple[T
     return (z.clamp_min(0) + (-z.abs()).exp().log1p()).masked_fill(targets < 0, 0), rest
 
 
-def backward(frames, codes, shift, norms, own, targets, scale, metric, rest, grad, of_frames, of_codes):
+def backward(frames, codes, shift, norms, targets, scale, metric, rest, grad, of_frames, of_codes
+             ) -> tuple[Tensor, Tensor]:
     "The tiles once more, as gradients"
+    own = own_distances(frames, codes, shift, targets, metric)
     euclidean = metric == 'euclidean'
     lse, at_target, grad = shares(own, rest, targets, scale, metric, grad)
     grad_frames = torch.empty_like(frames) if of_frames else frames.new_empty(0)
@@ -215,6 +206,16 @@ def backward(frames, codes, shift, norms, own, targets, scale, metric, rest, gra
     if of_codes and metric != 'cosine':
         grad_codes.addcmul_(codes, mass[:, None], value=2)
     return grad_frames, grad_codes
+
+
+def own_distances(frames, codes, shift, targets, metric) -> Tensor:
+    "Distance (N,) of frames from their targets, with nothing that cancels; 0 for the left out"
+    own = []
+    for x, t in zip(frames.split(ROWS), targets.split(ROWS)):
+        x, c = x - shift, codes[t.clamp_min(0)]
+        own.append(-2 * (x * c).sum(-1) if metric == 'cosine' else (x - c).square().sum(-1))
+    own = torch.cat([frames.new_empty(0), *own]).masked_fill(targets < 0, 0)
+    return own.sqrt() if metric == 'euclidean' else own
 
 
 def shares(own, rest, targets, scale, metric, grad) -> tuple[Tensor, Tensor, Tensor]:

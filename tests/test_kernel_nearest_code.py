@@ -1,6 +1,7 @@
 """Nearest code: index, distance, gradient and counts against float64; ties; memory; Triton."""
 import pytest
 import torch
+from interpreted import run_interpreted
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from speechloss.kernels import nearest_code as module
@@ -63,11 +64,16 @@ class Largest(TorchDispatchMode):
 @pytest.mark.parametrize('backend', ['torch', 'reference'])
 @pytest.mark.parametrize('n,k,d', SHAPES)
 def test_against_float64(n, k, d, backend, metric):
-    frames, codes = data(n, k, d)
+    check_index(n, k, d, backend, metric)
+
+
+def check_index(n, k, d, backend, metric, device='cpu'):
+    "The winner is the true one, its distance and the counts are right"
+    frames, codes = (t.to(device) for t in data(n, k, d))
     true = every_distance(frames, codes, metric)
     found = nearest_code(frames, codes, metric=metric, backend=backend)
     assert found.index.dtype == found.usage.dtype == torch.int64 and found.distance.dtype == torch.float32
-    # the winner is the true one, but for a tie within the rounding of the expanded form
+    # but for a tie within the rounding of the expanded form
     lost = true.gather(1, found.index[:, None])[:, 0] - true.amin(-1)
     assert float(lost.max()) <= 1e-5 * max(1., float(frames.double().square().sum(-1).max()))
     assert relative(found.distance, true.gather(1, found.index[:, None])[:, 0]) < FLOOR['distance']
@@ -271,3 +277,85 @@ def test_compiles_whole_and_ignores_autocast(metric):
 def test_bad_input(options, error, words):
     arguments = dict(frames=torch.ones(2, 5, 3), codes=torch.ones(4, 3)) | options
     with pytest.raises(error, match=words): nearest_code(arguments.pop('frames'), arguments.pop('codes'), **arguments)
+
+
+# ---- Triton: in its interpreter, and on a GPU where there is one
+
+DEVICES = [pytest.param('cpu', marks=pytest.mark.interpreted), pytest.param('cuda', marks=pytest.mark.cuda)]
+SMALL = [(1, 1, 1), (17, 63, 31), (130, 300, 40), (70, 2049, 9)]
+
+
+@pytest.mark.parametrize('device', DEVICES)
+@pytest.mark.parametrize('metric', METRICS)
+@pytest.mark.parametrize('n,k,d', SMALL)
+def test_triton_against_float64(n, k, d, metric, device):
+    check_index(n, k, d, 'triton', metric, device)
+    frames, codes = (t.to(device) for t in data(n, k, d))
+    runs = [gradients(lambda x, c: nearest_code(x, c, metric=metric, backend='triton').distance, frames, codes)
+            for _ in range(3)]
+    for run in runs[1:]: assert all(torch.equal(a, b) for a, b in zip(runs[0], run))
+    plainly = gradients(lambda x, c: nearest_code(x, c, metric=metric, backend='torch').distance, frames, codes)
+    assert all(relative(a, b) < 1e-5 for a, b in zip(runs[0], plainly))
+
+
+@pytest.mark.parametrize('device', DEVICES)
+@pytest.mark.parametrize('shares', [1, 3, 100])
+def test_triton_ties_go_to_the_lowest_index(shares, device, monkeypatch):
+    "Across tiles, and across the programs that share the codes"
+    from speechloss.kernels import triton_nearest_code as kernels
+    monkeypatch.setattr(kernels, 'BUSY', shares)
+    codes = torch.randn(500, 5, device=device)
+    frames = codes[:30] + .01 * torch.randn(30, 5, device=device)
+    places = (torch.randperm(470)[:90].view(3, 30) + 30).to(device)
+    codes[places] = codes[:30].clone()
+    assert torch.equal(nearest_code(frames, codes, backend='triton').index, torch.arange(30, device=device))
+    codes[:30] = 100 + torch.randn(30, 5, device=device)
+    assert torch.equal(nearest_code(frames, codes, backend='triton').index, places.amin(0))
+    assert nearest_code(frames, torch.ones_like(codes), backend='triton').index.eq(0).all()
+
+
+@pytest.mark.parametrize('device', DEVICES)
+def test_triton_on_hard_frames(device):
+    frames, codes = (t.to(device) for t in data(70, 150, 4))
+    true = nearest_code(frames, codes, backend='triton')
+    for rows in [slice(0, 1), slice(3, 20), torch.randperm(70).to(device)]:        # mates
+        part = nearest_code(frames[rows], codes, backend='triton')
+        assert torch.equal(part.index, true.index[rows]) and torch.equal(part.distance, true.distance[rows])
+    odd = nearest_code(frames.T.contiguous().T, torch.cat([codes[:1], codes])[1:], backend='triton')
+    for a, b in zip(odd, true): assert torch.equal(a, b)
+    shifted = nearest_code(frames + 4096, codes + 4096, backend='triton')          # 4096: about 3 digits are left
+    assert (shifted.distance - true.distance).abs().max() < .05
+    frames[1, 2], frames[3, 0] = torch.nan, torch.inf
+    found = nearest_code(frames, codes, backend='triton')
+    assert found.index[[1, 3]].eq(0).all() and found.distance[1].isnan() and found.distance[3].isinf()
+    assert torch.equal(found.index[4:], true.index[4:])
+    codes[149, 0] = torch.nan
+    assert nearest_code(frames, codes, backend='triton').distance.isnan().all()
+    assert nearest_code(frames[:0], codes, backend='triton').index.shape == (0,)
+
+
+@pytest.mark.cuda
+def test_a_cuda_graph_replays_the_same_bits():
+    frames, codes = (t.cuda() for t in data(3000, 1024, 64))
+    true = nearest_code(frames, codes)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph): found = nearest_code(frames, codes)
+    graph.replay()
+    for a, b in zip(found, true): assert torch.equal(a, b)
+
+
+def test_in_the_interpreter(): run_interpreted(__file__)
+
+
+def test_shipped_tiles_fit_a_gpu():
+    "Compiled ahead of time: no spill, no more shared memory than there is"
+    check_resources('triton_nearest_code')
+
+
+def check_resources(family):
+    from speechloss.kernels.resources import CAPABILITIES, SHARED, compiled, variants
+    for variant in variants([family]):
+        for capability in CAPABILITIES:
+            use = compiled(variant, capability)
+            assert use.stack <= variant.spill and use.shared <= SHARED[capability], (variant.name, capability, use)

@@ -2,7 +2,8 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from test_kernel_nearest_code import Largest, data, relative
+from interpreted import run_interpreted
+from test_kernel_nearest_code import DEVICES, Largest, check_resources, data, relative
 
 from speechloss.kernels import token_loss as module
 from speechloss.kernels.nearest_code import nearest_code
@@ -264,3 +265,92 @@ def test_bad_input(options, error, words):
     arguments = dict(frames=torch.ones(2, 5, 3), codes=torch.ones(4, 3), targets=torch.zeros(2, 5).long()) | options
     with pytest.raises(error, match=words):
         token_cross_entropy(*[arguments.pop(name) for name in ('frames', 'codes', 'targets')], **arguments)
+
+
+# ---- Triton: in its interpreter, and on a GPU where there is one
+
+SMALL = [(1, 1, 1), (1, 2, 1), (17, 63, 31), (130, 70, 40), (65, 33, 130)]
+
+
+@pytest.mark.parametrize('device', DEVICES)
+@pytest.mark.parametrize('metric', METRICS)
+@pytest.mark.parametrize('n,k,d', SMALL)
+def test_triton_error_of_loss_and_gradient(n, k, d, metric, device):
+    *tensors, temperature = inputs(n, k, d, metric=metric)
+    frames, codes, targets = (t.to(device) for t in tensors)
+    options = dict(temperature=temperature, metric=metric)
+    if k == 1: options['temperature'] = 1.
+    true = gradients(oracle, frames.double(), codes.double(), targets, **options)
+    base = gradients(plain, frames, codes, targets, **options)
+    runs = [gradients(token_cross_entropy, frames, codes, targets, backend='triton', **options) for _ in range(3)]
+    for run in runs[1:]: assert all(torch.equal(a, b) for a, b in zip(runs[0], run))
+    assert relative(runs[0][0], true[0]) <= 2 * relative(base[0], true[0]) + FLOOR['loss']
+    for got, simple, right in zip(runs[0][1:], base[1:], true[1:]):
+        assert relative(got, right) <= 2 * relative(simple, right) + FLOOR['gradient']
+
+
+@pytest.mark.parametrize('device', DEVICES)
+@pytest.mark.parametrize('metric', METRICS)
+def test_triton_on_hard_frames(metric, device):
+    *tensors, temperature = inputs(150, 70, 6, metric=metric)
+    frames, codes, targets = (t.to(device) for t in tensors)
+    call = lambda x, c, t: token_cross_entropy(x, c, t, metric=metric, temperature=temperature, backend='triton')
+    left = targets.clone()
+    left[::7] = -1
+    holes = frames.clone()
+    holes[::7] = torch.nan                                              # left out, whatever it holds
+    got, true = gradients(call, holes, codes, left), gradients(call, frames, codes, left)
+    assert all(torch.equal(a, b) for a, b in zip(got, true)) and got[1][::7].eq(0).all() and got[0][::7].eq(0).all()
+    for rows in slice(0, 1), slice(3, 20):                              # mates
+        x, y = frames.clone().requires_grad_(), frames[rows].clone().requires_grad_()
+        whole, part = call(x, codes, targets), call(y, codes, targets[rows])
+        whole.sum().backward(), part.sum().backward()
+        assert torch.equal(whole[rows], part) and torch.equal(x.grad[rows], y.grad)
+    for x in codes, 32768 * codes, 0 * codes:                           # on the codes, far away, silent
+        assert all(v.isfinite().all() for v in gradients(call, x, codes, torch.arange(70, device=device)))
+    frames[4, 1] = torch.nan
+    assert call(frames, codes, targets).isnan().nonzero().flatten().tolist() == [4]
+
+
+@pytest.mark.parametrize('device', DEVICES)
+def test_triton_is_sure_of_its_token(device):
+    codes = torch.randn(200, 8)
+    targets = torch.randint(200, (50,))
+    frames = codes[targets] + .02 * torch.randn(50, 8)
+    arguments = [t.to(device) for t in (frames, codes, targets)]
+    true = gradients(oracle, *(t.double() for t in arguments[:2]), arguments[2], .1)
+    got = gradients(token_cross_entropy, *arguments, temperature=.1, backend='triton')
+    assert true[0].median() < 1e-3 and all(relative(a, b) < 2e-5 for a, b in zip(got, true))
+
+
+@pytest.mark.parametrize('device', DEVICES)
+@pytest.mark.parametrize('wanted', [(True, False), (False, True)])
+def test_triton_gives_what_is_asked_for(wanted, device):
+    tensors = [t.to(device) for t in inputs(90, 75, 4)[:3]]
+    true = gradients(token_cross_entropy, *tensors, backend='torch')[1:]
+    for tensor, grad in zip(tensors, wanted): tensor.requires_grad_(grad)
+    loss = token_cross_entropy(*tensors, backend='triton')
+    loss.mul(torch.linspace(.5, 1.5, 90, device=device)).sum().backward()
+    for tensor, grad, right in zip(tensors, wanted, true):
+        assert relative(tensor.grad, right.double()) < 1e-5 if grad else tensor.grad is None
+
+
+@pytest.mark.cuda
+def test_a_cuda_graph_replays_the_same_bits():
+    frames, codes, targets = (t.cuda() for t in inputs(3000, 1024, 64)[:3])
+    frames.requires_grad_()
+    step = lambda: torch.autograd.grad(token_cross_entropy(frames, codes, targets).sum(), frames)[0]
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side): true = [step() for _ in range(2)][-1]
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph): found = step()
+    graph.replay()
+    assert torch.equal(found, true)
+
+
+def test_in_the_interpreter(): run_interpreted(__file__)
+
+
+@pytest.mark.slow
+def test_shipped_tiles_fit_a_gpu(): check_resources('triton_token_loss')
