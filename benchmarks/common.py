@@ -41,6 +41,7 @@ class Contest:
     dtype: str = 'float32'
     bytes_modelled: float = 0.                   # least traffic to main memory
     gradients: int = 1                           # how many of the inputs get one
+    unlike: tuple = ()                           # providers of a formula other than the truth's: no error
     extra: dict = field(default_factory=dict)    # columns already known
 
     def step(self, name: str, inputs: tuple):
@@ -84,6 +85,9 @@ def errors(contest: Contest) -> dict[str, dict]:
     grad = torch.autograd.grad(loss, double[0])[0] if contest.backward else None
     found = {}
     for name in contest.providers:
+        if name in contest.unlike:
+            found[name] = {}
+            continue
         value, own = contest.step(name, inputs)
         found[name] = dict(loss_err=float((value.detach().double() - loss.detach()).norm() / loss.detach().norm()))
         if grad is not None: found[name]['grad_err'] = float((own.double() - grad).norm() / grad.norm())
@@ -145,7 +149,8 @@ def machine() -> dict:
     def of(package):
         try: return version(package)
         except Exception: return ''
-    sha = subprocess.run(['git', 'rev-parse', '--short', 'HEAD'], cwd=ROOT, capture_output=True, text=True).stdout.strip()
+    sha = subprocess.run(['git', 'rev-parse', '--short', 'HEAD'], cwd=ROOT, capture_output=True,
+                         text=True).stdout.strip()
     if DEVICE == 'cuda':
         name, driver = torch.cuda.get_device_name(), of('nvidia-ml-py') or str(torch.version.cuda)
     else:

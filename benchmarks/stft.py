@@ -39,12 +39,13 @@ def contests() -> list[Contest]:
     sizes = (8,) if DEVICE == 'cpu' else (16, 64)
     found = []
     for batch in sizes:
-        def one(config, providers, truth, batch=batch):
+        def one(config, providers, truth, unlike=(), batch=batch):
             return Contest('stft_distance', config, f'{batch}x{SECONDS * RATE}', lambda: speechlike(batch), providers,
-                           truth, bytes_modelled=3 * 4 * batch * SECONDS * RATE)
+                           truth, bytes_modelled=3 * 4 * batch * SECONDS * RATE, unlike=unlike)
         plain = MultiResolutionSTFTLoss(backend='reference').to(DEVICE)
         found.append(one('mrstft 1024/120/600 2048/240/1200 512/50/240', against(
-            MultiResolutionSTFTLoss, auraloss=_channels(auraloss.freq.MultiResolutionSTFTLoss())), plain))
+            MultiResolutionSTFTLoss, auraloss=_channels(auraloss.freq.MultiResolutionSTFTLoss())), plain,
+            unlike=('auraloss',)))   # one norm over the batch, and a clamp
         # the same formula as auraloss, one norm over the batch
         peer = auraloss.freq.MultiResolutionSTFTLoss()
         found.append(one('auraloss parity', dict(auraloss=_channels(peer), speechloss=from_auraloss(peer).to(DEVICE)),
@@ -52,7 +53,7 @@ def contests() -> list[Contest]:
         found.append(one('mel 80 1024/256', against(
             lambda backend: MelLoss(sample_rate=RATE, backend=backend),
             auraloss=_channels(auraloss.freq.MelSTFTLoss(RATE, w_sc=0., n_mels=80))),
-            MelLoss(sample_rate=RATE, backend='reference').to(DEVICE)))
+            MelLoss(sample_rate=RATE, backend='reference').to(DEVICE), unlike=('auraloss',)))
         for name in ('dac-mel', 'deepfilternet'):
             found.append(one(name, against(lambda backend, name=name: preset(name, backend=backend)),
                              preset(name, backend='reference').to(DEVICE)))

@@ -5,5 +5,11 @@ torch; the Triton back end lies beside it in `triton_*.py` and is imported when 
 serve. Needs torch alone; with Triton and a GPU the same calls run there.
 """
 from .backends import BACKENDS, available, why_not
+from .contrastive import contrastive_ratio
+from .info_nce import info_nce
+from .nearest_code import nearest_code
+from .stft_distance import Resolution, stft_distance
+from .token_loss import token_cross_entropy
 
-__all__ = ['BACKENDS', 'available', 'why_not']
+__all__ = ['BACKENDS', 'Resolution', 'available', 'contrastive_ratio', 'info_nce', 'nearest_code',
+           'stft_distance', 'token_cross_entropy', 'why_not']
