@@ -17,7 +17,7 @@ from torch import nn
 from speechloss import checkpoints
 from speechloss.audio import SpeechLossError, sha256
 from speechloss.checkpoints import CheckpointError
-from speechloss.cli import overrides
+from speechloss.cli_train import overrides
 from speechloss.losses import Objective, build_objective
 from speechloss.losses.model_as_loss import feature_health
 from speechloss.manifest import Manifest, Recording
