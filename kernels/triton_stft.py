@@ -3,7 +3,9 @@
 'gemm' computes the DFT as a matrix product and keeps spectra in registers; 'fft' uses the
 library's FFT and one epilogue. Short windows take the first, by the table in `stft_tables`.
 """
+import warnings
 from contextlib import nullcontext
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -35,12 +37,52 @@ def distance(
             filtered = plan.filtered[k]
             bank = next(banks) if filtered else None
             chosen = method if method and not filtered else method_of(resolution, filtered, capability(x.device))
-            step = (triton_stft_gemm if chosen == 'gemm' else triton_stft_fft).utterances(job, resolution)
-            for first in range(0, len(x), step):
-                chunk = Chunk(job, k, first, min(step, len(x) - first))
-                if chosen == 'gemm': triton_stft_gemm.run(chunk)
-                else: triton_stft_fft.run(chunk, bank)
+            mode = precision(x.device) if chosen == 'gemm' else None
+            _resolution(job, k, bank, mode)
     return parts, x.new_empty(0) if waves is None else waves
+
+
+def _resolution(job: Job, k: int, bank: Tensor | None, mode: str | None) -> None:
+    "One resolution, some utterances at a time; no mode: by the FFT"
+    step = (triton_stft_gemm if mode else triton_stft_fft).utterances(job, job.plan.resolutions[k])
+    for first in range(0, len(job.x), step):
+        chunk = Chunk(job, k, first, min(step, len(job.x) - first))
+        if mode: triton_stft_gemm.run(chunk, mode)
+        else: triton_stft_fft.run(chunk, bank)
+
+
+#: Relative error of the gradient above which a split is not trusted. Measured in emulation: 2e-4
+#: for those that are offered, from 6e-3 for the next best.
+TRUSTED = 1e-3
+
+
+@lru_cache
+def precision(device: torch.device) -> str | None:
+    """The first split of float32 whose gradient is right on this device; None if there is none.
+
+    A test on the device, not on a version: compilers have lost the third product before.
+    """
+    for mode in triton_stft_gemm.TILES:
+        if (error := gradient_error(device, mode)) <= TRUSTED: return mode
+        warnings.warn(f'{mode} products on {device} leave an error of {error:.1e} in the gradient: not used')
+    return None
+
+
+def gradient_error(device: torch.device, mode: str | None) -> float:
+    "Relative error of the gradient of sc + log_l1 on white over tilted noise, against float64; no mode: by the FFT"
+    from .stft_distance import Plan, Resolution
+    from .stft_terms import utterance_terms
+    resolution = Resolution(128, 32, 100)
+    plan = Plan((resolution,), ('sc', 'log_l1'), (1., 1.), filtered=(False,))
+    y, noise = torch.randn(2, 1, 1600, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    y = torch.fft.irfft(torch.fft.rfft(y) / torch.arange(1, 802) ** 2, 1600)   # -12 dB an octave
+    x, y = (y + 1e-3 * noise).float(), y.float()
+    _, right = utterance_terms(x[0].double(), y[0].double(), resolution, None, plan, plan.mix(resolution), True)
+    x, y = x.to(device), y.to(device)
+    job = Job(x, y, sizes_of(None, x), plan, x.new_empty(1, 1, 2), x.new_zeros(1, *x.shape))
+    _resolution(job, 0, None, mode)
+    found = job.waves[0].double().cpu()
+    return float((found - right).norm() / right.norm())
 
 
 def capability(device: torch.device) -> int:

@@ -12,6 +12,8 @@ import triton.language as tl
 from .resources import Variant
 
 FUSION = dict(enable_fp_fusion=False)
+#: How kernels without tiles of their own are launched
+PLAIN = dict(num_warps=4, num_stages=2, **FUSION)
 #: Terms in the order of the arguments of the kernels: the constant of each
 SLOTS = dict(sc='SC', log_l1='LOG1', log_l2='LOG2', lin_l1='LIN1', lin_l2='LIN2',
              compressed='POW', complex='CPLX')
@@ -177,14 +179,16 @@ def cells_kernel(e_ptr, s_ptr, partial_ptr, factor_ptr, slope_ptr, lengths_ptr,
     cell = tile * BLOCK + tl.arange(0, BLOCK)
     cells = frames_of(tl.load(lengths_ptr + first + row), hop, odd) * width
     mask = cell < cells                       # the frames of an utterance are the first in its row
-    at = row * frames * width + cell
+    e_ptr += row * frames * width * (2 if PAIR else 1)
+    s_ptr += row * frames * width * (2 if PAIR else 1)
+    slope_ptr += row * frames * width * (2 if PAIR else 1)
     if PAIR:
-        e_re, e_im = load_pair(e_ptr + 2 * at, mask)
-        s_re, s_im = load_pair(s_ptr + 2 * at, mask)
+        e_re, e_im = load_pair(e_ptr + 2 * cell, mask)
+        s_re, s_im = load_pair(s_ptr + 2 * cell, mask)
         r_e, r_s = floored(e_re, e_im, eps, CLAMP), floored(s_re, s_im, eps, CLAMP)
         e, s = tl.sqrt(r_e), tl.sqrt(r_s)
     else:
-        e, s = tl.load(e_ptr + at, mask=mask, other=1.), tl.load(s_ptr + at, mask=mask, other=1.)
+        e, s = tl.load(e_ptr + cell, mask=mask, other=1.), tl.load(s_ptr + cell, mask=mask, other=1.)
         r_e, r_s, e_re, e_im, s_re, s_im = e, s, e, e, s, s        # not looked at
     if SUMS:
         store_sums(partial_ptr + (row * tiles + tile) * COLUMNS, e, s, r_e, r_s, e_re, e_im, s_re, s_im,
@@ -196,7 +200,7 @@ def cells_kernel(e_ptr, s_ptr, partial_ptr, factor_ptr, slope_ptr, lengths_ptr,
         if PAIR:   # an inverse real transform counts the bins between its ends twice
             k = cell % width
             scale = tl.where((k == 0) | ((k == width - 1) & (odd == 0)), 1., .5)
-        store_slopes(slope_ptr + (2 * at if PAIR else at), stride, e, s, r_e, r_s, e_re, e_im, s_re, s_im,
+        store_slopes(slope_ptr + (2 * cell if PAIR else cell), stride, e, s, r_e, r_s, e_re, e_im, s_re, s_im,
                      mask, scale, factor, cells.to(tl.float32), eps, offset, power,
                      w_sc, w_log1, w_log2, w_lin1, w_lin2, w_pow, w_cplx,
                      SC, LOG1, LOG2, LIN1, LIN2, POW, CPLX, PAIR, MIXED, CLAMP)
@@ -238,9 +242,9 @@ def signature(kernel, constants: dict, pointers: dict) -> dict[str, str]:
     return {name: kind(name) for name in kernel.arg_names}
 
 
-def variant(name: str, kernel, constants: dict, warps: int = 4, stages: int = 2, **pointers: str) -> Variant:
+def variant(name: str, kernel, constants: dict, num_warps: int = 4, num_stages: int = 2, **pointers: str) -> Variant:
     types = signature(kernel, constants, dict(lengths_ptr='*i32') | pointers)
-    return Variant(name, kernel, types, constants, warps, stages, fp_fusion=False)
+    return Variant(name, kernel, types, constants, num_warps, num_stages, fp_fusion=False)
 
 
 def slots(*terms: str) -> dict[str, int]:

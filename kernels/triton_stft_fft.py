@@ -14,7 +14,7 @@ from .triton_stft_waves import Chunk, Job, cells, cut, frame_count, overlap
 
 #: Bytes of scratch in one chunk of utterances
 BUDGET = 512 << 20
-BANK_TILE, BANK_WARPS = dict(BLOCK_F=64, BLOCK_K=32, BLOCK_N=64), 8
+BANK_TILE, BANK_OPTIONS = dict(BLOCK_F=64, BLOCK_K=32, BLOCK_N=64), dict(num_warps=8, num_stages=2)
 
 
 @triton.jit
@@ -94,8 +94,8 @@ def project(chunk: Chunk, spectra: Tensor, bank: Tensor) -> Tensor:   # (2, b, f
     rows = mags.numel() // bands
     bank_kernel[(triton.cdiv(rows, BANK_TILE['BLOCK_F']), triton.cdiv(bands, BANK_TILE['BLOCK_N']))](
         spectra, bank, mags, rows, bins, bands, plan.eps, CLAMP=plan.floor == 'clamp',
-        PRECISION=precision(bank.device), num_warps=BANK_WARPS,
-        **BANK_TILE, **FUSION)
+        PRECISION=precision(bank.device), **BANK_TILE,
+        **BANK_OPTIONS, **FUSION)
     return mags
 
 
@@ -106,13 +106,13 @@ def unproject(chunk: Chunk, slopes: Tensor, bank: Tensor, spectrum: Tensor) -> T
     rows = slopes.numel() // bands
     unbank_kernel[(triton.cdiv(rows, BANK_TILE['BLOCK_F']), triton.cdiv(bins, BANK_TILE['BLOCK_N']))](
         slopes, bank, spectrum, found, rows, rows // len(slopes), bins, bands, chunk.resolution.n_fft % 2,
-        plan.eps, CLAMP=plan.floor == 'clamp', PRECISION=precision(bank.device), num_warps=BANK_WARPS,
-        **BANK_TILE, **FUSION)
+        plan.eps, CLAMP=plan.floor == 'clamp', PRECISION=precision(bank.device), **BANK_TILE,
+        **BANK_OPTIONS, **FUSION)
     return found
 
 
 _bank = dict(CLAMP=False, PRECISION='tf32x3', **BANK_TILE)
 VARIANTS = [
-    variant('stft filter bank', bank_kernel, _bank, BANK_WARPS),
-    variant('stft filter bank, adjoint', unbank_kernel, _bank, BANK_WARPS),
+    variant('stft filter bank', bank_kernel, _bank, **BANK_OPTIONS),
+    variant('stft filter bank, adjoint', unbank_kernel, _bank, **BANK_OPTIONS),
 ]

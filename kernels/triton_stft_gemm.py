@@ -12,18 +12,22 @@ import triton.language as tl
 from torch import Tensor
 
 from .stft_tables import Folded, folded
-from .triton_stft_cells import (FUSION, SLOTS, floored, frames_of, load_pair, reflected, slots, store_slopes,
-                                store_sums, variant)
+from .triton_stft_cells import (FUSION, PLAIN, SLOTS, floored, frames_of, load_pair, reflected, slots,
+                                store_slopes, store_sums, variant)
 from .triton_stft_waves import Chunk, Job, finish, frame_count, overlap, terms_of
 
 #: Bytes of scratch in one chunk of utterances
 BUDGET = 512 << 20
-#: Tiles, by precision: (frames, bins, samples), warps, of the forward product and of its adjoint
+#: Tile and launch options by precision: of the product with the epilogue, of its adjoint. A tile of
+#: 64 bins would halve the folding, and spills on compute capability 8.0.
 TILES = {
-    'fp16x3': (dict(BLOCK_F=64, BLOCK_N=32, BLOCK_K=32), 4, dict(BLOCK_F=64, BLOCK_N=64, BLOCK_K=32), 4),
-    'tf32x3': (dict(BLOCK_F=64, BLOCK_N=32, BLOCK_K=32), 8, dict(BLOCK_F=64, BLOCK_N=64, BLOCK_K=32), 8),
+    'fp16x3': (dict(BLOCK_F=64, BLOCK_N=32, BLOCK_K=16), dict(num_warps=8, num_stages=2),
+               dict(BLOCK_F=64, BLOCK_N=128, BLOCK_K=16), dict(num_warps=8, num_stages=2)),
+    'tf32x3': (dict(BLOCK_F=64, BLOCK_N=32, BLOCK_K=16), dict(num_warps=8, num_stages=1),
+               dict(BLOCK_F=64, BLOCK_N=64, BLOCK_K=16), dict(num_warps=8, num_stages=2)),
 }
-TILES['ieee'] = TILES['tf32x3']
+#: Terms of which one launch may have sums and slopes, and several outputs, without spills
+LIGHT, MOST = {'sc', 'log_l1', 'log_l2', 'lin_l1', 'lin_l2'}, 3
 #: Samples that one program looks at for the powers of two
 LOOKED = 4096
 
@@ -136,9 +140,10 @@ def folded_kernel(x_ptr, y_ptr, exponent_ptr, cos_ptr, cos_low_ptr, sin_ptr, sin
     if SLOPES:
         factor = 0.
         if SC >= 0: factor = tl.load(factor_ptr + row)
-        at = 2 * ((row * frames + f)[:, None] * bins + n)
-        store_slopes(slope_ptr + at, stride, e, s, r_e, r_s, e_re, e_im, s_re, s_im, mask, 1., factor,
-                     (used * bins).to(tl.float32), eps, offset, power,
+        # one far address, and short offsets: registers are what this kernel is short of
+        at = 2 * (tl.arange(0, BLOCK_F)[:, None] * bins + n)
+        store_slopes(slope_ptr + (row * frames + low) * bins * 2 + at, stride, e, s, r_e, r_s,
+                     e_re, e_im, s_re, s_im, mask, 1., factor, (used * bins).to(tl.float32), eps, offset, power,
                      w_sc, w_log1, w_log2, w_lin1, w_lin2, w_pow, w_cplx,
                      SC, LOG1, LOG2, LIN1, LIN2, POW, CPLX, True, MIXED, CLAMP)
 
@@ -155,14 +160,14 @@ def unfolded_kernel(slope_ptr, cos_ptr, cos_low_ptr, sin_ptr, sin_low_ptr, frame
     used = frames_of(tl.load(lengths_ptr + first + row % batch), hop, odd)
     low = tl.program_id(1) * BLOCK_F
     f = low + tl.arange(0, BLOCK_F)
-    live = (f < used)[:, None]
-    slope_ptr += (row * frames + f)[:, None] * bins * 2
+    live, near = (f < used)[:, None], tl.arange(0, BLOCK_F)[:, None]
+    slope_ptr += (row * frames + low) * bins * 2
     j = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)[:, None]
     end = tl.where(low < used, bins, 0)
     largest = tl.zeros([BLOCK_F, BLOCK_K], tl.float32)
     for k in range(0, end, BLOCK_K):
         n = k + tl.arange(0, BLOCK_K)[None, :]
-        re, im = load_pair(slope_ptr + 2 * n, live & (n < bins))
+        re, im = load_pair(slope_ptr + 2 * (near * bins + n), live & (n < bins))
         largest = tl.maximum(largest, tl.maximum(tl.abs(re), tl.abs(im)))
     up = exponent_of(tl.max(largest, 1))[:, None]
     even = tl.zeros([BLOCK_F, BLOCK_N], tl.float32)
@@ -174,7 +179,7 @@ def unfolded_kernel(slope_ptr, cos_ptr, cos_low_ptr, sin_ptr, sin_low_ptr, frame
         cos_low, sin_low = cos, sin
         if PRECISION == 'fp16x3':
             cos_low, sin_low = tl.trans(tl.load(cos_low_ptr + at)), tl.trans(tl.load(sin_low_ptr + at))
-        re, im = load_pair(slope_ptr + 2 * n, live & (n < bins))
+        re, im = load_pair(slope_ptr + 2 * (near * bins + n), live & (n < bins))
         scale = power_of_two(266 - up)
         even = split_dot(even, re * scale, cos, cos_low, PRECISION)
         odds = split_dot(odds, im * scale, sin, sin_low, PRECISION)
@@ -182,9 +187,9 @@ def unfolded_kernel(slope_ptr, cos_ptr, cos_low_ptr, sin_ptr, sin_low_ptr, frame
     even, odds = even * down, odds * down
     i = tl.trans(j) + skip
     inside = live & (i < size + skip)
-    frames_ptr += (row * frames + f)[:, None] * win
-    tl.store(frames_ptr + i, even + odds, mask=inside)
-    tl.store(frames_ptr + win - i, even - odds, mask=inside & (i > 0) & (2 * i < win))
+    frames_ptr += (row * frames + low) * win
+    tl.store(frames_ptr + near * win + i, even + odds, mask=inside)
+    tl.store(frames_ptr + (near + 1) * win - i, even - odds, mask=inside & (i > 0) & (2 * i < win))
 
 
 # ------------------------------------------------------------------------------- launchers
@@ -195,73 +200,81 @@ def utterances(job: Job, resolution) -> int:
     return max(1, BUDGET // (frame * frame_count(job, resolution)))
 
 
-def precision(device: torch.device) -> str:
-    "How float32 is made of shorter products: float16 where there are fast products of it"
-    return 'fp16x3'
-
-
-def run(chunk: Chunk, mode: str | None = None) -> None:
+def run(chunk: Chunk, mode: str) -> None:
     "Write the terms of a chunk, and add its gradients to the waves"
     job, r = chunk.job, chunk.resolution
-    mode = mode or precision(job.x.device)
     table = folded(r, mode, job.x.device)
     slopes = _forward(chunk, table, mode)
     if slopes is None: return
-    tile, warps = TILES[mode][2:]
+    tile, options = TILES[mode][2:]
     frames = chunk.empty(*slopes.shape[:3], r.win_length)
     grid = (triton.cdiv(table.size, tile['BLOCK_N']), triton.cdiv(chunk.frames, tile['BLOCK_F']),
             len(slopes) * chunk.size)
     unfolded_kernel[grid](
         slopes, *table[:4], frames, job.lengths, chunk.first, chunk.size, chunk.frames, r.bins,
         table.cos.shape[1], r.win_length, table.size, table.skip, r.hop_length, r.n_fft % 2, table.unit,
-        PRECISION=mode, num_warps=warps, **tile, **FUSION)
+        PRECISION=mode, **tile, **options, **FUSION)
     overlap(chunk, frames, None, table.skip)
 
 
 def _forward(chunk: Chunk, table: Folded, mode: str) -> Tensor | None:
     "Write the terms; gradients (outputs, b, frames, bins, 2) in the folded spectrum"
     job, r, frames = chunk.job, chunk.resolution, chunk.frames
-    size, win, hop, odd, samples = chunk.size, r.win_length, r.hop_length, r.n_fft % 2, job.x.shape[1]
-    exponents = torch.empty(2, size, frames, dtype=torch.int32, device=job.x.device)
-    wide = triton.next_power_of_2(win)
-    tall = max(1, LOOKED // wide)
-    exponents_kernel[(triton.cdiv(frames, tall), size)](
-        job.x, job.y, exponents, job.lengths, chunk.first, frames, win, chunk.start, hop, odd, samples,
-        BLOCK_F=tall, BLOCK_N=wide, **FUSION)
-    tile, warps = TILES[mode][:2]
+    exponents = _exponents(chunk)
+    tile, options = TILES[mode][:2]
     tiles = triton.cdiv(frames, tile['BLOCK_F']) * triton.cdiv(r.bins, tile['BLOCK_N'])
-    partial = chunk.empty(size, tiles, len(job.plan.terms) + 1)
-    slopes = None if job.waves is None else chunk.empty(job.plan.outputs, size, frames, r.bins, 2)
-    factor = partial                                       # not looked at before it is there
+    partial = chunk.empty(chunk.size, tiles, len(job.plan.terms) + 1)
+    slopes = None if job.waves is None else chunk.empty(job.plan.outputs, chunk.size, frames, r.bins, 2)
 
-    def launch(sums: bool, slope: bool):
-        folded_kernel[(tiles, size)](
-            job.x, job.y, exponents, *table[:4], partial, factor, slopes if slope else partial, job.lengths,
-            chunk.first, frames, r.bins, table.cos.shape[1], win, table.size, table.skip, chunk.start, hop, odd,
-            samples, tiles, slopes.stride(0) if slope else 0, table.unit, SUMS=sums, SLOPES=slope,
-            PRECISION=mode, num_warps=warps, **tile, **terms_of(chunk), **FUSION)
+    def launch(factor: Tensor, out: Tensor | None, told: dict, sums: bool):
+        folded_kernel[(tiles, chunk.size)](
+            job.x, job.y, exponents, *table[:4], partial, factor, partial if out is None else out, job.lengths,
+            chunk.first, frames, r.bins, table.cos.shape[1], r.win_length, table.size, table.skip, chunk.start,
+            r.hop_length, r.n_fft % 2, job.x.shape[1], tiles, 0 if out is None else slopes.stride(0), table.unit,
+            SUMS=sums, SLOPES=out is not None, PRECISION=mode, **tile, **options, **told, **FUSION)
 
+    told, names = terms_of(chunk), job.plan.terms
+    light = len(names) <= MOST and LIGHT.issuperset(names)
     # convergence has its slope only when its sums are known: a second look is cheaper than memory
-    twice = 'sc' in job.plan.terms and slopes is not None
-    launch(True, slopes is not None and not twice)
+    once = light and 'sc' not in names
+    launch(partial, slopes if once else None, told, True)
     factor = finish(chunk, partial, r.bins)
-    if twice: launch(False, True)
+    if slopes is None or once: return slopes
+    if light or told['MIXED']:
+        launch(factor, slopes, told, False)
+    else:
+        for k, name in enumerate(names): launch(factor, slopes[k], told | slots(name) | dict(MIXED=True), False)
     return slopes
+
+
+def _exponents(chunk: Chunk) -> Tensor:   # (2, b, frames)
+    "Of the largest sample of each frame of enhanced and clean"
+    job, r, frames = chunk.job, chunk.resolution, chunk.frames
+    found = torch.empty(2, chunk.size, frames, dtype=torch.int32, device=job.x.device)
+    wide = triton.next_power_of_2(r.win_length)
+    tall = max(1, LOOKED // wide)
+    exponents_kernel[(triton.cdiv(frames, tall), chunk.size)](
+        job.x, job.y, found, job.lengths, chunk.first, frames, r.win_length, chunk.start, r.hop_length,
+        r.n_fft % 2, job.x.shape[1], BLOCK_F=tall, BLOCK_N=wide, **PLAIN)
+    return found
 
 
 def _variants():
     half = dict.fromkeys(('cos_ptr', 'cos_low_ptr', 'sin_ptr', 'sin_low_ptr'), '*fp16')
-    for mode in ('fp16x3', 'tf32x3'):
-        tile, warps, back, back_warps = TILES[mode]
+    rows = [('sc + log_l1, sums', ('sc', 'log_l1'), True, True, False),
+            ('sc + log_l1, slopes', ('sc', 'log_l1'), True, False, True),
+            ('log_l1 + lin_l1, both', ('log_l1', 'lin_l1'), True, True, True),
+            ('sc, log_l1, lin_l1, slopes', ('sc', 'log_l1', 'lin_l1'), False, False, True),
+            ('every term, sums', tuple(SLOTS), True, True, False),
+            ('every term, slopes', tuple(SLOTS), True, False, True)]
+    for mode, (tile, options, back, back_options) in TILES.items():
         kinds = dict(exponent_ptr='*i32') | (half if mode == 'fp16x3' else {})
-        base = dict(CLAMP=False, PRECISION=mode, **tile)
-        for terms in (('sc', 'log_l1'), tuple(SLOTS)):
-            told = ' + '.join(terms) if len(terms) < 3 else 'every term'
-            for sums in (True, False):
-                yield variant(f'stft gemm {mode}, {told}, {"sums" if sums else "slopes"}', folded_kernel,
-                              slots(*terms) | base | dict(MIXED=len(terms) < 3, SUMS=sums, SLOPES=not sums),
-                              warps, **kinds)
-        yield variant(f'stft gemm {mode}, adjoint', unfolded_kernel, dict(PRECISION=mode, **back), back_warps, **kinds)
+        # the fall-back has the same tile: its tightest entries stand for the others
+        for name, terms, mixed, sums, slopes in rows if mode == 'fp16x3' else rows[1:6:4]:
+            yield variant(f'stft gemm {mode}, {name}', folded_kernel, slots(*terms) | tile | dict(
+                CLAMP=False, PRECISION=mode, MIXED=mixed, SUMS=sums, SLOPES=slopes), **options, **kinds)
+        yield variant(f'stft gemm {mode}, adjoint', unfolded_kernel, dict(PRECISION=mode, **back),
+                      **back_options, **kinds)
     yield variant('stft gemm exponents', exponents_kernel, dict(BLOCK_F=16, BLOCK_N=256), exponent_ptr='*i32')
 
 

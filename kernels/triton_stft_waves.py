@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .triton_stft_cells import (FUSION, PARTIALS, SLOPED, SLOTS, SUMMED, cells_kernel, finish_kernel,
+from .triton_stft_cells import (PARTIALS, PLAIN, SLOPED, SLOTS, SUMMED, cells_kernel, finish_kernel,
                                 frames_of, reflected, slots, variant)
 
 #: Samples of one program that adds frames, of one that cuts them
@@ -132,7 +132,7 @@ def finish(chunk: Chunk, partial: Tensor, width: int) -> Tensor:
         partial, job.parts, factor, job.lengths, chunk.first, width, r.hop_length, r.n_fft % 2, partial.shape[1],
         chunk.k * count, job.parts.stride(0), job.plan.sc_floor, TERMS=count,
         SC=slots(*job.plan.terms)['SC'], COLUMNS=columns, PADDED=triton.next_power_of_2(columns),
-        BLOCK=PARTIALS, **FUSION)
+        BLOCK=PARTIALS, **PLAIN)
     return factor
 
 
@@ -154,7 +154,7 @@ def cells(chunk: Chunk, e: Tensor, s: Tensor, width: int, pair: bool) -> Tensor 
         cells_kernel[(triton.cdiv(frames * width, block), chunk.size)](
             e, s, partial, factor, slopes if slope else partial, job.lengths, chunk.first, frames, width,
             r.hop_length, r.n_fft % 2, tiles, slopes.stride(0) if slope else 0, PAIR=pair, SUMS=sums,
-            SLOPES=slope, BLOCK=block, **terms_of(chunk), **FUSION)
+            SLOPES=slope, BLOCK=block, **terms_of(chunk), **PLAIN)
 
     twice = 'sc' in job.plan.terms and slopes is not None
     launch(True, slopes is not None and not twice)
@@ -171,7 +171,7 @@ def cut(chunk: Chunk, window: Tensor) -> Tensor:
     tall = max(1, CUT // wide)
     frames_kernel[(triton.cdiv(frames, tall), chunk.size)](
         job.x, job.y, window, found, job.lengths, chunk.first, frames, r.n_fft, r.win_length, chunk.start,
-        r.hop_length, r.n_fft % 2, job.x.shape[1], BLOCK_F=tall, BLOCK_N=wide, **FUSION)
+        r.hop_length, r.n_fft % 2, job.x.shape[1], BLOCK_F=tall, BLOCK_N=wide, **PLAIN)
     return found
 
 
@@ -183,7 +183,7 @@ def overlap(chunk: Chunk, frames: Tensor, window: Tensor | None, skip: int = 0) 
         frames, frames if window is None else window, job.waves, job.lengths, chunk.first, chunk.size,
         len(job.x), triton.cdiv(r.win_length, r.hop_length), chunk.frames, r.win_length, frames.shape[3],
         chunk.start, r.n_fft // 2, r.hop_length, r.n_fft % 2, samples, skip, WINDOW=window is not None,
-        BLOCK=ADDED, **FUSION)
+        BLOCK=ADDED, **PLAIN)
 
 
 def sizes_of(lengths: Tensor | None, x: Tensor) -> Tensor:
