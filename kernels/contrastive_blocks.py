@@ -7,8 +7,8 @@ from torch import Tensor
 EPS = 1e-8
 #: Comparisons whose signs share a byte
 PACKED = 4
-#: Elements worked on at a time on a CPU: they should stay in the cache
-BLOCK = 1 << 17
+#: Elements worked on at a time on a CPU: many enough to hide the calls, few enough for the cache
+BLOCK = 1 << 18
 
 
 def _blocks(shape, device, frames: Tensor | None):
@@ -33,6 +33,11 @@ def _part(x: Tensor, at, inside, dtype) -> Tensor:
     return x if inside is None else torch.where(inside, x, 0)
 
 
+def _new(shape, dtype, device, frames) -> Tensor:
+    "Memory to be written; padding is not, and holds zeros"
+    return (torch.empty if frames is None else torch.zeros)(shape, dtype=dtype, device=device)
+
+
 def regions(shapes: list[tuple], comparisons: int) -> list[slice]:
     "Where the packed signs of each layer lie, (groups, B, T, D)"
     groups, found, start = -(-comparisons // PACKED), [], 0
@@ -49,7 +54,7 @@ def sums(enhanced, clean, negatives, frames, distance, keep, dtype):
     places = regions(shapes, comparisons)
     total = enhanced[0].new_zeros(shapes[0][0], layers, comparisons + 1)
     total = total.to(torch.float64 if total.is_cpu else dtype)      # elsewhere a layer is one block
-    codes = torch.zeros(places[-1].stop if keep else 0, dtype=torch.uint8, device=total.device)
+    codes = _new(places[-1].stop if keep else 0, torch.uint8, total.device, frames)
     for l, shape in enumerate(shapes):
         others, valid = (clean[l], *negatives[l::layers]), None if frames is None else frames[l]
         packed = codes[places[l]].view(-1, *shape) if keep else ()
@@ -83,8 +88,9 @@ def _l1_block(e: Tensor, others: list[Tensor], keep: bool) -> tuple[list[Tensor]
         difference = e - x
         found.append(difference.abs().sum((1, 2)))
         if not keep: continue
-        if m % PACKED == 0: codes.append(torch.full_like(e, sum(4 ** k for k in range(PACKED))))
-        codes[-1].add_(difference.sign_(), alpha=4 ** (m % PACKED))
+        sign = difference.sign_()
+        if m % PACKED == 0: codes.append(sign.add_(sum(4 ** k for k in range(PACKED))))
+        else: codes[-1].add_(sign, alpha=4 ** (m % PACKED))
     return found, codes
 
 
@@ -111,7 +117,7 @@ def _cosine(e: Tensor, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 def gradient_l1(shape, codes, coefficients, frames, dtype) -> Tensor:
     "Gradient of one layer from packed signs (groups, B, T, D) and coefficients (B, 1 + K)"
-    result = torch.zeros(shape, dtype=dtype, device=codes.device)
+    result = _new(shape, dtype, codes.device, frames)
     coefficients = coefficients / counts(shape, frames, coefficients, 'l1')[:, None]
     tables = [_table(coefficients[:, k:k + PACKED]) for k in range(0, coefficients.shape[1], PACKED)]
     codes = codes.view(-1, *shape)
@@ -134,7 +140,7 @@ def _table(coefficients: Tensor) -> Tensor:   # (B, up to PACKED) -> (B, 256)
 
 def gradient(e_all, others, coefficients, frames, distance) -> Tensor:
     "Gradient of one layer from its features and coefficients (B, 1 + K)"
-    result = torch.zeros_like(e_all, memory_format=torch.contiguous_format)
+    result = _new(e_all.shape, e_all.dtype, e_all.device, frames)
     coefficients = coefficients / counts(e_all.shape, frames, coefficients, distance)[:, None]
     for at, inside in _blocks(e_all.shape, e_all.device, frames):
         e, *parts = (_part(x, at, inside, coefficients.dtype) for x in (e_all, *others))
