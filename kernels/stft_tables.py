@@ -42,6 +42,13 @@ def method_of(resolution, filtered: bool, capability: int) -> str:
     return 'gemm' if resolution.win_length <= LONGEST.get(capability, 0) else 'fft'
 
 
+def capability(device: torch.device) -> int:
+    "Compute capability of a device, 90 for 9.0; 0 where it is not one of CUDA"
+    if device.type != 'cuda' or torch.version.cuda is None: return 0
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
 class Folded(NamedTuple):
     "Cosine and sine times window, each (samples, bins), high and low part; times 1 / `unit`"
     cos: Tensor

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from . import triton_stft_cells, triton_stft_fft, triton_stft_gemm, triton_stft_waves
-from .stft_tables import method_of
+from .stft_tables import capability, method_of
 from .triton_stft_waves import Chunk, Job, sizes_of
 
 VARIANTS = (triton_stft_cells.VARIANTS + triton_stft_waves.VARIANTS + triton_stft_fft.VARIANTS
@@ -83,10 +83,3 @@ def gradient_error(device: torch.device, mode: str | None) -> float:
     _resolution(job, 0, None, mode)
     found = job.waves[0].double().cpu()
     return float((found - right).norm() / right.norm())
-
-
-def capability(device: torch.device) -> int:
-    "Compute capability, 90 for 9.0; 0 off CUDA"
-    if device.type != 'cuda' or torch.version.cuda is None: return 0
-    major, minor = torch.cuda.get_device_capability(device)
-    return 10 * major + minor

@@ -9,6 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .framing import kept_window
+from .stft_tables import capability
 from .triton_stft_cells import FUSION, floored, load_pair, store_pair, variant
 from .triton_stft_waves import Chunk, Job, cells, cut, frame_count, overlap
 
@@ -84,7 +85,7 @@ def run(chunk: Chunk, bank: Tensor | None) -> None:
 
 def precision(device: torch.device) -> str:
     "Of float32 products on this device: three products of TF32, where there is TF32"
-    return 'tf32x3' if device.type == 'cuda' and torch.cuda.get_device_capability(device) >= (8, 0) else 'ieee'
+    return 'tf32x3' if capability(device) >= 80 else 'ieee'
 
 
 def project(chunk: Chunk, spectra: Tensor, bank: Tensor) -> Tensor:   # (2, b, frames, bands)

@@ -28,8 +28,8 @@ TILES = {
 }
 #: Terms of which one launch may have sums and slopes, and several outputs, without spills
 LIGHT, MOST = {'sc', 'log_l1', 'log_l2', 'lin_l1', 'lin_l2'}, 3
-#: Samples that one program looks at for the powers of two
-LOOKED = 4096
+#: Tile of the program that looks for the powers of two
+LOOK = dict(BLOCK_F=32, BLOCK_N=64)
 
 
 @triton.jit
@@ -64,14 +64,17 @@ def exponents_kernel(x_ptr, y_ptr, exponent_ptr, lengths_ptr, first, frames, siz
     row = tl.program_id(1).to(tl.int64)
     length = tl.load(lengths_ptr + first + row)
     f = tl.program_id(0) * BLOCK_F + tl.arange(0, BLOCK_F)
-    j = tl.arange(0, BLOCK_N)[None, :]
-    inside = (f < frames_of(length, hop, odd))[:, None] & (j < size)
-    source = (first + row) * samples + reflected(f[:, None] * hop + start + j, length - 1)
+    used = f < frames_of(length, hop, odd)
+    x, y = tl.zeros([BLOCK_F, BLOCK_N], tl.float32), tl.zeros([BLOCK_F, BLOCK_N], tl.float32)
+    for low in range(0, size, BLOCK_N):
+        j = low + tl.arange(0, BLOCK_N)[None, :]
+        inside = used[:, None] & (j < size)
+        source = (first + row) * samples + reflected(f[:, None] * hop + start + j, length - 1)
+        x = tl.maximum(x, tl.abs(tl.load(x_ptr + source, mask=inside, other=0.)))
+        y = tl.maximum(y, tl.abs(tl.load(y_ptr + source, mask=inside, other=0.)))
     place = exponent_ptr + row * frames + f
-    x = tl.max(tl.abs(tl.load(x_ptr + source, mask=inside, other=0.)), 1)
-    tl.store(place, exponent_of(x), mask=f < frames)
-    y = tl.max(tl.abs(tl.load(y_ptr + source, mask=inside, other=0.)), 1)
-    tl.store(place + tl.num_programs(1).to(tl.int64) * frames, exponent_of(y), mask=f < frames)
+    tl.store(place, exponent_of(tl.max(x, 1)), mask=f < frames)
+    tl.store(place + tl.num_programs(1).to(tl.int64) * frames, exponent_of(tl.max(y, 1)), mask=f < frames)
 
 
 @triton.jit
@@ -251,11 +254,9 @@ def _exponents(chunk: Chunk) -> Tensor:   # (2, b, frames)
     "Of the largest sample of each frame of enhanced and clean"
     job, r, frames = chunk.job, chunk.resolution, chunk.frames
     found = torch.empty(2, chunk.size, frames, dtype=torch.int32, device=job.x.device)
-    wide = triton.next_power_of_2(r.win_length)
-    tall = max(1, LOOKED // wide)
-    exponents_kernel[(triton.cdiv(frames, tall), chunk.size)](
+    exponents_kernel[(triton.cdiv(frames, LOOK['BLOCK_F']), chunk.size)](
         job.x, job.y, found, job.lengths, chunk.first, frames, r.win_length, chunk.start, r.hop_length,
-        r.n_fft % 2, job.x.shape[1], BLOCK_F=tall, BLOCK_N=wide, **PLAIN)
+        r.n_fft % 2, job.x.shape[1], **LOOK, **PLAIN)
     return found
 
 
@@ -275,7 +276,7 @@ def _variants():
                 CLAMP=False, PRECISION=mode, MIXED=mixed, SUMS=sums, SLOPES=slopes), **options, **kinds)
         yield variant(f'stft gemm {mode}, adjoint', unfolded_kernel, dict(PRECISION=mode, **back),
                       **back_options, **kinds)
-    yield variant('stft gemm exponents', exponents_kernel, dict(BLOCK_F=16, BLOCK_N=256), exponent_ptr='*i32')
+    yield variant('stft gemm exponents', exponents_kernel, LOOK, exponent_ptr='*i32')
 
 
 VARIANTS = list(_variants())

@@ -13,8 +13,8 @@ from torch import Tensor
 from .triton_stft_cells import (PARTIALS, PLAIN, SLOPED, SLOTS, SUMMED, cells_kernel, finish_kernel,
                                 frames_of, reflected, slots, variant)
 
-#: Samples of one program that adds frames, of one that cuts them
-ADDED, CUT = 512, 2048
+#: Samples of one program that adds frames, tile of one that cuts them
+ADDED, CUT = 512, dict(BLOCK_F=4, BLOCK_N=256)
 
 
 @triton.jit(do_not_specialize=['first'])
@@ -28,7 +28,7 @@ def frames_kernel(x_ptr, y_ptr, window_ptr, frames_ptr, lengths_ptr, first, fram
     row = tl.program_id(1).to(tl.int64)
     length = tl.load(lengths_ptr + first + row)
     f = tl.program_id(0) * BLOCK_F + tl.arange(0, BLOCK_F)[:, None]
-    j = tl.arange(0, BLOCK_N)[None, :]
+    j = tl.program_id(2) * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
     inside = (f < frames_of(length, hop, odd)) & (j < size)
     source = (first + row) * samples + reflected(f * hop + start + j, length - 1)
     window = tl.load(window_ptr + j, mask=j < size, other=0.)
@@ -167,11 +167,10 @@ def cut(chunk: Chunk, window: Tensor) -> Tensor:
     "Windowed frames (2, b, frames, n_fft) of enhanced and clean"
     job, r, frames = chunk.job, chunk.resolution, chunk.frames
     found = chunk.empty(2, chunk.size, frames, r.n_fft)
-    wide = triton.next_power_of_2(r.n_fft)
-    tall = max(1, CUT // wide)
-    frames_kernel[(triton.cdiv(frames, tall), chunk.size)](
+    grid = triton.cdiv(frames, CUT['BLOCK_F']), chunk.size, triton.cdiv(r.n_fft, CUT['BLOCK_N'])
+    frames_kernel[grid](
         job.x, job.y, window, found, job.lengths, chunk.first, frames, r.n_fft, r.win_length, chunk.start,
-        r.hop_length, r.n_fft % 2, job.x.shape[1], BLOCK_F=tall, BLOCK_N=wide, **PLAIN)
+        r.hop_length, r.n_fft % 2, job.x.shape[1], **CUT, **PLAIN)
     return found
 
 
@@ -193,6 +192,6 @@ def sizes_of(lengths: Tensor | None, x: Tensor) -> Tensor:
 
 
 VARIANTS = [
-    variant('stft frames', frames_kernel, dict(BLOCK_F=2, BLOCK_N=1024)),
+    variant('stft frames', frames_kernel, CUT),
     variant('stft overlap-add', overlap_kernel, dict(WINDOW=True, BLOCK=ADDED)),
 ]
