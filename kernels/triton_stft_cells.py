@@ -162,7 +162,7 @@ def store_slopes(ptr, stride, e, s, r_e, r_s, e_re, e_im, s_re, s_im, mask, scal
 # -------------------------------------------------------------------------------- kernels
 
 @triton.jit(do_not_specialize=['first'])
-def cells_kernel(e_ptr, s_ptr, partial_ptr, factor_ptr, slope_ptr, lengths_ptr,
+def cells_kernel(both_ptr, partial_ptr, factor_ptr, slope_ptr, lengths_ptr,
                  first, frames, width, hop, odd, tiles, stride, eps, offset, power,
                  w_sc, w_log1, w_log2, w_lin1, w_lin2, w_pow, w_cplx,
                  SC: tl.constexpr, LOG1: tl.constexpr, LOG2: tl.constexpr, LIN1: tl.constexpr,
@@ -171,7 +171,7 @@ def cells_kernel(e_ptr, s_ptr, partial_ptr, factor_ptr, slope_ptr, lengths_ptr,
                  SUMS: tl.constexpr, SLOPES: tl.constexpr, BLOCK: tl.constexpr):
     """Terms of one tile of cells: their sums, their slopes, or both.
 
-    e, s (b, frames, width): spectra (PAIR), or magnitudes behind a filter bank. A grid of
+    both (2, b, frames, width): spectra (PAIR), or magnitudes behind a filter bank. A grid of
     (tiles, b); a tile is a run of `BLOCK` cells in memory order.
     """
     tile = tl.program_id(0)
@@ -179,9 +179,10 @@ def cells_kernel(e_ptr, s_ptr, partial_ptr, factor_ptr, slope_ptr, lengths_ptr,
     cell = tile * BLOCK + tl.arange(0, BLOCK)
     cells = frames_of(tl.load(lengths_ptr + first + row), hop, odd) * width
     mask = cell < cells                       # the frames of an utterance are the first in its row
-    e_ptr += row * frames * width * (2 if PAIR else 1)
-    s_ptr += row * frames * width * (2 if PAIR else 1)
-    slope_ptr += row * frames * width * (2 if PAIR else 1)
+    far = row * frames * width * (2 if PAIR else 1)
+    e_ptr = both_ptr + far
+    s_ptr = e_ptr + tl.num_programs(1).to(tl.int64) * frames * width * (2 if PAIR else 1)
+    slope_ptr += far
     if PAIR:
         e_re, e_im = load_pair(e_ptr + 2 * cell, mask)
         s_re, s_im = load_pair(s_ptr + 2 * cell, mask)

@@ -72,11 +72,10 @@ def run(chunk: Chunk, bank: Tensor | None) -> None:
     window = kept_window(r.window, r.win_length, r.gain, torch.float32, job.x.device)
     spectra = torch.view_as_real(torch.fft.rfft(cut(chunk, window)).contiguous())   # (2, b, frames, bins, 2)
     if bank is None:
-        slopes = cells(chunk, spectra[0], spectra[1], r.bins, pair=True)
+        slopes = cells(chunk, spectra, pair=True)
     else:
         bank = bank.to(torch.float32).contiguous()
-        e, s = project(chunk, spectra, bank)
-        slopes = cells(chunk, e, s, bank.shape[1], pair=False)
+        slopes = cells(chunk, project(chunk, spectra, bank), pair=False)
         if slopes is not None: slopes = unproject(chunk, slopes, bank, spectra[0])
     if slopes is None: return
     frames = torch.fft.irfft(torch.view_as_complex(slopes), r.n_fft, norm='forward')

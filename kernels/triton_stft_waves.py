@@ -119,9 +119,9 @@ def terms_of(chunk: Chunk) -> dict:
     mix = plan.mix(chunk.resolution)
     weights = {name: mix[0][i] if plan.weights else mix[i][i] for i, name in enumerate(plan.terms)}
     short = dict(zip(SLOTS, ('w_sc', 'w_log1', 'w_log2', 'w_lin1', 'w_lin2', 'w_pow', 'w_cplx')))
-    return (slots(*plan.terms) | {short[name]: weights.get(name, 0.) for name in SLOTS}
+    return (slots(*plan.terms) | {short[name]: float(weights.get(name, 0)) for name in SLOTS}
             | dict(MIXED=plan.weights is not None, CLAMP=plan.floor == 'clamp',
-                   eps=plan.eps, offset=plan.offset, power=plan.power))
+                   eps=float(plan.eps), offset=float(plan.offset), power=float(plan.power)))
 
 
 def finish(chunk: Chunk, partial: Tensor, width: int) -> Tensor:
@@ -130,19 +130,19 @@ def finish(chunk: Chunk, partial: Tensor, width: int) -> Tensor:
     count, columns = len(job.plan.terms), partial.shape[2]
     finish_kernel[(chunk.size,)](
         partial, job.parts, factor, job.lengths, chunk.first, width, r.hop_length, r.n_fft % 2, partial.shape[1],
-        chunk.k * count, job.parts.stride(0), job.plan.sc_floor, TERMS=count,
+        chunk.k * count, job.parts.stride(0), float(job.plan.sc_floor), TERMS=count,
         SC=slots(*job.plan.terms)['SC'], COLUMNS=columns, PADDED=triton.next_power_of_2(columns),
         BLOCK=PARTIALS, **PLAIN)
     return factor
 
 
-def cells(chunk: Chunk, e: Tensor, s: Tensor, width: int, pair: bool) -> Tensor | None:
+def cells(chunk: Chunk, both: Tensor, pair: bool) -> Tensor | None:
     """Write the terms of a chunk; slopes (outputs, b, frames, width), of pairs with `pair`.
 
-    e, s (b, frames, width): spectra with `pair`, else magnitudes. Convergence has its slope
-    only when its sums are known, so it takes a second look at the cells.
+    both (2, b, frames, width): spectra (…, 2) with `pair`, else magnitudes. Convergence has its
+    slope only when its sums are known, so it takes a second look at the cells.
     """
-    job, r, frames = chunk.job, chunk.resolution, chunk.frames
+    job, r, frames, width = chunk.job, chunk.resolution, chunk.frames, both.shape[3]
     tiles = triton.cdiv(frames * width, SUMMED)
     partial = chunk.empty(chunk.size, tiles, len(job.plan.terms) + 1)
     shape = (job.plan.outputs, chunk.size, frames, width, *[2] * pair)
@@ -152,7 +152,7 @@ def cells(chunk: Chunk, e: Tensor, s: Tensor, width: int, pair: bool) -> Tensor 
     def launch(sums: bool, slope: bool):
         block = SUMMED if sums else SLOPED
         cells_kernel[(triton.cdiv(frames * width, block), chunk.size)](
-            e, s, partial, factor, slopes if slope else partial, job.lengths, chunk.first, frames, width,
+            both, partial, factor, slopes if slope else partial, job.lengths, chunk.first, frames, width,
             r.hop_length, r.n_fft % 2, tiles, slopes.stride(0) if slope else 0, PAIR=pair, SUMS=sums,
             SLOPES=slope, BLOCK=block, **terms_of(chunk), **PLAIN)
 
