@@ -9,9 +9,10 @@ from torch.nn import functional as F
 def frame_count(
     lengths,          # samples, int or (B,)
     hop_length: int,  # samples between frames
+    n_fft: int = 0,   # samples; an odd one is padded by a sample less than it is long
 ):                    # frames of a centre-padded STFT, same type
     "Number of STFT frames of an utterance: `1 + lengths // hop_length`"
-    return 1 + lengths // hop_length
+    return 1 + (lengths - n_fft % 2) // hop_length
 
 
 def frame_mask(

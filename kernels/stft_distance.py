@@ -106,8 +106,19 @@ def _plan(text: str) -> Plan:
                 eps, floor, power, norm, sc_floor, offset, tuple(f == '1' for f in filtered.split(',') if f))
 
 
+@lru_cache(maxsize=1)
+def _keep_memory() -> None:
+    """Tell glibc to keep the memory of freed tensors: it does once it has seen a large one freed.
+
+    Until then it returns every megabyte to the system and takes it back with the next tensor,
+    which costs twice the arithmetic. A training has long freed such a block; a first call has not.
+    """
+    torch.empty(31 * 2 ** 20, dtype=torch.uint8)
+
+
 def _torch(x: Tensor, y: Tensor, lengths: Tensor | None, filters: list[Tensor], plan: Plan, need_grad: bool):
     "(B, resolutions, terms), (outputs, B, T): one resolution of one utterance at a time"
+    if x.is_cpu: _keep_memory()
     sizes = [x.shape[1]] * len(x) if lengths is None else lengths.tolist()
     parts = x.new_empty(len(x), len(plan.resolutions), len(plan.terms))
     waves = x.new_zeros(plan.outputs, *x.shape) if need_grad else x.new_empty(0)

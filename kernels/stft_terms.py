@@ -40,7 +40,7 @@ def reference_terms(
     "The terms of `plan` for one resolution, in plain torch"
     E, S = (_spectrum(wave, resolution, lengths) for wave in (enhanced, clean))
     frames = torch.full((len(enhanced),), E.shape[1], device=E.device) if lengths is None \
-        else frame_count(lengths, resolution.hop_length)
+        else frame_count(lengths, resolution.hop_length, resolution.n_fft)
     mask = frame_mask(frames, E.shape[1])[..., None]                        # (B, frames, 1)
     r_e, r_s = floored(E, plan), floored(S, plan)
     e, s = r_e.sqrt(), r_s.sqrt()
@@ -79,7 +79,7 @@ def _utterance_spectrum(wave: Tensor, resolution) -> Tensor:   # (T,) to (frames
     "Frames of the window's support alone: where its zeros lie changes the phase, not the magnitude"
     n, size = resolution.n_fft, resolution.win_length
     padded = pad_reflect(wave[None], n // 2)[0]
-    first, count = (n - size) // 2, frame_count(len(wave) + n % 2 * -1, resolution.hop_length)
+    first, count = (n - size) // 2, frame_count(len(wave), resolution.hop_length, n)
     frames = padded[first:].unfold(0, size, resolution.hop_length)[:count]
     return torch.fft.rfft(frames * window(resolution, wave), n)
 

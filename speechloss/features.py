@@ -75,7 +75,7 @@ class STFTFeatures(Features):
         return [self._view(stft(wave, *r, lengths=lengths)) for r in self.resolutions]
 
     def frame_lengths(self, lengths):
-        return [frame_count(lengths, hop) for _, hop in self.resolutions]
+        return [frame_count(lengths, hop, n_fft) for n_fft, hop in self.resolutions]
 
 
 class MelFeatures(Features):
@@ -93,7 +93,7 @@ class MelFeatures(Features):
         return [(mag @ self.filters.to(mag.dtype) + self.eps).log()]
 
     def frame_lengths(self, lengths):
-        return [frame_count(lengths, self.hop_length)]
+        return [frame_count(lengths, self.hop_length, self.n_fft)]
 
 
 class GammatoneFeatures(Features):
@@ -116,7 +116,7 @@ class GammatoneFeatures(Features):
         return [(power @ self.filters.to(power.dtype)).log() / 2]
 
     def frame_lengths(self, lengths):
-        return [frame_count(lengths, self.hop_length)]
+        return [frame_count(lengths, self.hop_length, self.n_fft)]
 
 # %% ../nbs/features/features.ipynb #614078a0
 class RandomFeatures(Features):
