@@ -100,19 +100,23 @@ def _sum(e: Tensor, x: Tensor, distance: str) -> Tensor:   # (B, t, D) -> (B,)
     return _cosine(e, x)[0].sum(1)
 
 
-def _cosine(e: Tensor, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """1 - cos of each frame (B, t), and its gradient as factors of e - x and of e.
+def _cosine(e: Tensor, x: Tensor) -> tuple[Tensor, ...]:
+    """1 - cos of each frame (B, t), and its gradient, slope (close e - x) + turn e.
 
-    All from the difference, |e| |x| (1 - cos) = (|e - x|² - (|e| - |x|)²) / 2, so that nothing
-    cancels where e is close to x, and identity is exactly 0.
+    Where e is close to x all comes from the difference, |e| |x| (1 - cos) =
+    (|e - x|² - (|e| - |x|)²) / 2, so that nothing cancels and identity is exactly 0. Elsewhere
+    the difference hides the smaller of the two, and the inner product serves.
     """
     difference = e - x
-    apart, along = difference.square().sum(-1), (difference * e).sum(-1)
+    apart, along, dot = difference.square().sum(-1), (difference * e).sum(-1), (e * x).sum(-1)
     e_norm, x_norm = ((v.square().sum(-1) + EPS).sqrt() for v in (e, x))
-    gap = (2 * along - apart) / (e_norm + x_norm)              # |e| - |x|
-    inverse = 1 / (e_norm * x_norm)
-    away = ((apart - gap.square()) * inverse / 2).clamp_min(0)
-    return away, inverse, -(gap / x_norm + away) / e_norm.square()
+    slope = 1 / (e_norm * x_norm)
+    close = apart < e_norm * x_norm
+    longer = (2 * along - apart) / (e_norm + x_norm)           # |e| - |x|
+    cos = (dot + EPS) * slope
+    away = torch.where(close, (apart - longer.square()) * slope / 2, 1 - cos).clamp_min(0)
+    turn = torch.where(close, -longer / x_norm - away, cos) / e_norm.square()
+    return away, slope, close.to(e.dtype), turn
 
 
 def gradient_l1(shape, codes, coefficients, frames, dtype) -> Tensor:
@@ -149,7 +153,7 @@ def gradient(e_all, others, coefficients, frames, distance) -> Tensor:
             if distance == 'l2':
                 total.addcmul_(e - x, 2 * c[..., None])
             else:
-                _, apart, along = _cosine(e, x)
-                total.addcmul_(e - x, (c * apart)[..., None]).addcmul_(e, (c * along)[..., None])
+                _, slope, close, turn = _cosine(e, x)
+                total.addcmul_(e * close[..., None] - x, (c * slope)[..., None]).addcmul_(e, (c * turn)[..., None])
         result[at] = total
     return result

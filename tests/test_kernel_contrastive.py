@@ -1,6 +1,7 @@
 """The contrastive ratio against the plain formula in float64; the gradient is judged first."""
 import pytest
 import torch
+from interpreted import run_interpreted
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from speechloss.kernels import contrastive as module
@@ -18,17 +19,24 @@ def small_blocks(monkeypatch):
     monkeypatch.setattr(blocks, 'BLOCK', 5000)
 
 
-def example(shape, layers, negatives, *, dtype=torch.float32, lengths=False, seed=0):
+def example(shape, layers, negatives, *, dtype=torch.float32, lengths=False, seed=0, uneven=False, device='cpu'):
     "Layers of enhanced, clean and negatives, and the options of a call; frames and dims shrink with depth"
     draw = torch.Generator().manual_seed(seed)
     B, T, D = shape
     shapes = [(B, max(1, T - 3 * l), max(1, D - 2 * l)) for l in range(layers)]
     stacks = [[torch.randn(s, generator=draw) for s in shapes] for _ in range(1 + negatives)]
     enhanced = [c + .3 * torch.randn(s, generator=draw) for c, s in zip(stacks[0], shapes)]
+    if uneven:     # frames of all sizes, some silent, some nearly equal
+        for stack in (enhanced, *stacks):
+            for x in stack: x *= 10. ** torch.randint(-4, 3, (*x.shape[:2], 1), generator=draw)
+        for e, c in zip(enhanced, stacks[0]):
+            c[:, ::5], e[:, 3::7] = 0., c[:, 3::7] * (1 + 1e-4 * torch.randn(c[:, 3::7].shape, generator=draw))
     options = dict(weights=torch.rand(B, negatives, generator=draw) + .1,
                    layer_weights=[2. ** -l for l in range(layers)])
     if lengths: options['frames'] = [torch.linspace(max(1, s[1] // 3), s[1], B).long() for s in shapes]
-    enhanced, *stacks = ([x.to(dtype) for x in layer] for layer in (enhanced, *stacks))
+    if lengths: options['frames'] = [x.to(device) for x in options['frames']]
+    options['weights'] = options['weights'].to(device)
+    enhanced, *stacks = ([x.to(device, dtype) for x in layer] for layer in (enhanced, *stacks))
     return [e.requires_grad_() for e in enhanced], stacks[0], stacks[1:], options
 
 
@@ -57,10 +65,10 @@ def cast(stack, dtype): return [x.detach().to(dtype) for x in stack]
 def error(a, b): return float((a.double() - b.double()).norm() / b.double().norm().clamp_min(1e-30))
 
 
-def check_rule(shape, layers, negatives, distance, dtype, backend, lengths=False):
-    e, c, n, options = example(shape, layers, negatives, dtype=dtype, lengths=lengths)
+def check_rule(shape, layers, negatives, distance, dtype, backend, lengths=False, device='cpu', uneven=False):
+    e, c, n, options = example(shape, layers, negatives, dtype=dtype, lengths=lengths, device=device, uneven=uneven)
     floor, value_floor, factor = DTYPES[dtype]
-    weight, results = factor * torch.linspace(.5, 1., shape[0]), {}
+    weight, results = factor * torch.linspace(.5, 1., shape[0], device=device), {}
     for kind, dt in dict(fast=dtype, plain=torch.float32, true=torch.float64).items():
         leaves = [x.requires_grad_() for x in cast(e, dt)]
         function, more = (contrastive_ratio, dict(backend=backend)) if kind == 'fast' else (plain, {})
@@ -81,6 +89,11 @@ def check_rule(shape, layers, negatives, distance, dtype, backend, lengths=False
 @pytest.mark.parametrize('case', SHAPES, ids=str)
 def test_gradient_error_is_at_most_twice_the_plain_one(case, distance, dtype, lengths):
     check_rule(*case, distance, dtype, 'torch', lengths)
+
+
+@pytest.mark.parametrize('distance', DISTANCES)
+def test_frames_of_all_sizes(distance):
+    check_rule((2, 97, 130), 2, 2, distance, torch.float32, 'torch', uneven=True)
 
 
 def test_values_computed_by_hand():
@@ -315,6 +328,109 @@ def test_shorter_clean_features_are_welcome():
     half = [x.bfloat16() for x in c]
     values = contrastive_ratio(e, half, n, **options)
     assert torch.equal(values, contrastive_ratio(e, [x.float() for x in half], n, **options))
+
+
+# ------------------------------------------------------------------------------- Triton
+
+DEVICES = [pytest.param('cpu', marks=pytest.mark.interpreted), pytest.param('cuda', marks=pytest.mark.cuda)]
+
+
+@pytest.fixture
+def small_tile(monkeypatch):
+    "Tiles that an example spans several of"
+    from speechloss.kernels import triton_contrastive as kernels
+    monkeypatch.setattr(kernels, 'TILE', kernels.Tile(block=128, turns=2, frames=8, dims=32))
+    monkeypatch.setattr(kernels, 'PARTIALS', 4)
+
+
+@pytest.fixture
+def large_tile(monkeypatch, device):
+    "The interpreter takes its time for each tile, whatever its size"
+    if device != 'cpu': return
+    from speechloss.kernels import triton_contrastive as kernels
+    monkeypatch.setattr(kernels, 'TILE', kernels.Tile(block=8192, turns=4, frames=64, dims=256))
+
+
+@pytest.mark.parametrize('device', DEVICES)
+@pytest.mark.parametrize('case, dtype, lengths', [*((case, torch.float32, k % 2 > 0) for k, case in enumerate(SHAPES)),
+                                                  (SHAPES[1], torch.bfloat16, True), (SHAPES[1], torch.float16, False)])
+@pytest.mark.parametrize('distance', DISTANCES)
+def test_triton_gradient_error_is_at_most_twice_the_plain_one(case, distance, dtype, lengths, device, large_tile):
+    check_rule(*case, distance, dtype, 'triton', lengths, device)
+
+
+@pytest.mark.parametrize('device', DEVICES)
+@pytest.mark.parametrize('distance', DISTANCES)
+def test_triton_on_frames_of_all_sizes(distance, device, large_tile):
+    check_rule((2, 97, 130), 2, 2, distance, torch.float32, 'triton', device=device, uneven=True)
+
+
+@pytest.mark.parametrize('device', DEVICES)
+@pytest.mark.parametrize('negatives', [1, 2, 4])
+@pytest.mark.parametrize('distance', DISTANCES)
+def test_triton_equals_torch_over_many_tiles(distance, negatives, device, small_tile):
+    e, c, n, options = example((3, 19, 37), 2, negatives, lengths=negatives != 2, device=device)
+    e[0] = e[0].detach().mT.contiguous().mT.requires_grad_()
+    results = []
+    for backend in 'torch', 'triton', 'triton':
+        terms = contrastive_terms(e, c, n, distance=distance, backend=backend, **options)
+        weight = torch.linspace(-1, 1, 3, device=device)
+        results.append((*terms, *torch.autograd.grad(terms.values, e, weight)))
+    for a, b, again in zip(*results):
+        torch.testing.assert_close(b, a, rtol=1e-5, atol=1e-7)
+        assert torch.equal(b, again)
+
+
+@pytest.mark.parametrize('device', DEVICES)
+@pytest.mark.parametrize('distance', DISTANCES)
+def test_triton_batch_mates_and_padding_do_not_matter(distance, device, small_tile):
+    e, c, n, options = example((3, 19, 37), 1, 2, lengths=True, device=device)
+    def run(rows, cut):
+        leaf = e[0][rows, :cut].detach().requires_grad_()
+        own = dict(weights=options['weights'][rows], frames=options['frames'][0][rows], distance=distance)
+        values = contrastive_ratio([leaf], [c[0][rows, :cut]], [[s[0][rows, :cut]] for s in n], backend='triton', **own)
+        return values, torch.autograd.grad(values.sum(), leaf)[0]
+    for b, valid in enumerate(options['frames'][0].tolist()):
+        for stack in (e, c, *n): stack[0].detach()[b, valid:] = torch.nan
+    values, grad = run(slice(0, 3), 19)
+    for b, valid in enumerate(options['frames'][0].tolist()):
+        value, own = run(slice(b, b + 1), valid)
+        assert torch.equal(value[0], values[b]) and torch.equal(own[0], grad[b, :valid]) and not grad[b, valid:].any()
+
+
+@pytest.mark.parametrize('device', DEVICES)
+@pytest.mark.parametrize('distance', DISTANCES)
+def test_triton_at_identity_silence_and_nan(distance, device, small_tile):
+    e, c, n, _ = example((2, 9, 5), 1, 2, device=device)
+    silence = [torch.zeros_like(x) for x in c]
+    for a, b, others in (c, c, n), (n[0], c, n), (e, silence, n), (silence, silence, [silence]):
+        leaf = a[0].detach().requires_grad_()
+        value = contrastive_ratio([leaf], b, others, distance=distance, backend='triton')
+        assert value.isfinite().all() and torch.autograd.grad(value.sum(), leaf)[0].isfinite().all()
+        assert b is not a or not value.any()
+    with torch.no_grad(): e[0][1, 3, 2] = torch.nan
+    value = contrastive_ratio(e, c, n, distance=distance, backend='triton')
+    assert value.isnan().tolist() == [False, True]
+    assert torch.autograd.grad(value.sum(), e)[0][0].isfinite().all()
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize('distance', DISTANCES)
+def test_a_cuda_graph_replays_the_same_bits(distance):
+    e, c, n, options = example((3, 99, 64), 3, 2, lengths=True, device='cuda')
+    options['layer_weights'] = torch.tensor(options['layer_weights'], device='cuda')
+    def step(): return torch.autograd.grad(contrastive_ratio(e, c, n, distance=distance, **options).sum(), e)
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side): expected = [step() for _ in range(2)][-1]
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph): found = step()
+    graph.replay()
+    for a, b in zip(found, expected): assert torch.equal(a, b)
+
+
+@pytest.mark.slow
+def test_in_the_interpreter(): run_interpreted(__file__)
 
 
 X = [torch.zeros(2, 4, 3)]

@@ -1,0 +1,336 @@
+"""The contrastive ratio in Triton: sums and packed signs forward, gradients backward.
+
+A launch works on one layer of all utterances and on up to PACKED comparisons; pointers are plain
+arguments, so that a CUDA graph can hold the call. A program adds up one stretch of an utterance;
+a last kernel adds the stretches, in their order. So no sum depends on the rest of the batch.
+"""
+from contextlib import nullcontext
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .contrastive_blocks import EPS, PACKED, regions
+from .resources import Variant
+
+
+class Tile(NamedTuple):
+    "What a program of l1 and l2 reads at a time and how often; frames and dims of one of cosine"
+    block: int = 1024
+    turns: int = 8
+    frames: int = 4
+    dims: int = 256
+    warps: int = 4
+    stages: int = 2
+
+
+TILE = Tile()
+#: Partial sums that the last kernel adds at a time
+PARTIALS = 128
+
+
+@triton.jit
+def read(ptr, place, mask): return tl.load(ptr + place, mask=mask, other=0.).to(tl.float32)
+
+
+@triton.jit
+def size_of(x, SQUARE: tl.constexpr): return x * x if SQUARE else tl.abs(x)
+
+
+@triton.jit
+def sign_of(x, PLACE: tl.constexpr):
+    "Two bits, 0 for - and 2 for +"
+    return tl.where(x > 0, 2, tl.where(x < 0, 0, 1)) << 2 * PLACE
+
+
+@triton.jit
+def frames_of(lengths_ptr, b, T, LENGTHS: tl.constexpr):
+    "Valid frames of an utterance"
+    if LENGTHS: return tl.minimum(tl.maximum(tl.load(lengths_ptr + b), 1), T).to(tl.int32)
+    else: return T
+
+
+@triton.jit
+def sums_kernel(e_ptr, x0_ptr, x1_ptr, x2_ptr, x3_ptr, codes_ptr, partial_ptr, lengths_ptr, T, D, tiles, columns,
+                column, layer, layers, COUNT: tl.constexpr, SQUARE: tl.constexpr, KEEP: tl.constexpr,
+                SIZE: tl.constexpr, LENGTHS: tl.constexpr, BLOCK: tl.constexpr, TURNS: tl.constexpr):
+    """Partial means of |e - x| or its square, and the signs of e - x, over a stretch of an utterance.
+
+    partial (B, layers, columns, tiles): comparisons from `column` on, and the size of x0 in the
+    last column with SIZE.
+    """
+    tile, b = tl.program_id(0), tl.program_id(1)
+    valid = frames_of(lengths_ptr, b, T, LENGTHS) * D
+    start = b.to(tl.int64) * T * D
+    zero = tl.zeros((BLOCK,), tl.float32)
+    s0, s1, s2, s3, size = zero, zero, zero, zero, zero
+    for turn in range(TURNS):
+        inside = (tile * TURNS + turn) * BLOCK + tl.arange(0, BLOCK)
+        live, place = inside < valid, start + inside
+        e, x = read(e_ptr, place, live), read(x0_ptr, place, live)
+        if SIZE: size += size_of(x, SQUARE)
+        s0 += size_of(e - x, SQUARE)
+        code = sign_of(e - x, 0)
+        if COUNT > 1:
+            gap = e - read(x1_ptr, place, live)
+            s1 += size_of(gap, SQUARE)
+            code |= sign_of(gap, 1)
+        if COUNT > 2:
+            gap = e - read(x2_ptr, place, live)
+            s2 += size_of(gap, SQUARE)
+            code |= sign_of(gap, 2)
+        if COUNT > 3:
+            gap = e - read(x3_ptr, place, live)
+            s3 += size_of(gap, SQUARE)
+            code |= sign_of(gap, 3)
+        if KEEP: tl.store(codes_ptr + place, code.to(tl.uint8), mask=inside < T * D)
+    out = partial_ptr + ((b.to(tl.int64) * layers + layer) * columns) * tiles + tile
+    tl.store(out + column * tiles, tl.sum(s0) / valid)
+    if COUNT > 1: tl.store(out + (column + 1) * tiles, tl.sum(s1) / valid)
+    if COUNT > 2: tl.store(out + (column + 2) * tiles, tl.sum(s2) / valid)
+    if COUNT > 3: tl.store(out + (column + 3) * tiles, tl.sum(s3) / valid)
+    if SIZE: tl.store(out + (columns - 1) * tiles, tl.sum(size) / valid)
+
+
+@triton.jit
+def cosine(e_ptr, x_ptr, rows, live, D, EPS: tl.constexpr, FRAMES: tl.constexpr, DIMS: tl.constexpr):
+    "1 - cos of frames, and its gradient, slope (close e - x) + turn e: see `contrastive_blocks`"
+    apart, along = tl.zeros((FRAMES, DIMS), tl.float32), tl.zeros((FRAMES, DIMS), tl.float32)
+    ee, xx = tl.zeros((FRAMES, DIMS), tl.float32), tl.zeros((FRAMES, DIMS), tl.float32)
+    ex = tl.zeros((FRAMES, DIMS), tl.float32)
+    for start in range(0, D, DIMS):
+        dims = start + tl.arange(0, DIMS)
+        mask = live[:, None] & (dims < D)[None, :]
+        e, x = read(e_ptr, rows[:, None] + dims[None, :], mask), read(x_ptr, rows[:, None] + dims[None, :], mask)
+        gap = e - x
+        apart += gap * gap
+        along += gap * e
+        ee += e * e
+        xx += x * x
+        ex += e * x
+    e_norm, x_norm = tl.sqrt(tl.sum(ee, 1) + EPS), tl.sqrt(tl.sum(xx, 1) + EPS)
+    apart = tl.sum(apart, 1)
+    slope = 1 / (e_norm * x_norm)
+    close = apart < e_norm * x_norm
+    longer = (2 * tl.sum(along, 1) - apart) / (e_norm + x_norm)
+    cos = (tl.sum(ex, 1) + EPS) * slope
+    away = tl.where(close, (apart - longer * longer) * slope / 2, 1 - cos)
+    away = tl.where(away < 0, 0., away)                                # and a nan stays one
+    return away, slope, close.to(tl.float32), tl.where(close, -longer / x_norm - away, cos) / (e_norm * e_norm)
+
+
+@triton.jit
+def cosine_sums_kernel(e_ptr, x0_ptr, x1_ptr, x2_ptr, x3_ptr, partial_ptr, lengths_ptr, T, D, tiles, columns, column,
+                       layer, layers, COUNT: tl.constexpr, LENGTHS: tl.constexpr, EPS: tl.constexpr,
+                       FRAMES: tl.constexpr, DIMS: tl.constexpr):
+    "Partial means of 1 - cos over some frames of an utterance, as `sums_kernel`"
+    tile, b = tl.program_id(0), tl.program_id(1)
+    valid = frames_of(lengths_ptr, b, T, LENGTHS)
+    t = tile * FRAMES + tl.arange(0, FRAMES)
+    live, rows = t < valid, (b.to(tl.int64) * T + t) * D
+    out = partial_ptr + ((b.to(tl.int64) * layers + layer) * columns + column) * tiles + tile
+    away, _, _, _ = cosine(e_ptr, x0_ptr, rows, live, D, EPS, FRAMES, DIMS)
+    tl.store(out, tl.sum(away) / valid)
+    if COUNT > 1:
+        away, _, _, _ = cosine(e_ptr, x1_ptr, rows, live, D, EPS, FRAMES, DIMS)
+        tl.store(out + tiles, tl.sum(away) / valid)
+    if COUNT > 2:
+        away, _, _, _ = cosine(e_ptr, x2_ptr, rows, live, D, EPS, FRAMES, DIMS)
+        tl.store(out + 2 * tiles, tl.sum(away) / valid)
+    if COUNT > 3:
+        away, _, _, _ = cosine(e_ptr, x3_ptr, rows, live, D, EPS, FRAMES, DIMS)
+        tl.store(out + 3 * tiles, tl.sum(away) / valid)
+
+
+@triton.jit
+def finish_kernel(partial_ptr, out_ptr, tiles, BLOCK: tl.constexpr):
+    "Add the partial means of one utterance, layer and comparison, in their order"
+    total = tl.zeros((BLOCK,), tl.float32)
+    for start in range(0, tiles, BLOCK):
+        tile = start + tl.arange(0, BLOCK)
+        total += tl.load(partial_ptr + tl.program_id(0).to(tl.int64) * tiles + tile, mask=tile < tiles, other=0.)
+    tl.store(out_ptr + tl.program_id(0), tl.sum(total))
+
+
+@triton.jit
+def signs_kernel(codes_ptr, factors_ptr, out_ptr, lengths_ptr, T, D, size, count, row, BLOCK: tl.constexpr,
+                 TURNS: tl.constexpr, PACKED: tl.constexpr, LENGTHS: tl.constexpr):
+    "Gradient of l1 from packed signs, `size` bytes a group, and the factors of `count` comparisons"
+    b = tl.program_id(1).to(tl.int64)
+    valid = frames_of(lengths_ptr, b, T, LENGTHS) * D
+    for turn in range(TURNS):
+        inside = (tl.program_id(0) * TURNS + turn) * BLOCK + tl.arange(0, BLOCK)
+        place = b * T * D + inside
+        total, group = tl.zeros((BLOCK,), tl.float32), codes_ptr + place
+        for first in range(0, count, PACKED):
+            code = tl.load(group, mask=inside < valid, other=0)
+            group += size
+            for k in tl.static_range(PACKED):
+                factor = tl.load(factors_ptr + b * row + first + k, mask=first + k < count, other=0.) / valid
+                total += factor * (((code >> 2 * k) & 3).to(tl.float32) - 1)
+        total = tl.where(inside < valid, total, 0.)
+        tl.store(out_ptr + place, total.to(out_ptr.dtype.element_ty), mask=inside < T * D)
+
+
+@triton.jit
+def gradient_kernel(e_ptr, x0_ptr, x1_ptr, x2_ptr, x3_ptr, factors_ptr, out_ptr, lengths_ptr, T, D, row,
+                    COUNT: tl.constexpr, COSINE: tl.constexpr, ADD: tl.constexpr, LENGTHS: tl.constexpr,
+                    EPS: tl.constexpr, FRAMES: tl.constexpr, DIMS: tl.constexpr):
+    "Gradient of l2 or cosine from the features and a factor for each comparison; ADD: to what is there"
+    b = tl.program_id(1).to(tl.int64)
+    valid = frames_of(lengths_ptr, b, T, LENGTHS)
+    t = tl.program_id(0) * FRAMES + tl.arange(0, FRAMES)
+    live, rows = t < valid, (b * T + t) * D
+    factors_ptr += b * row
+    # how much there is of e - x, or of -x where e is not close to x, and how much of e
+    if COSINE:
+        _, slope, close0, turn = cosine(e_ptr, x0_ptr, rows, live, D, EPS, FRAMES, DIMS)
+        factor = tl.load(factors_ptr) / valid
+        f0, f = factor * slope, factor * turn
+        if COUNT > 1:
+            _, slope, close1, turn = cosine(e_ptr, x1_ptr, rows, live, D, EPS, FRAMES, DIMS)
+            factor = tl.load(factors_ptr + 1) / valid
+            f1, f = factor * slope, f + factor * turn
+        if COUNT > 2:
+            _, slope, close2, turn = cosine(e_ptr, x2_ptr, rows, live, D, EPS, FRAMES, DIMS)
+            factor = tl.load(factors_ptr + 2) / valid
+            f2, f = factor * slope, f + factor * turn
+        if COUNT > 3:
+            _, slope, close3, turn = cosine(e_ptr, x3_ptr, rows, live, D, EPS, FRAMES, DIMS)
+            factor = tl.load(factors_ptr + 3) / valid
+            f3, f = factor * slope, f + factor * turn
+    else:
+        none = tl.zeros((FRAMES,), tl.float32)
+        close0, close1, close2, close3 = none + 1, none + 1, none + 1, none + 1
+        f0 = none + 2 * tl.load(factors_ptr) / (valid * D)
+        if COUNT > 1: f1 = none + 2 * tl.load(factors_ptr + 1) / (valid * D)
+        if COUNT > 2: f2 = none + 2 * tl.load(factors_ptr + 2) / (valid * D)
+        if COUNT > 3: f3 = none + 2 * tl.load(factors_ptr + 3) / (valid * D)
+    for start in range(0, D, DIMS):
+        dims = start + tl.arange(0, DIMS)
+        place = rows[:, None] + dims[None, :]
+        mask, there = live[:, None] & (dims < D)[None, :], (t < T)[:, None] & (dims < D)[None, :]
+        e = read(e_ptr, place, mask)
+        total = f0[:, None] * (close0[:, None] * e - read(x0_ptr, place, mask))
+        if COUNT > 1: total += f1[:, None] * (close1[:, None] * e - read(x1_ptr, place, mask))
+        if COUNT > 2: total += f2[:, None] * (close2[:, None] * e - read(x2_ptr, place, mask))
+        if COUNT > 3: total += f3[:, None] * (close3[:, None] * e - read(x3_ptr, place, mask))
+        if COSINE: total += f[:, None] * e
+        total = tl.where(live[:, None], total, 0.)
+        if ADD: total += tl.load(out_ptr + place, mask=there, other=0.)
+        tl.store(out_ptr + place, total.to(out_ptr.dtype.element_ty), mask=there)
+
+
+# ------------------------------------------------------------------------------- launchers
+
+def sums(enhanced, clean, negatives, frames, distance: str, keep: bool):
+    "Distances (B, layers, 1 + K), size of clean (B, layers), packed signs or nothing"
+    layers, B = len(enhanced), len(enhanced[0])
+    count = 1 + len(negatives) // layers
+    cosine, shapes = distance == 'cosine', [e.shape for e in enhanced]
+    tiles = max(grid_of(shape, cosine)[0] for shape in shapes)
+    partial = enhanced[0].new_zeros(B, layers, count + 1, tiles, dtype=torch.float32)
+    places = regions(shapes, count)
+    codes = torch.empty(places[-1].stop if keep else 0, dtype=torch.uint8, device=partial.device)
+    with on_device(partial):
+        for l, (_, T, D) in enumerate(shapes):
+            e = enhanced[l].contiguous()
+            for first, others in groups([clean[l], *negatives[l::layers]]):
+                where = T, D, tiles, count + 1, first, l, layers
+                options = dict(COUNT=min(PACKED, count - first), LENGTHS=frames is not None, num_warps=TILE.warps)
+                if cosine:
+                    cosine_sums_kernel[grid_of(e.shape, True)](
+                        e, *others, partial, valid(frames, l, e), *where, EPS=EPS, FRAMES=TILE.frames,
+                        DIMS=TILE.dims, num_stages=TILE.stages, **options)
+                else:
+                    region = codes[places[l]][first // PACKED * e.numel():] if keep else codes
+                    sums_kernel[grid_of(e.shape, False)](
+                        e, *others, region, partial, valid(frames, l, e), *where, SQUARE=distance == 'l2', KEEP=keep,
+                        SIZE=first == 0, BLOCK=TILE.block, TURNS=TILE.turns, **options)
+        found = partial.new_empty(B, layers, count + 1)
+        finish_kernel[found.numel(),](partial, found, tiles, PARTIALS)
+    sizes = torch.ones_like(found[..., -1]) if cosine else found[..., -1].clone()
+    return found[..., :-1].clone(memory_format=torch.contiguous_format), sizes.contiguous(), codes
+
+
+def gradients(features, codes, shapes, factors, frames, distance: str, dtype) -> list[Tensor]:
+    "Gradients of the enhanced layers; factors (B, layers, 1 + K)"
+    layers, count, found = len(shapes), factors.shape[2], []
+    factors, places = factors.contiguous(), regions(shapes, count)
+    with on_device(factors):
+        for l, (B, T, D) in enumerate(shapes):
+            own, lengths = factors[:, l], valid(frames, l, factors)
+            # several groups are summed in float32
+            out = torch.empty(B, T, D, device=own.device, dtype=dtype if count <= PACKED else torch.float32)
+            options = dict(LENGTHS=frames is not None, num_warps=TILE.warps)
+            if distance == 'l1':
+                signs_kernel[grid_of((B, T, D), False)](
+                    codes[places[l]], own, out, lengths, T, D, out.numel(), count, own.stride(0), BLOCK=TILE.block,
+                    TURNS=TILE.turns, PACKED=PACKED, **options)
+            else:
+                e = features[l].contiguous()
+                for first, others in groups(features[layers + l::layers]):
+                    gradient_kernel[grid_of(e.shape, True)](
+                        e, *others, own[:, first:], out, lengths, T, D, own.stride(0), COUNT=min(PACKED, count - first),
+                        COSINE=distance == 'cosine', ADD=first > 0, EPS=EPS, FRAMES=TILE.frames, DIMS=TILE.dims,
+                        num_stages=TILE.stages, **options)
+            found.append(out.to(dtype))
+    return found
+
+
+def groups(others: list[Tensor]):
+    "Up to PACKED layers at a time, the last of them again where there are fewer; and the place of the first"
+    for first in range(0, len(others), PACKED):
+        some = [x.contiguous() for x in others[first:first + PACKED]]
+        yield first, some + some[-1:] * (PACKED - len(some))
+
+
+def grid_of(shape, by_frames: bool) -> tuple[int, int]:
+    "Stretches of an utterance, and utterances"
+    B, T, D = shape
+    return (triton.cdiv(T, TILE.frames) if by_frames else triton.cdiv(T * D, TILE.block * TILE.turns)), B
+
+
+def valid(frames: Tensor | None, layer: int, like: Tensor) -> Tensor:
+    "Valid frames of a layer; without them a pointer that is not read"
+    return like if frames is None else frames[layer].contiguous()
+
+
+def on_device(x: Tensor):
+    "Launches go to the GPU of the tensor; in the interpreter there is none"
+    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
+
+
+# -------------------------------------------------------------------------------- resources
+
+def _variant(name: str, kernel, pointers: dict, constants: dict) -> Variant:
+    names = [a for a in kernel.arg_names if a not in constants]
+    signature = {a: pointers.get(a, 'i32') for a in names} | dict.fromkeys(constants, 'constexpr')
+    return Variant(f'contrastive {name}', kernel, {a: signature[a] for a in kernel.arg_names}, constants, TILE.warps,
+                   TILE.stages)
+
+
+def _variants(kind: str) -> list[Variant]:
+    x, number, found = f'*{kind}', '*fp32', []
+    features = dict.fromkeys(('e_ptr', 'x0_ptr', 'x1_ptr', 'x2_ptr', 'x3_ptr', 'out_ptr'), x)
+    pointers = features | dict(codes_ptr='*u8', partial_ptr=number, lengths_ptr='*i64', factors_ptr=number)
+    flat = dict(LENGTHS=True, BLOCK=TILE.block, TURNS=TILE.turns)
+    framed = dict(LENGTHS=True, EPS=EPS, FRAMES=TILE.frames, DIMS=TILE.dims)
+    for count in 2, 3, PACKED:     # one negative, two, three
+        found += [
+            _variant(f'l1 sums {count} {kind}', sums_kernel, pointers,
+                     dict(flat, COUNT=count, SQUARE=False, KEEP=True, SIZE=True)),
+            _variant(f'l2 sums {count} {kind}', sums_kernel, pointers,
+                     dict(flat, COUNT=count, SQUARE=True, KEEP=False, SIZE=True)),
+            _variant(f'cosine sums {count} {kind}', cosine_sums_kernel, pointers, dict(framed, COUNT=count)),
+            _variant(f'l2 gradient {count} {kind}', gradient_kernel, pointers,
+                     dict(framed, COUNT=count, COSINE=False, ADD=False)),
+            _variant(f'cosine gradient {count} {kind}', gradient_kernel, pointers,
+                     dict(framed, COUNT=count, COSINE=True, ADD=False))]
+    return [*found, _variant(f'l1 gradient {kind}', signs_kernel, pointers, dict(flat, PACKED=PACKED))]
+
+
+VARIANTS = [*_variants('fp32'), *_variants('bf16'), _variant(
+    'finish', finish_kernel, dict(partial_ptr='*fp32', out_ptr='*fp32'), dict(BLOCK=PARTIALS))]
