@@ -39,9 +39,11 @@ def token_cross_entropy(
     """`-log softmax(-distance(frame, codes) / temperature)[target]` of every frame.
 
     'euclidean' is the distance itself, not its square as in `nearest_code`; its gradient on a
-    code that the frame coincides with is 0. Computed in float32 (float64 if an input is), inside
-    autocast too. Differentiable once in frames and codes; backend='reference' twice. Raises
-    ValueError or TypeError where shapes, dtypes, devices, options or targets do not fit.
+    code that the frame coincides with is 0. A frame that lies on another code than its own has
+    that one distance to half the digits (1e-4 of its length), as with `torch.cdist`.
+    Computed in float32 (float64 if an input is), inside autocast too. Differentiable once in
+    frames and codes; backend='reference' twice. Raises ValueError or TypeError where shapes,
+    dtypes, devices, options or targets do not fit.
 
     >>> token_cross_entropy(torch.zeros(1, 2), torch.tensor([[3., 4.], [0., 5.]]), torch.tensor([1]))
     tensor([0.6931])
