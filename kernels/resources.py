@@ -16,6 +16,8 @@ from typing import NamedTuple
 FAMILIES = ('triton_stft', 'triton_contrastive', 'triton_info_nce', 'triton_nearest_code',
             'triton_token_loss')
 CAPABILITIES = (80, 90, 100)
+#: A kernel with fewer registers is an empty one: the compiler can fail without a word
+REGISTERS = 8
 #: Shared memory that a block may use, bytes
 SHARED = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 
@@ -71,17 +73,21 @@ def compiled(variant: Variant, capability: int) -> Use:
     return Use(use['REG'], use['STACK'], kernel.metadata.shared)
 
 
+def wrong(variant: Variant, capability: int, use: Use) -> bool:
+    "Whether a variant spills, asks for more shared memory than there is, or came out empty"
+    return use.stack > variant.spill or use.shared > SHARED[capability] or use.registers < REGISTERS
+
+
 def main() -> int:
-    "Print the table; 1 when a variant spills or asks for more shared memory than there is"
+    "Print the table; 1 when something is wrong with a variant"
     bad = 0
     print(f'{"kernel":44} sm  registers  stack  shared')
     for variant in variants():
         for capability in CAPABILITIES:
             use = compiled(variant, capability)
-            wrong = use.stack > variant.spill or use.shared > SHARED[capability]
-            bad += wrong
+            bad += (failed := wrong(variant, capability, use))
             print(f'{variant.name:44} {capability:3} {use.registers:9} {use.stack:6} {use.shared:7}'
-                  f'{"  <- too much" if wrong else ""}', flush=True)
+                  f'{"  <- wrong" if failed else ""}', flush=True)
     return int(bad > 0)
 
 

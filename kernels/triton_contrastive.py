@@ -312,13 +312,13 @@ def _variant(name: str, kernel, pointers: dict, constants: dict) -> Variant:
                    TILE.stages)
 
 
-def _variants(kind: str) -> list[Variant]:
+def _variants(kind: str, counts: tuple[int, ...]) -> list[Variant]:
     x, number, found = f'*{kind}', '*fp32', []
     features = dict.fromkeys(('e_ptr', 'x0_ptr', 'x1_ptr', 'x2_ptr', 'x3_ptr', 'out_ptr'), x)
     pointers = features | dict(codes_ptr='*u8', partial_ptr=number, lengths_ptr='*i64', factors_ptr=number)
     flat = dict(LENGTHS=True, BLOCK=TILE.block, TURNS=TILE.turns)
     framed = dict(LENGTHS=True, EPS=EPS, FRAMES=TILE.frames, DIMS=TILE.dims)
-    for count in 2, 3, PACKED:     # one negative, two, three
+    for count in counts:
         found += [
             _variant(f'l1 sums {count} {kind}', sums_kernel, pointers,
                      dict(flat, COUNT=count, SQUARE=False, KEEP=True, SIZE=True)),
@@ -332,5 +332,6 @@ def _variants(kind: str) -> list[Variant]:
     return [*found, _variant(f'l1 gradient {kind}', signs_kernel, pointers, dict(flat, PACKED=PACKED))]
 
 
-VARIANTS = [*_variants('fp32'), *_variants('bf16'), _variant(
+#: One negative, two, three; of short types the usual two
+VARIANTS = [*_variants('fp32', (2, 3, PACKED)), *_variants('bf16', (3,)), _variant(
     'finish', finish_kernel, dict(partial_ptr='*fp32', out_ptr='*fp32'), dict(BLOCK=PARTIALS))]
