@@ -58,12 +58,12 @@ def contests() -> list[Contest]:
                            bytes_modelled=4 * d * (n * (2 if backward else 1) + k), **more)
         nearest = dict(speechloss=lambda x, c: nearest_code(x, c).distance.sum())
         found += [
-            one('euclidean', {'cdist': by_cdist_argmin, 'product': by_product, **compiled(by_product), **nearest},
+            one('squared', {'cdist': by_cdist_argmin, 'product': by_product, **compiled(by_product), **nearest},
                 by_cdist_argmin, False),
             one('cosine', dict(torch=by_cosine, **compiled(by_cosine),
                                speechloss=lambda x, c: nearest_code(x, c, metric='cosine').distance.sum()),
                 by_cosine, False),
-            one('euclidean, gradient', {'cdist': by_cdist_argmin, **nearest}, by_cdist_argmin, True),
+            one('squared, gradient', {'cdist': by_cdist_argmin, **nearest}, by_cdist_argmin, True),
             *[one(config, dict(torch=cross_entropy, **compiled(cross_entropy), speechloss=distilled), cross_entropy,
                   True, gradients=gradients)
               for config, gradients in (('token cross-entropy, frozen codes', 1), ('token cross-entropy', 2))],

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .backends import choose
 
-METRICS = ('euclidean', 'cosine')
+METRICS = ('squared', 'euclidean', 'cosine')
 #: Frames and codes of a tile: its scores, 2 MB in float32, stay in the cache
 ROWS, COLUMNS = 256, 2048
 #: Codes whose best score is found first: a maximum is fast where an arg-max is not
@@ -26,7 +26,7 @@ MATES = 16
 class Nearest(NamedTuple):
     "What `nearest_code` returns, for frames of shape (..., D) and K codes"
     index: Tensor     # (...,) int64, the nearest code; -1 for a padded frame
-    distance: Tensor  # (...,) >= 0, squared Euclidean distance, or 1 - cosine; 0 for a padded frame
+    distance: Tensor  # (...,) >= 0, by the metric; 0 for a padded frame
     usage: Tensor     # (K,) int64, how many frames each code is nearest to
 
 
@@ -34,15 +34,16 @@ def nearest_code(
     frames: Tensor,                 # (N, D) or (B, F, D), any float dtype
     codes: Tensor,                  # (K, D)
     *,
-    metric: str = 'euclidean',      # or 'cosine'
+    metric: str = 'squared',        # Euclidean; or 'euclidean', its root, or 'cosine'
     lengths: Tensor | None = None,  # (B,) frames that count, of (B, F, D)
     mask: Tensor | None = None,     # frames.shape[:-1], bool: True counts
     backend: str = 'auto',          # 'auto', 'torch', 'triton' or 'reference'
 ) -> Nearest:
     """The nearest code of each frame; of equally near ones that with the lowest index.
 
-    The distance is the *squared* Euclidean one, or 1 - cosine in [0, 2], where a frame or a code
-    of zeros is at 1 from everything and gets no gradient. Computed in float32 (float64 if an
+    'squared' is the squared Euclidean distance, 'euclidean' its root, whose gradient on the code
+    itself is 0, and 'cosine' 1 - cosine in [0, 2], where a frame or a code of zeros is at 1 from
+    everything and gets no gradient. Computed in float32 (float64 if an
     input is), inside autocast too. Differentiable in frames and codes, twice if need be.
     A frame that is not finite has index 0, and its distance is NaN or infinite; a code that is
     not finite spoils all distances. Raises ValueError or TypeError where shapes, dtypes,
@@ -62,7 +63,7 @@ def nearest_code(
     if serve == 'reference':
         index = matrix(x, c, metric).argmin(-1)
     else:
-        index = nearest_index(x.detach(), c.detach(), metric == 'euclidean', serve == 'triton')
+        index = nearest_index(x.detach(), c.detach(), metric != 'cosine', serve == 'triton')
     sound = (c.detach() * 0).sum()  # 0, or NaN
     index = torch.where(sound.isfinite() & x.detach().isfinite().all(-1), index, 0)
     distance = away(x, c, index, metric) + sound
@@ -79,15 +80,17 @@ def matrix(x: Tensor, c: Tensor, metric: str) -> Tensor:
     product = x @ c.T
     if metric == 'cosine':  # of unit vectors
         return 1 - product
-    return (x.square().sum(-1, keepdim=True) - 2 * product + c.square().sum(-1)).clamp_min(0)
+    return (x.square().sum(-1, keepdim=True) - 2 * product + c.square().sum(-1)).clamp_min(0)   # of either
 
 
 def away(x: Tensor, c: Tensor, index: Tensor, metric: str) -> Tensor:
     "Distance (N,) of each frame from the code of its index, with nothing that cancels"
     chosen = F.embedding(index, c)                   # (N, D); its backward adds in a fixed order
     square = (x - chosen).square().sum(-1)
-    if metric == 'euclidean':
+    if metric == 'squared':
         return square
+    if metric == 'euclidean':                        # a bare root has a NaN for a gradient at 0
+        return torch.where(square != 0, square, 1.).sqrt() * (square != 0)
     zero = ~(x.detach().any(-1) & chosen.detach().any(-1))
     return torch.where(zero, 1., square / 2)         # of unit vectors: |a - b|^2 / 2 = 1 - a.b
 
