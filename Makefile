@@ -13,7 +13,7 @@ VENV   ?= .venv
 SHELL := /bin/bash
 MAKEFLAGS += --no-print-directory
 .DEFAULT_GOAL := help
-.PHONY: help setup reproduce test notebooks smoke pytest lint docs readme lab export clean FORCE
+.PHONY: help setup reproduce test notebooks smoke pytest lint bench docs readme lab export clean FORCE
 
 # One thread a process: the work is spread over processes instead.
 export OMP_NUM_THREADS ?= 1
@@ -66,6 +66,9 @@ smoke: $(ready)
 pytest: $(ready)
 	@echo '== pytest: export in sync, notebooks clean, site, wheel, numerics, faults'
 	@$(run) -m pytest -n 2
+
+bench: $(ready)  ## time the kernels beside their rivals, rows appended to benchmarks/rows.csv
+	@$(run) -m benchmarks.run
 
 docs: $(ready)  ## build the site in _site (needs quarto; without it, check the pages)
 	@PATH="$$PWD/$(VENV)/bin:$$PATH" $(run) .ci/pages.py site
