@@ -2,8 +2,8 @@
 
 Every layer of every utterance is read once, a block at a time. For 'l1' the backward pass needs
 no features, only the signs of the differences: two bits for each comparison, four comparisons a
-byte. For 'l2' and 'cosine' it reads the features again. Back ends: see
-`speechloss.kernels.backends`.
+byte. For 'l2' and 'cosine' it reads the features again; what it needs to know beside them is at
+most two numbers a frame. Back ends: see `speechloss.kernels.backends`.
 """
 from typing import NamedTuple
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .backends import choose, wants_grad
-from .contrastive_blocks import EPS, gradient, gradient_l1, regions, sums
+from .contrastive_blocks import EPS, gradient_cosine, gradient_l1, gradient_l2, kept_dtype, regions, sums
 
 DISTANCES = ('l1', 'l2', 'cosine')
 #: Added to the mean size of the clean features, so that silence has a denominator
@@ -129,29 +129,27 @@ def _coefficients(grad, distances, sizes, weights, layer_weights, eps) -> Tensor
 def _contrastive(enhanced: list[Tensor], clean: list[Tensor], negatives: list[Tensor], weights: Tensor,
                  layer_weights: Tensor, frames: Tensor | None, distance: str, eps: float, need_grad: bool,
                  backend: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    "Values (B,), distances (B, layers, 1 + K), size of clean (B, layers), packed signs or empty"
-    keep = need_grad and distance == 'l1'
+    "Values (B,), distances (B, layers, 1 + K), size of clean (B, layers), and what is kept: see `regions`"
     with torch.autocast(weights.device.type, enabled=False):
         if backend == 'triton':
             from .triton_contrastive import sums as triton_sums
-            found = triton_sums(enhanced, clean, negatives, frames, distance, keep)
+            found = triton_sums(enhanced, clean, negatives, frames, distance, need_grad)
         else:
-            found = sums(enhanced, clean, negatives, frames, distance, keep, weights.dtype)
-        distances, sizes, codes = found
-        return _ratio(distances, sizes, weights, layer_weights, eps)[0], distances, sizes, codes
+            found = sums(enhanced, clean, negatives, frames, distance, need_grad, weights.dtype)
+        distances, sizes, kept = found
+        return _ratio(distances, sizes, weights, layer_weights, eps)[0], distances, sizes, kept
 
 
 @_contrastive.register_fake
 def _(enhanced, clean, negatives, weights, layer_weights, frames, distance, eps, need_grad, backend):
     B, layers, comparisons = len(enhanced[0]), len(enhanced), 1 + len(negatives) // len(enhanced)
-    keep = need_grad and distance == 'l1'
-    size = regions([e.shape for e in enhanced], comparisons)[-1].stop if keep else 0
+    size = regions([e.shape for e in enhanced], comparisons, distance)[-1].stop if need_grad else 0
     return (weights.new_empty(B), weights.new_empty(B, layers, comparisons), weights.new_empty(B, layers),
-            weights.new_empty(size, dtype=torch.uint8))
+            weights.new_empty(size, dtype=kept_dtype(distance)))
 
 
 @torch.library.custom_op('speechloss::contrastive_backward', mutates_args=())
-def _contrastive_backward(grad: Tensor, features: list[Tensor], codes: Tensor, shapes: list[int],
+def _contrastive_backward(grad: Tensor, features: list[Tensor], kept: Tensor, shapes: list[int],
                           distances: Tensor, sizes: Tensor, weights: Tensor, layer_weights: Tensor,
                           frames: Tensor | None, distance: str, eps: float, dtype: torch.dtype,
                           backend: str) -> list[Tensor]:
@@ -161,18 +159,18 @@ def _contrastive_backward(grad: Tensor, features: list[Tensor], codes: Tensor, s
         each = _coefficients(grad.to(weights.dtype), distances, sizes, weights, layer_weights, eps)
         if backend == 'triton':
             from .triton_contrastive import gradients
-            return gradients(features, codes, shapes, each, frames, distance, dtype)
-        results, places = [], regions(shapes, each.shape[2])
+            return gradients(features, kept, shapes, each, frames, distance, dtype)
+        results, places = [], regions(shapes, each.shape[2], distance)
         for l, shape in enumerate(shapes):
-            valid = None if frames is None else frames[l]
-            results.append(
-                gradient_l1(shape, codes[places[l]], each[:, l], valid, dtype) if distance == 'l1'
-                else gradient(features[l], features[layers + l::layers], each[:, l], valid, distance))
+            own, layer, valid = kept[places[l]], features[l::layers], None if frames is None else frames[l]
+            results.append(gradient_l1(shape, own, each[:, l], valid, dtype) if distance == 'l1' else
+                           gradient_l2(layer, each[:, l], valid) if distance == 'l2' else
+                           gradient_cosine(layer, own, each[:, l], valid))
         return results
 
 
 @_contrastive_backward.register_fake
-def _(grad, features, codes, shapes, distances, sizes, weights, layer_weights, frames, distance, eps, dtype, backend):
+def _(grad, features, kept, shapes, distances, sizes, weights, layer_weights, frames, distance, eps, dtype, backend):
     return [grad.new_empty(shapes[k:k + 3], dtype=dtype) for k in range(0, len(shapes), 3)]
 
 
@@ -188,8 +186,8 @@ def _keep(ctx, inputs, output):
 def _backward(ctx, grad, *others):
     rest = [None] * ctx.counts[1], [None] * ctx.counts[2], *[None] * 7
     if grad is None: return [None] * ctx.counts[0], *rest
-    distances, sizes, codes, weights, layer_weights, frames, *features = ctx.saved_tensors
-    return _contrastive_backward(grad, features, codes, ctx.shapes, distances, sizes, weights, layer_weights, frames,
+    distances, sizes, kept, weights, layer_weights, frames, *features = ctx.saved_tensors
+    return _contrastive_backward(grad, features, kept, ctx.shapes, distances, sizes, weights, layer_weights, frames,
                                  ctx.distance, ctx.eps, ctx.dtype, ctx.backend), *rest
 
 

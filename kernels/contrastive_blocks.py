@@ -38,40 +38,55 @@ def _new(shape, dtype, device, frames) -> Tensor:
     return (torch.empty if frames is None else torch.zeros)(shape, dtype=dtype, device=device)
 
 
-def regions(shapes: list[tuple], comparisons: int) -> list[slice]:
-    "Where the packed signs of each layer lie, (groups, B, T, D)"
-    groups, found, start = -(-comparisons // PACKED), [], 0
+def regions(shapes: list[tuple], comparisons: int, distance: str) -> list[slice]:
+    """Where each layer lies in what is kept for the backward pass.
+
+    Of l1 packed signs, (groups, B, T, D) bytes; of cosine two numbers a frame, (comparisons, 2,
+    B, T); of l2 nothing.
+    """
+    found, start = [], 0
     for B, T, D in shapes:
-        found.append(slice(start, start + groups * B * T * D))
-        start = found[-1].stop
+        size = B * T * dict(l1=-(-comparisons // PACKED) * D, l2=0, cosine=2 * comparisons)[distance]
+        found.append(slice(start, start + size))
+        start += size
     return found
 
 
+def kept_dtype(distance: str) -> torch.dtype | None:
+    "Of what is kept; None: that of the numerics"
+    return torch.uint8 if distance == 'l1' else None
+
+
 def sums(enhanced, clean, negatives, frames, distance, keep, dtype):
-    "Distances (B, layers, 1 + K), size of clean (B, layers) and, to keep, packed signs"
+    "Distances (B, layers, 1 + K), size of clean (B, layers) and, to keep, what the backward pass needs"
     layers, shapes = len(enhanced), [e.shape for e in enhanced]
     comparisons = 1 + len(negatives) // layers
-    places = regions(shapes, comparisons)
+    places = regions(shapes, comparisons, distance)
     total = enhanced[0].new_zeros(shapes[0][0], layers, comparisons + 1)
     total = total.to(torch.float64 if total.is_cpu else dtype)      # elsewhere a layer is one block
-    codes = _new(places[-1].stop if keep else 0, torch.uint8, total.device, frames)
+    kept = _new(places[-1].stop if keep else 0, kept_dtype(distance) or dtype, total.device, frames)
     for l, shape in enumerate(shapes):
         others, valid = (clean[l], *negatives[l::layers]), None if frames is None else frames[l]
-        packed = codes[places[l]].view(-1, *shape) if keep else ()
+        own = kept[places[l]] if keep else None
         for at, inside in _blocks(shape, total.device, valid):
             e, *parts = (_part(x, at, inside, dtype) for x in (enhanced[l], *others))
             if distance == 'l1':
                 found, signs = _l1_block(e, parts, keep)
-                for group, code in zip(packed, signs): group[at] = code
+                if keep:
+                    for group, code in zip(own.view(-1, *shape), signs): group[at] = code
+            elif distance == 'l2':
+                found = [(e - x).square_().sum((1, 2)) for x in parts]
             else:
-                found = [_sum(e, x, distance) for x in parts]
-            if distance != 'cosine': found.append(_sum(parts[0], torch.zeros_like(e[:, :1, :1]), distance))
+                found, slopes = _cosine_block(e, parts, keep)
+                if keep: own.view(-1, *shape[:2])[(slice(None), *at)] = torch.stack(slopes)
+            if distance == 'l1': found.append(parts[0].abs().sum((1, 2)))
+            if distance == 'l2': found.append(parts[0].square().sum((1, 2)))
             total[at[0], l, :len(found)] += torch.stack(found, -1)
         total[:, l] /= counts(shape, valid, total, distance)[:, None]
     if distance == 'cosine': total[..., -1] = 1
     # copies: what a custom op returns may not share memory
     own = dict(dtype=dtype, copy=True, memory_format=torch.contiguous_format)
-    return total[..., :-1].to(**own), total[..., -1].to(**own), codes
+    return total[..., :-1].to(**own), total[..., -1].to(**own), kept
 
 
 def counts(shape, frames: Tensor | None, like: Tensor, distance: str) -> Tensor:
@@ -94,29 +109,26 @@ def _l1_block(e: Tensor, others: list[Tensor], keep: bool) -> tuple[list[Tensor]
     return found, codes
 
 
-def _sum(e: Tensor, x: Tensor, distance: str) -> Tensor:   # (B, t, D) -> (B,)
-    if distance == 'l1': return (e - x).abs_().sum((1, 2))
-    if distance == 'l2': return (e - x).square_().sum((1, 2))
-    return _cosine(e, x)[0].sum(1)
-
-
-def _cosine(e: Tensor, x: Tensor) -> tuple[Tensor, ...]:
-    """1 - cos of each frame (B, t), and its gradient, slope (close e - x) + turn e.
+def _cosine_block(e: Tensor, others: list[Tensor], keep: bool) -> tuple[list[Tensor], list[Tensor]]:
+    """Sums of 1 - cos over frames; for each comparison its gradient, slope (close e - x) + turn e.
 
     Where e is close to x all comes from the difference, |e| |x| (1 - cos) =
     (|e - x|² - (|e| - |x|)²) / 2, so that nothing cancels and identity is exactly 0. Elsewhere
-    the difference hides the smaller of the two, and the inner product serves.
+    the difference hides the smaller of the two, and the inner product serves. A slope is above
+    0, and is returned below 0 where e is not close: two numbers (B, t) a comparison.
     """
-    difference = e - x
-    apart, along, dot = difference.square().sum(-1), (difference * e).sum(-1), (e * x).sum(-1)
-    e_norm, x_norm = ((v.square().sum(-1) + EPS).sqrt() for v in (e, x))
-    slope = 1 / (e_norm * x_norm)
-    close = apart < e_norm * x_norm
-    longer = (2 * along - apart) / (e_norm + x_norm)           # |e| - |x|
-    cos = (dot + EPS) * slope
-    away = torch.where(close, (apart - longer.square()) * slope / 2, 1 - cos).clamp_min(0)
-    turn = torch.where(close, -longer / x_norm - away, cos) / e_norm.square()
-    return away, slope, close.to(e.dtype), turn
+    found, slopes, ee = [], [], e.square().sum(-1) + EPS
+    for x in others:
+        apart, dot, xx = (e - x).square_().sum(-1), (e * x).sum(-1) + EPS, x.square().sum(-1) + EPS
+        e_norm, x_norm = ee.sqrt(), xx.sqrt()
+        slope = 1 / (e_norm * x_norm)
+        close = apart < e_norm * x_norm
+        longer = (ee - xx) / (e_norm + x_norm)
+        cos = dot * slope
+        away = torch.where(close, (apart - longer.square()) * slope / 2, 1 - cos).clamp_min_(0)
+        found.append(away.sum(1))
+        if keep: slopes += [torch.where(close, slope, -slope), torch.where(close, -longer / x_norm - away, cos) / ee]
+    return found, slopes
 
 
 def gradient_l1(shape, codes, coefficients, frames, dtype) -> Tensor:
@@ -142,18 +154,30 @@ def _table(coefficients: Tensor) -> Tensor:   # (B, up to PACKED) -> (B, 256)
     return table
 
 
-def gradient(e_all, others, coefficients, frames, distance) -> Tensor:
-    "Gradient of one layer from its features and coefficients (B, 1 + K)"
-    result = _new(e_all.shape, e_all.dtype, e_all.device, frames)
-    coefficients = coefficients / counts(e_all.shape, frames, coefficients, distance)[:, None]
-    for at, inside in _blocks(e_all.shape, e_all.device, frames):
-        e, *parts = (_part(x, at, inside, coefficients.dtype) for x in (e_all, *others))
+def gradient_l2(features, coefficients, frames) -> Tensor:
+    "Gradient of one layer from its features, enhanced first, and coefficients (B, 1 + K)"
+    result = _new(features[0].shape, features[0].dtype, features[0].device, frames)
+    coefficients = 2 * coefficients / counts(result.shape, frames, coefficients, 'l2')[:, None]
+    for at, inside in _blocks(result.shape, result.device, frames):
+        e, *parts = (_part(x, at, inside, coefficients.dtype) for x in features)
         total = torch.zeros_like(e)
-        for c, x in zip(coefficients[at[0]].T[..., None], parts):                    # (B, 1)
-            if distance == 'l2':
-                total.addcmul_(e - x, 2 * c[..., None])
-            else:
-                _, slope, close, turn = _cosine(e, x)
-                total.addcmul_(e * close[..., None] - x, (c * slope)[..., None]).addcmul_(e, (c * turn)[..., None])
+        for c, x in zip(coefficients[at[0]].T, parts): total.addcmul_(e - x, c[:, None, None])
         result[at] = total
+    return result
+
+
+def gradient_cosine(features, slopes, coefficients, frames) -> Tensor:
+    "Gradient of one layer from its features, enhanced first, slopes (1 + K, 2, B, T) and coefficients (B, 1 + K)"
+    result = _new(features[0].shape, features[0].dtype, features[0].device, frames)
+    coefficients = coefficients / counts(result.shape, frames, coefficients, 'cosine')[:, None]
+    slopes = slopes.view(-1, 2, *result.shape[:2], 1)
+    for at, inside in _blocks(result.shape, result.device, frames):
+        e, *parts = (_part(x, at, inside, coefficients.dtype) for x in features)
+        total, turns = torch.zeros_like(e), 0
+        here = slopes[(slice(None), slice(None), *at)]                               # (1 + K, 2, b, t, 1)
+        for c, (slope, turn), x in zip(coefficients[at[0]].T[..., None, None], here, parts):
+            total.addcmul_(torch.addcmul(x, e, (slope > 0).to(e.dtype), value=-1), slope.abs() * -c)
+            turns = turns + c * turn
+        total.addcmul_(e, turns)
+        result[at] = total if inside is None else torch.where(inside, total, 0)
     return result

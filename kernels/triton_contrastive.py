@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .contrastive_blocks import EPS, PACKED, regions
+from .contrastive_blocks import EPS, PACKED, kept_dtype, regions
 from .resources import Variant
 
 
@@ -95,8 +95,9 @@ def sums_kernel(e_ptr, x0_ptr, x1_ptr, x2_ptr, x3_ptr, codes_ptr, partial_ptr, l
 
 
 @triton.jit
-def cosine(e_ptr, x_ptr, rows, live, D, EPS: tl.constexpr, FRAMES: tl.constexpr, DIMS: tl.constexpr):
-    "1 - cos of frames, and its gradient, slope (close e - x) + turn e: see `contrastive_blocks`"
+def cosine(e_ptr, x_ptr, slopes_ptr, t, live, rows, frames, D, KEEP: tl.constexpr, EPS: tl.constexpr,
+           FRAMES: tl.constexpr, DIMS: tl.constexpr):
+    "1 - cos of some frames, and its gradient into slopes (2, frames): see `contrastive_blocks`"
     apart, along = tl.zeros((FRAMES, DIMS), tl.float32), tl.zeros((FRAMES, DIMS), tl.float32)
     ee, xx = tl.zeros((FRAMES, DIMS), tl.float32), tl.zeros((FRAMES, DIMS), tl.float32)
     ex = tl.zeros((FRAMES, DIMS), tl.float32)
@@ -118,30 +119,37 @@ def cosine(e_ptr, x_ptr, rows, live, D, EPS: tl.constexpr, FRAMES: tl.constexpr,
     cos = (tl.sum(ex, 1) + EPS) * slope
     away = tl.where(close, (apart - longer * longer) * slope / 2, 1 - cos)
     away = tl.where(away < 0, 0., away)                                # and a nan stays one
-    return away, slope, close.to(tl.float32), tl.where(close, -longer / x_norm - away, cos) / (e_norm * e_norm)
+    if KEEP:
+        turn = tl.where(close, -longer / x_norm - away, cos) / (e_norm * e_norm)
+        tl.store(slopes_ptr + t, tl.where(close, slope, -slope), mask=live)
+        tl.store(slopes_ptr + frames + t, turn, mask=live)
+    return tl.sum(away)
 
 
 @triton.jit
-def cosine_sums_kernel(e_ptr, x0_ptr, x1_ptr, x2_ptr, x3_ptr, partial_ptr, lengths_ptr, T, D, tiles, columns, column,
-                       layer, layers, COUNT: tl.constexpr, LENGTHS: tl.constexpr, EPS: tl.constexpr,
-                       FRAMES: tl.constexpr, DIMS: tl.constexpr):
-    "Partial means of 1 - cos over some frames of an utterance, as `sums_kernel`"
+def cosine_sums_kernel(e_ptr, x0_ptr, x1_ptr, x2_ptr, x3_ptr, slopes_ptr, partial_ptr, lengths_ptr, T, D, tiles,
+                       columns, column, layer, layers, COUNT: tl.constexpr, KEEP: tl.constexpr,
+                       LENGTHS: tl.constexpr, EPS: tl.constexpr, FRAMES: tl.constexpr, DIMS: tl.constexpr):
+    "Partial means of 1 - cos over some frames of an utterance, as `sums_kernel`; slopes (COUNT, 2, B, T)"
     tile, b = tl.program_id(0), tl.program_id(1)
     valid = frames_of(lengths_ptr, b, T, LENGTHS)
     t = tile * FRAMES + tl.arange(0, FRAMES)
-    live, rows = t < valid, (b.to(tl.int64) * T + t) * D
+    frame, frames = b * T + t, tl.num_programs(1) * T
+    live, rows = t < valid, frame.to(tl.int64) * D
     out = partial_ptr + ((b.to(tl.int64) * layers + layer) * columns + column) * tiles + tile
-    away, _, _, _ = cosine(e_ptr, x0_ptr, rows, live, D, EPS, FRAMES, DIMS)
-    tl.store(out, tl.sum(away) / valid)
+    tl.store(out, cosine(e_ptr, x0_ptr, slopes_ptr, frame, live, rows, frames, D, KEEP, EPS, FRAMES, DIMS) / valid)
     if COUNT > 1:
-        away, _, _, _ = cosine(e_ptr, x1_ptr, rows, live, D, EPS, FRAMES, DIMS)
-        tl.store(out + tiles, tl.sum(away) / valid)
+        slopes_ptr += 2 * frames
+        away = cosine(e_ptr, x1_ptr, slopes_ptr, frame, live, rows, frames, D, KEEP, EPS, FRAMES, DIMS)
+        tl.store(out + tiles, away / valid)
     if COUNT > 2:
-        away, _, _, _ = cosine(e_ptr, x2_ptr, rows, live, D, EPS, FRAMES, DIMS)
-        tl.store(out + 2 * tiles, tl.sum(away) / valid)
+        slopes_ptr += 2 * frames
+        away = cosine(e_ptr, x2_ptr, slopes_ptr, frame, live, rows, frames, D, KEEP, EPS, FRAMES, DIMS)
+        tl.store(out + 2 * tiles, away / valid)
     if COUNT > 3:
-        away, _, _, _ = cosine(e_ptr, x3_ptr, rows, live, D, EPS, FRAMES, DIMS)
-        tl.store(out + 3 * tiles, tl.sum(away) / valid)
+        slopes_ptr += 2 * frames
+        away = cosine(e_ptr, x3_ptr, slopes_ptr, frame, live, rows, frames, D, KEEP, EPS, FRAMES, DIMS)
+        tl.store(out + 3 * tiles, away / valid)
 
 
 @triton.jit
@@ -175,49 +183,51 @@ def signs_kernel(codes_ptr, factors_ptr, out_ptr, lengths_ptr, T, D, size, count
 
 
 @triton.jit
-def gradient_kernel(e_ptr, x0_ptr, x1_ptr, x2_ptr, x3_ptr, factors_ptr, out_ptr, lengths_ptr, T, D, row,
+def slope_of(slopes_ptr, factors_ptr, frame, live, frames, valid, D, M: tl.constexpr, COSINE: tl.constexpr):
+    """The gradient of comparison M as `slope (close e - x) + turn e` of its frames, times its factor.
+
+    For l2 it is `2 (e - x)`, the mean of which goes over dims, too.
+    """
+    factor = tl.load(factors_ptr + M) / valid
+    if COSINE:
+        slope = tl.load(slopes_ptr + 2 * M * frames + frame, mask=live, other=0.)
+        turn = tl.load(slopes_ptr + (2 * M + 1) * frames + frame, mask=live, other=0.)
+        return factor * tl.abs(slope), (slope > 0).to(tl.float32), factor * turn
+    else:
+        return tl.where(live, 2 * factor / D, 0.), tl.where(live, 1., 0.), tl.where(live, 0., 0.)
+
+
+@triton.jit
+def gradient_kernel(e_ptr, x0_ptr, x1_ptr, x2_ptr, x3_ptr, slopes_ptr, factors_ptr, out_ptr, lengths_ptr, T, D, row,
                     COUNT: tl.constexpr, COSINE: tl.constexpr, ADD: tl.constexpr, LENGTHS: tl.constexpr,
-                    EPS: tl.constexpr, FRAMES: tl.constexpr, DIMS: tl.constexpr):
+                    FRAMES: tl.constexpr, DIMS: tl.constexpr):
     "Gradient of l2 or cosine from the features and a factor for each comparison; ADD: to what is there"
-    b = tl.program_id(1).to(tl.int64)
+    b = tl.program_id(1)
     valid = frames_of(lengths_ptr, b, T, LENGTHS)
     t = tl.program_id(0) * FRAMES + tl.arange(0, FRAMES)
-    live, rows = t < valid, (b * T + t) * D
-    factors_ptr += b * row
-    # how much there is of e - x, or of -x where e is not close to x, and how much of e
-    if COSINE:
-        _, slope, close0, turn = cosine(e_ptr, x0_ptr, rows, live, D, EPS, FRAMES, DIMS)
-        factor = tl.load(factors_ptr) / valid
-        f0, f = factor * slope, factor * turn
-        if COUNT > 1:
-            _, slope, close1, turn = cosine(e_ptr, x1_ptr, rows, live, D, EPS, FRAMES, DIMS)
-            factor = tl.load(factors_ptr + 1) / valid
-            f1, f = factor * slope, f + factor * turn
-        if COUNT > 2:
-            _, slope, close2, turn = cosine(e_ptr, x2_ptr, rows, live, D, EPS, FRAMES, DIMS)
-            factor = tl.load(factors_ptr + 2) / valid
-            f2, f = factor * slope, f + factor * turn
-        if COUNT > 3:
-            _, slope, close3, turn = cosine(e_ptr, x3_ptr, rows, live, D, EPS, FRAMES, DIMS)
-            factor = tl.load(factors_ptr + 3) / valid
-            f3, f = factor * slope, f + factor * turn
-    else:
-        none = tl.zeros((FRAMES,), tl.float32)
-        close0, close1, close2, close3 = none + 1, none + 1, none + 1, none + 1
-        f0 = none + 2 * tl.load(factors_ptr) / (valid * D)
-        if COUNT > 1: f1 = none + 2 * tl.load(factors_ptr + 1) / (valid * D)
-        if COUNT > 2: f2 = none + 2 * tl.load(factors_ptr + 2) / (valid * D)
-        if COUNT > 3: f3 = none + 2 * tl.load(factors_ptr + 3) / (valid * D)
+    frame, frames = b * T + t, tl.num_programs(1) * T
+    live, rows = t < valid, frame.to(tl.int64) * D
+    factors_ptr += b.to(tl.int64) * row
+    slope0, close0, turns = slope_of(slopes_ptr, factors_ptr, frame, live, frames, valid, D, 0, COSINE)
+    if COUNT > 1:
+        slope1, close1, turn = slope_of(slopes_ptr, factors_ptr, frame, live, frames, valid, D, 1, COSINE)
+        turns += turn
+    if COUNT > 2:
+        slope2, close2, turn = slope_of(slopes_ptr, factors_ptr, frame, live, frames, valid, D, 2, COSINE)
+        turns += turn
+    if COUNT > 3:
+        slope3, close3, turn = slope_of(slopes_ptr, factors_ptr, frame, live, frames, valid, D, 3, COSINE)
+        turns += turn
     for start in range(0, D, DIMS):
         dims = start + tl.arange(0, DIMS)
         place = rows[:, None] + dims[None, :]
         mask, there = live[:, None] & (dims < D)[None, :], (t < T)[:, None] & (dims < D)[None, :]
         e = read(e_ptr, place, mask)
-        total = f0[:, None] * (close0[:, None] * e - read(x0_ptr, place, mask))
-        if COUNT > 1: total += f1[:, None] * (close1[:, None] * e - read(x1_ptr, place, mask))
-        if COUNT > 2: total += f2[:, None] * (close2[:, None] * e - read(x2_ptr, place, mask))
-        if COUNT > 3: total += f3[:, None] * (close3[:, None] * e - read(x3_ptr, place, mask))
-        if COSINE: total += f[:, None] * e
+        total = slope0[:, None] * (close0[:, None] * e - read(x0_ptr, place, mask))
+        if COUNT > 1: total += slope1[:, None] * (close1[:, None] * e - read(x1_ptr, place, mask))
+        if COUNT > 2: total += slope2[:, None] * (close2[:, None] * e - read(x2_ptr, place, mask))
+        if COUNT > 3: total += slope3[:, None] * (close3[:, None] * e - read(x3_ptr, place, mask))
+        if COSINE: total += turns[:, None] * e
         total = tl.where(live[:, None], total, 0.)
         if ADD: total += tl.load(out_ptr + place, mask=there, other=0.)
         tl.store(out_ptr + place, total.to(out_ptr.dtype.element_ty), mask=there)
@@ -226,58 +236,63 @@ def gradient_kernel(e_ptr, x0_ptr, x1_ptr, x2_ptr, x3_ptr, factors_ptr, out_ptr,
 # ------------------------------------------------------------------------------- launchers
 
 def sums(enhanced, clean, negatives, frames, distance: str, keep: bool):
-    "Distances (B, layers, 1 + K), size of clean (B, layers), packed signs or nothing"
+    "Distances (B, layers, 1 + K), size of clean (B, layers) and, to keep, what the backward pass needs"
     layers, B = len(enhanced), len(enhanced[0])
     count = 1 + len(negatives) // layers
     cosine, shapes = distance == 'cosine', [e.shape for e in enhanced]
     tiles = max(grid_of(shape, cosine)[0] for shape in shapes)
     partial = enhanced[0].new_zeros(B, layers, count + 1, tiles, dtype=torch.float32)
-    places = regions(shapes, count)
-    codes = torch.empty(places[-1].stop if keep else 0, dtype=torch.uint8, device=partial.device)
+    places = regions(shapes, count, distance)
+    kept = partial.new_empty(places[-1].stop if keep else 0, dtype=kept_dtype(distance))
     with on_device(partial):
         for l, (_, T, D) in enumerate(shapes):
-            e = enhanced[l].contiguous()
+            e, own = enhanced[l].contiguous(), kept[places[l]] if keep else kept
             for first, others in groups([clean[l], *negatives[l::layers]]):
-                where = T, D, tiles, count + 1, first, l, layers
+                part = own[group_of(first, e.shape, distance):]
+                where = partial, valid(frames, l, e), T, D, tiles, count + 1, first, l, layers
                 options = dict(COUNT=min(PACKED, count - first), LENGTHS=frames is not None, num_warps=TILE.warps)
                 if cosine:
                     cosine_sums_kernel[grid_of(e.shape, True)](
-                        e, *others, partial, valid(frames, l, e), *where, EPS=EPS, FRAMES=TILE.frames,
-                        DIMS=TILE.dims, num_stages=TILE.stages, **options)
+                        e, *others, part, *where, KEEP=keep, EPS=EPS, FRAMES=TILE.frames, DIMS=TILE.dims,
+                        num_stages=TILE.stages, **options)
                 else:
-                    region = codes[places[l]][first // PACKED * e.numel():] if keep else codes
                     sums_kernel[grid_of(e.shape, False)](
-                        e, *others, region, partial, valid(frames, l, e), *where, SQUARE=distance == 'l2', KEEP=keep,
+                        e, *others, part, *where, SQUARE=distance == 'l2', KEEP=keep and distance == 'l1',
                         SIZE=first == 0, BLOCK=TILE.block, TURNS=TILE.turns, **options)
         found = partial.new_empty(B, layers, count + 1)
         finish_kernel[found.numel(),](partial, found, tiles, PARTIALS)
     sizes = torch.ones_like(found[..., -1]) if cosine else found[..., -1].clone()
-    return found[..., :-1].clone(memory_format=torch.contiguous_format), sizes.contiguous(), codes
+    return found[..., :-1].clone(memory_format=torch.contiguous_format), sizes.contiguous(), kept
 
 
-def gradients(features, codes, shapes, factors, frames, distance: str, dtype) -> list[Tensor]:
+def gradients(features, kept, shapes, factors, frames, distance: str, dtype) -> list[Tensor]:
     "Gradients of the enhanced layers; factors (B, layers, 1 + K)"
     layers, count, found = len(shapes), factors.shape[2], []
-    factors, places = factors.contiguous(), regions(shapes, count)
+    factors, places = factors.contiguous(), regions(shapes, count, distance)
     with on_device(factors):
         for l, (B, T, D) in enumerate(shapes):
-            own, lengths = factors[:, l], valid(frames, l, factors)
+            own, lengths, part = factors[:, l], valid(frames, l, factors), kept[places[l]]
             # several groups are summed in float32
             out = torch.empty(B, T, D, device=own.device, dtype=dtype if count <= PACKED else torch.float32)
             options = dict(LENGTHS=frames is not None, num_warps=TILE.warps)
             if distance == 'l1':
                 signs_kernel[grid_of((B, T, D), False)](
-                    codes[places[l]], own, out, lengths, T, D, out.numel(), count, own.stride(0), BLOCK=TILE.block,
+                    part, own, out, lengths, T, D, out.numel(), count, own.stride(0), BLOCK=TILE.block,
                     TURNS=TILE.turns, PACKED=PACKED, **options)
             else:
-                e = features[l].contiguous()
-                for first, others in groups(features[layers + l::layers]):
+                e, *others = features[l::layers]
+                for first, some in groups(others):
                     gradient_kernel[grid_of(e.shape, True)](
-                        e, *others, own[:, first:], out, lengths, T, D, own.stride(0), COUNT=min(PACKED, count - first),
-                        COSINE=distance == 'cosine', ADD=first > 0, EPS=EPS, FRAMES=TILE.frames, DIMS=TILE.dims,
-                        num_stages=TILE.stages, **options)
+                        e.contiguous(), *some, part[group_of(first, e.shape, distance):], own[:, first:], out, lengths,
+                        T, D, own.stride(0), COUNT=min(PACKED, count - first), COSINE=distance == 'cosine',
+                        ADD=first > 0, FRAMES=TILE.frames, DIMS=TILE.dims, num_stages=TILE.stages, **options)
             found.append(out.to(dtype))
     return found
+
+
+def group_of(first: int, shape, distance: str) -> int:
+    "Where in what a layer keeps the comparisons from `first` on lie"
+    return first and regions([shape], first, distance)[0].stop
 
 
 def groups(others: list[Tensor]):
@@ -315,16 +330,18 @@ def _variant(name: str, kernel, pointers: dict, constants: dict) -> Variant:
 def _variants(kind: str, counts: tuple[int, ...]) -> list[Variant]:
     x, number, found = f'*{kind}', '*fp32', []
     features = dict.fromkeys(('e_ptr', 'x0_ptr', 'x1_ptr', 'x2_ptr', 'x3_ptr', 'out_ptr'), x)
-    pointers = features | dict(codes_ptr='*u8', partial_ptr=number, lengths_ptr='*i64', factors_ptr=number)
+    pointers = features | dict(codes_ptr='*u8', lengths_ptr='*i64')
+    pointers |= dict.fromkeys(('partial_ptr', 'factors_ptr', 'slopes_ptr'), number)
     flat = dict(LENGTHS=True, BLOCK=TILE.block, TURNS=TILE.turns)
-    framed = dict(LENGTHS=True, EPS=EPS, FRAMES=TILE.frames, DIMS=TILE.dims)
+    framed = dict(LENGTHS=True, FRAMES=TILE.frames, DIMS=TILE.dims)
     for count in counts:
         found += [
             _variant(f'l1 sums {count} {kind}', sums_kernel, pointers,
                      dict(flat, COUNT=count, SQUARE=False, KEEP=True, SIZE=True)),
-            _variant(f'l2 sums {count} {kind}', sums_kernel, pointers,
+            _variant(f'l2 sums {count} {kind}', sums_kernel, pointers | dict(codes_ptr=number),
                      dict(flat, COUNT=count, SQUARE=True, KEEP=False, SIZE=True)),
-            _variant(f'cosine sums {count} {kind}', cosine_sums_kernel, pointers, dict(framed, COUNT=count)),
+            _variant(f'cosine sums {count} {kind}', cosine_sums_kernel, pointers,
+                     dict(framed, COUNT=count, KEEP=True, EPS=EPS)),
             _variant(f'l2 gradient {count} {kind}', gradient_kernel, pointers,
                      dict(framed, COUNT=count, COSINE=False, ADD=False)),
             _variant(f'cosine gradient {count} {kind}', gradient_kernel, pointers,

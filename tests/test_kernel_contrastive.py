@@ -274,9 +274,10 @@ def test_memory_is_a_block_and_the_packed_signs(distance, negatives):
     e, c, n, options = example((4, 100, 200), 3, negatives)
     flat = [x for s in n for x in s]
     signs = sum(x.numel() for x in e) * -(-(1 + negatives) // 4) if distance == 'l1' else 0
+    if distance == 'cosine': signs = 4 * 2 * (1 + negatives) * sum(x.shape[0] * x.shape[1] for x in e)
     with torch.no_grad(), Largest() as seen:     # the operator hides what happens inside it
-        codes = blocks.sums(e, c, flat, None, distance, True and distance == 'l1', torch.float32)[2]
-    assert codes.numel() == signs
+        kept = blocks.sums(e, c, flat, None, distance, True, torch.float32)[2]
+    assert kept.numel() * kept.element_size() == signs
     assert seen.nbytes <= max(signs, 4 * blocks.BLOCK + 4096)
     kept = {}
     def keep(x): kept[x.data_ptr()] = x.numel() * x.element_size(); return x
