@@ -13,6 +13,7 @@ from torch import Tensor
 from .backends import choose, wants_grad
 from .framing import WINDOWS
 from .stft_terms import norms, reference_terms, utterance_terms
+from .workers import side_by_side
 
 #: The terms of a resolution; e and s are magnitudes of enhanced and clean, means over cells
 TERMS = {
@@ -117,7 +118,7 @@ def _keep_memory() -> None:
 
 
 def _torch(x: Tensor, y: Tensor, lengths: Tensor | None, filters: list[Tensor], plan: Plan, need_grad: bool):
-    "(B, resolutions, terms), (outputs, B, T): one resolution of one utterance at a time"
+    "(B, resolutions, terms), (outputs, B, T): one resolution of one utterance on each core"
     if x.is_cpu: _keep_memory()
     sizes = [x.shape[1]] * len(x) if lengths is None else lengths.tolist()
     parts = x.new_empty(len(x), len(plan.resolutions), len(plan.terms))
@@ -127,12 +128,16 @@ def _torch(x: Tensor, y: Tensor, lengths: Tensor | None, filters: list[Tensor], 
         bank = next(banks).to(x.dtype) if plan.filtered[k] else None
         batch = None
         if plan.norm == 'batch' and 'sc' in plan.terms:
-            batch = tuple(map(sum, zip(*(norms(x[b, :n], y[b, :n], resolution, bank, plan)
-                                         for b, n in enumerate(sizes)))))
-        for b, n in enumerate(sizes):
-            parts[b, k], grad = utterance_terms(x[b, :n], y[b, :n], resolution, bank, plan,
+            each = side_by_side(lambda b: norms(x[b, :sizes[b]], y[b, :sizes[b]], resolution, bank, plan),  # noqa: B023
+                                range(len(x)), cpu=x.is_cpu)
+            batch = tuple(map(sum, zip(*each)))
+
+        def one(b, k=k, resolution=resolution, bank=bank, batch=batch):
+            parts[b, k], grad = utterance_terms(x[b, :sizes[b]], y[b, :sizes[b]], resolution, bank, plan,
                                                 plan.mix(resolution, len(x)), need_grad, batch)
-            if need_grad: waves[:, b, :n] += grad
+            if need_grad: waves[:, b, :sizes[b]] += grad   # a row of its own
+
+        side_by_side(one, range(len(x)), cpu=x.is_cpu)
     return parts, waves
 
 

@@ -1,5 +1,8 @@
 """STFT distance: the gradient first, against a DFT written out in float64."""
 import math
+import multiprocessing
+import os
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -414,3 +417,38 @@ def test_bad_resolution(options, says):
 def test_triton_by_name_says_why_it_cannot_serve():
     with pytest.raises(RuntimeError, match="backend 'triton' cannot serve: .*; use backend='auto'"):
         stft_distance(GOOD, GOOD, [Resolution(512, 128)], backend='triton')
+
+
+# ------------------------------------------------------------------------- on several cores
+
+def test_cores_change_neither_a_bit_nor_the_threads_of_torch():
+    enhanced, clean = pair(5, 4000, dtype=torch.float32)
+    alone = run(enhanced, clean, DEFAULTS, ('sc', 'log_l1'))
+    batch = run(enhanced, clean, DEFAULTS, ('sc', 'log_l1'), norm='batch')
+    torch.set_num_threads(3)                       # the fixture puts it back to 1
+    for _ in range(3):
+        both = run(enhanced, clean, DEFAULTS, ('sc', 'log_l1'))
+        assert all(torch.equal(a, b) for a, b in zip(alone, both))
+    assert all(torch.equal(a, b) for a, b in zip(batch, run(enhanced, clean, DEFAULTS, ('sc', 'log_l1'), norm='batch')))
+    assert torch.get_num_threads() == 3
+    with ThreadPoolExecutor(1) as other: assert other.submit(torch.get_num_threads).result() == 3
+    enhanced[2, 5] = math.nan                      # an error or a NaN stays in its row
+    assert stft_distance(enhanced, clean, DEFAULTS).values.isnan().any(1).tolist() == [False, False, True, False, False]
+
+
+def _in_a_fork(queue):
+    queue.put(stft_distance(*pair(3, 4000, dtype=torch.float32), DEFAULTS[2:]).values.sum().item())
+
+
+@pytest.mark.skipif(not hasattr(os, 'fork'), reason='no fork here')
+@pytest.mark.filterwarnings('ignore:.*fork.*:DeprecationWarning')
+def test_works_in_a_forked_data_worker():
+    torch.set_num_threads(2)
+    want = stft_distance(*pair(3, 4000, dtype=torch.float32), DEFAULTS[2:]).values.sum().item()
+    torch.set_num_threads(1)                       # OpenMP itself does not survive a fork with more
+    context = multiprocessing.get_context('fork')
+    queue = context.Queue()
+    process = context.Process(target=_in_a_fork, args=(queue,))
+    process.start()
+    assert queue.get(timeout=60) == want
+    process.join()
