@@ -223,8 +223,9 @@ def backward(grad, queries, keys, groups, saved, temperature, normalize, need):
     loss, lse, inverse_q, inverse_k = saved
     q, k, grad = queries.contiguous(), keys.contiguous(), grad.to(torch.float32).contiguous()
     pairs, dims = q.shape
-    strip = min(max(triton.cdiv(pairs, 8), STRIP[0]), STRIP[1], len(k))
-    slopes = loss.new_empty(pairs * strip)
+    # a multiple of the least, so that what is cut off begins at an aligned address
+    strip = min(triton.cdiv(pairs, 8 * STRIP[0]) * STRIP[0], STRIP[1])
+    slopes = loss.new_empty(pairs * min(strip, len(k)))
     sums = [loss.new_empty(x.shape if wanted else 0) for x, wanted in zip((q, k), need)]
     with on_device(q):
         for first in range(0, len(k), strip):
