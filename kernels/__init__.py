@@ -5,11 +5,11 @@ torch; the Triton back end lies beside it in `triton_*.py` and is imported when 
 serve. Needs torch alone; with Triton and a GPU the same calls run there.
 """
 from .backends import BACKENDS, available, why_not
-from .contrastive import contrastive_ratio
+from .contrastive import contrastive_ratio, contrastive_terms
 from .info_nce import info_nce
 from .nearest_code import nearest_code
 from .stft_distance import Resolution, stft_distance
 from .token_loss import token_cross_entropy
 
-__all__ = ['BACKENDS', 'Resolution', 'available', 'contrastive_ratio', 'info_nce', 'nearest_code',
+__all__ = ['BACKENDS', 'Resolution', 'available', 'contrastive_ratio', 'contrastive_terms', 'info_nce', 'nearest_code',
            'stft_distance', 'token_cross_entropy', 'why_not']
