@@ -53,6 +53,8 @@ def choose(
     """
     if backend not in BACKENDS:
         raise ValueError(f'backend is {backend!r}: choose one of {", ".join(BACKENDS)}')
+    if backend != 'reference' and any(_has_tangent(t) for t in tensors):
+        raise RuntimeError("the kernels have no forward-mode derivative: use backend='reference'")
     if backend in ('torch', 'reference'):
         return backend
     double = any(t.dtype == torch.float64 for t in tensors)
@@ -67,6 +69,12 @@ def choose(
         raise RuntimeError(f"backend 'triton' wants tensors on a GPU, these are on {tensors[0].device}: "
                            "move them, or use backend='auto'")
     return 'triton'
+
+
+def _has_tangent(tensor: Tensor) -> bool:
+    "Whether forward-mode differentiation is under way; a custom op would silently have a zero for it"
+    return not torch.compiler.is_compiling() and torch.autograd.forward_ad._current_level >= 0 \
+        and torch.autograd.forward_ad.unpack_dual(tensor).tangent is not None
 
 
 def wants_grad(*tensors: Tensor) -> bool:

@@ -71,7 +71,9 @@ def window_of(
 @lru_cache(maxsize=64)
 def kept_window(name: str, win_length: int, gain: float, dtype: torch.dtype, device) -> Tensor:
     "A window that is made once: `gain` times that of `window_of`"
-    return gain * window_of(name, win_length, torch.empty(0, dtype=dtype, device=device))
+    # made while validating, it must still serve a training
+    with torch.inference_mode(False):
+        return gain * window_of(name, win_length, torch.empty(0, dtype=dtype, device=device))
 
 
 def overlap_add(

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .backends import choose
+from .workers import PIECES, side_by_side
 
 METRICS = ('squared', 'euclidean', 'cosine')
 #: Frames and codes of a tile: its scores, 2 MB in float32, stay in the cache
@@ -125,9 +126,15 @@ def _(frames, codes, euclidean, triton):
 
 
 def search(frames: Tensor, codes: Tensor, half: Tensor, shift: Tensor) -> Tensor:
-    "The same in tiles of ROWS frames x COLUMNS codes"
+    "The same in tiles of ROWS frames x COLUMNS codes, some frames on each core"
     spare = -len(codes) % GROUP
     codes, half = F.pad(codes, (0, 0, 0, spare)), F.pad(half, (0, spare), value=torch.inf)
+    pieces = frames.split(-(-len(frames) // (ROWS * PIECES)) * ROWS or 1)
+    return torch.cat(side_by_side(lambda x: search_rows(x, codes, half, shift), pieces, cpu=frames.is_cpu))
+
+
+def search_rows(frames: Tensor, codes: Tensor, half: Tensor, shift: Tensor) -> Tensor:
+    "The same for frames of one core"
     index = torch.empty(len(frames), dtype=torch.int64, device=frames.device)
     scores = codes.new_empty(ROWS * min(COLUMNS, len(codes)))
     for k in range(0, len(frames), ROWS):

@@ -155,9 +155,15 @@ def _distance(enhanced: Tensor, clean: Tensor, lengths: Tensor | None, filters: 
 
 
 def _outputs(parts: Tensor, plan: Plan) -> Tensor:   # (B, resolutions, terms) to (B, outputs)
-    mixes = parts.new_tensor([plan.mix(r) for r in plan.resolutions])       # (R, O, terms)
-    outputs = torch.einsum('brt,rot->bo', parts, mixes)
+    # numbers and not a tensor of them: that would be a copy to the GPU, and wait for it
+    outputs = torch.stack([_total(parts, [plan.mix(r)[o] for r in plan.resolutions])
+                           for o in range(plan.outputs)], 1)
     return outputs if plan.norm == 'utterance' else outputs.mean(0, keepdim=True).expand_as(outputs).clone()
+
+
+def _total(parts: Tensor, mix: list[list[float]]) -> Tensor:   # (B,)
+    weighted = [parts[:, r, t] * weight for r, row in enumerate(mix) for t, weight in enumerate(row) if weight]
+    return sum(weighted) if weighted else torch.zeros_like(parts[:, 0, 0])
 
 
 @_distance.register_fake
@@ -225,7 +231,8 @@ def stft_distance(
 
     Numerics are float32 for shorter types, also under autocast; float64 stays float64. The
     gradient reaches `enhanced` alone. A magnitude has none at exact silence: 'complex' does.
-    A second derivative needs `backend='reference'`. Raises ValueError and TypeError for what
+    A second derivative, and forward-mode differentiation, need `backend='reference'`. Before a
+    CUDA graph is captured, call once: tables are made on the first call. Raises ValueError and TypeError for what
     cannot be computed, before anything is.
     """
     plan = _checked_plan(resolutions, terms, weights, filters, eps, floor, power, norm, sc_floor, offset)
@@ -235,6 +242,7 @@ def stft_distance(
     if chosen == 'triton' and norm == 'batch':
         raise ValueError("norm 'batch' has no Triton kernel: use backend='torch'")
     dtype = torch.float64 if torch.float64 in (enhanced.dtype, clean.dtype) else torch.float32
+    lengths = _lengths(lengths, enhanced, plan)
     with torch.autocast(enhanced.device.type, enabled=False):
         x, y = enhanced.to(dtype), clean.detach().to(dtype)
         if chosen == 'reference':
@@ -242,6 +250,12 @@ def stft_distance(
         else:
             values, parts, _ = _distance(x, y, lengths, banks, plan.text(), chosen, wants_grad(x))
     return Distances(values[:, 0] if plan.weights else values, parts.detach())
+
+
+def _lengths(lengths: Tensor | None, wave: Tensor, plan: Plan) -> Tensor | None:
+    "On the device of the waves, and within what can be computed, whoever could not look at them"
+    if lengths is None: return None
+    return lengths.to(wave.device).clamp(max(r.n_fft for r in plan.resolutions) // 2 + 1, wave.shape[1])
 
 
 def _reference(x, y, lengths, filters, plan: Plan) -> tuple[Tensor, Tensor]:
@@ -299,10 +313,13 @@ def _check_waves(enhanced: Tensor, clean: Tensor, lengths: Tensor | None, plan: 
                          'move them to one device')
     size = enhanced.shape[1]
     if lengths is not None:
-        if lengths.shape != (len(enhanced),) or lengths.is_floating_point():
+        if not isinstance(lengths, Tensor):
+            raise TypeError(f'lengths is {type(lengths).__name__}: give a tensor of {len(enhanced)} integers')
+        if lengths.shape != (len(enhanced),) or lengths.is_floating_point() or lengths.dtype == torch.bool:
             raise ValueError(f'lengths is {lengths.dtype} of shape {tuple(lengths.shape)}: '
                              f'give {len(enhanced)} integers, one per utterance')
-        if not torch.compiler.is_compiling():
+        # on a GPU a look at the values would wait for it: there they are clamped, see `_lengths`
+        if lengths.is_cpu and not torch.compiler.is_compiling():
             size, high = int(lengths.min()), int(lengths.max())
             if size < 1 or high > enhanced.shape[1]:
                 raise ValueError(f'lengths go from {size} to {high}: they must lie in '
@@ -317,8 +334,12 @@ def _check_filters(filters, plan: Plan, like: Tensor) -> list[Tensor]:
     banks = []
     for resolution, bank in zip(plan.resolutions, filters or ()):
         if bank is None: continue
+        if not isinstance(bank, Tensor):
+            raise TypeError(f'a filter bank is {type(bank).__name__}: give a tensor ({resolution.bins}, bands)')
         if bank.ndim != 2 or len(bank) != resolution.bins or bank.device != like.device:
             raise ValueError(f'a filter bank has shape {tuple(bank.shape)} on {bank.device}: give '
                              f'({resolution.bins}, bands) on {like.device} for n_fft {resolution.n_fft}')
-        banks.append(bank)
+        if bank.is_cpu and not torch.compiler.is_compiling() and not ((bank >= 0).all() and (bank > 0).any(0).all()):
+            raise ValueError('a filter bank has a negative weight or a band without a bin: its logarithm would be NaN')
+        banks.append(bank.detach())
     return banks

@@ -12,6 +12,11 @@ from threading import Barrier
 
 import torch
 
+#: Into so many pieces is cut what can be cut anywhere: enough for so many cores, the same for all
+PIECES = 16
+#: Cores that one call uses at most: each has its piece in memory
+MOST = 4
+
 
 @lru_cache(maxsize=4)
 def _pool(workers: int) -> ThreadPoolExecutor:
@@ -23,7 +28,7 @@ def _pool(workers: int) -> ThreadPoolExecutor:
         torch.get_num_threads()   # settles it for this thread, whatever is set later
 
     pool = ThreadPoolExecutor(workers, 'speechloss', start)
-    list(pool.map(lambda _: all_here.wait(), range(workers)))
+    list(pool.map(lambda _: all_here.wait(60), range(workers)))
     torch.set_num_threads(before)  # the setting of a thread is also the start of every new thread
     return pool
 
@@ -38,7 +43,7 @@ def side_by_side(function: Callable, pieces: Iterable, *, cpu: bool) -> list:
     What a piece computes does not depend on the number of cores.
     """
     pieces = list(pieces)
-    workers = min(torch.get_num_threads(), len(pieces)) if cpu else 1
+    workers = min(torch.get_num_threads(), len(pieces), MOST) if cpu else 1
     if workers <= 1: return [function(piece) for piece in pieces]
 
     def without_gradient(piece):

@@ -7,7 +7,9 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
-from speechloss.kernels.stft_distance import EPS, TERMS, Plan, Resolution, _plan, stft_distance
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from speechloss.kernels.stft_distance import EPS, TERMS, Plan, Resolution, _outputs, _plan, stft_distance
 
 MAGNITUDES = tuple(name for name in TERMS if name != 'complex')
 DEFAULTS = (Resolution(1024, 120, 600), Resolution(2048, 240, 1200), Resolution(512, 50, 240))
@@ -176,6 +178,43 @@ def test_padding_and_batch_mates_do_not_matter():
             g2, = torch.autograd.grad(many[b].sum(), y)
             assert apart(g2[b, :n], g1[0]) < 1e-9
             assert g2[b, n:].count_nonzero() == 0 and g2[[k for k in range(3) if k != b]].count_nonzero() == 0
+
+
+def test_forward_mode_is_an_error_not_a_zero():
+    enhanced, clean = pair(1, 600)
+    def f(backend):
+        return lambda x: stft_distance(x, clean, [Resolution(64, 16)], weights=(1., 1.), backend=backend).values
+    value, tangent = torch.func.jvp(f('reference'), (enhanced,), (clean,))
+    x = enhanced.clone().requires_grad_()
+    grad, = torch.autograd.grad(f('torch')(x).sum(), x)
+    torch.testing.assert_close(tangent.sum(), (grad * clean).sum())
+    for backend in ('auto', 'torch'):
+        with pytest.raises(RuntimeError, match="no forward-mode derivative: use backend='reference'"):
+            torch.func.jvp(f(backend), (enhanced,), (clean,))
+
+
+def test_validation_first_and_training_after():
+    "What is kept between calls must not be an inference tensor"
+    enhanced, clean = pair(1, 600)
+    for backend in ('torch', 'reference'):
+        odd = Resolution(74, 17, gain=.123)          # used nowhere else
+        with torch.inference_mode(): stft_distance(enhanced, clean, [odd], backend=backend)
+        assert run(enhanced, clean, [odd], ['sc'], backend=backend)[1].isfinite().all()
+
+
+def test_no_copy_to_the_device_and_no_wait_for_it():
+    "In the operator and around it: numbers from the host would end a CUDA graph capture"
+    class Seen(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            names.append(func.__name__)
+            return func(*args, **(kwargs or {}))
+
+    enhanced, clean = pair(2, 1200)
+    parts = torch.rand(2, 1, 2, dtype=torch.float64)
+    plan = Plan((Resolution(64, 16),), ('sc', 'log_l1'), (1., .3), filtered=(False,))
+    names = []
+    with Seen(): _outputs(parts, plan)
+    assert names and not {n for n in names if n.startswith(('lift_fresh', '_local_scalar_dense', '_to_copy'))}
 
 
 def test_frames_of_an_odd_transform():
@@ -384,6 +423,10 @@ GOOD = torch.randn(2, 4000)
     (dict(lengths=torch.tensor([4000, 256])), ValueError, '256 samples and n_fft is 512'),
     (dict(lengths=torch.tensor([4000, 4001])), ValueError, r'go from 4000 to 4001: they must lie in 1..4000'),
     (dict(lengths=torch.tensor([4000.])), ValueError, 'give 2 integers'),
+    (dict(lengths=[4000, 3000]), TypeError, 'lengths is list: give a tensor of 2 integers'),
+    (dict(filters=[torch.zeros(257, 3)]), ValueError, 'a band without a bin'),
+    (dict(filters=[-torch.rand(257, 3)]), ValueError, 'a negative weight'),
+    (dict(filters=[3]), TypeError, 'a filter bank is int'),
     (dict(terms=('sc', 'phase')), ValueError, 'choose|give some of sc'),
     (dict(terms=()), ValueError, 'give some of'),
     (dict(weights=(1.,)), ValueError, 'weights has 1 numbers and terms 2'),

@@ -3,6 +3,7 @@ import copy
 import inspect
 import json
 import math
+import pickle
 from functools import partial
 
 import auraloss
@@ -19,6 +20,7 @@ from torch import nn
 
 from speechloss.audio import SpeechLossError
 from speechloss.features import RandomFeatures, STFTFeatures, randomized
+from speechloss.kernels import Resolution
 from speechloss.losses import (
     CARDS, Balancer, CompressedComplexLoss, ConsistencyLoss, FeatureDistance, MelLoss,
     ModelAsLoss, MultiResolutionSTFTLoss, Objective, SISDRLoss, SNRLoss, STFTLoss, WaveL1Loss,
@@ -27,6 +29,7 @@ from speechloss.losses.functional import (
     compressed_complex, consistency, feature_distance, mel, multi_resolution_stft, si_sdr,
     snr, wave_l1, wave_l2)
 from speechloss.losses.model_as_loss import feature_health
+from speechloss.losses.spectral import RESOLUTIONS
 from speechloss.models import enhancer
 from speechloss.spectral import stft
 
@@ -212,6 +215,31 @@ def test_preset_of_deepfilternet_against_its_formula():
         wanted += 500 * gap.square().mean((1, 2, 3))
     value = preset('deepfilternet', reduction='none')(enhanced, clean)
     torch.testing.assert_close(value, wanted, rtol=1e-5, atol=0)
+
+
+def test_resolutions_may_be_resolutions():
+    enhanced, clean, _ = waves()
+    same = MultiResolutionSTFTLoss(resolutions=[Resolution(*r) for r in RESOLUTIONS])
+    assert same(enhanced, clean) == MultiResolutionSTFTLoss()(enhanced, clean)
+    with pytest.raises(ValueError, match='terms is {}'): MultiResolutionSTFTLoss(terms={})
+
+
+@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16, torch.float64])
+def test_banks_stay_float32(dtype):
+    "A model that is cast with its loss inside still has the right gradient"
+    enhanced, clean, _ = waves()
+    loss = preset('dac-mel')
+    want = loss(enhanced, clean)
+    cast = copy.deepcopy(loss).to(dtype)
+    assert cast(enhanced, clean) == want and not cast.state_dict()
+    assert pickle.loads(pickle.dumps(cast))(enhanced, clean) == want
+
+
+@pytest.mark.parametrize('says, peer', [
+    ('peer is a L1Loss: give an auraloss STFTLoss', nn.L1Loss),
+    ('draws its resolutions anew', FREQ.RandomResolutionSTFTLoss)])
+def test_from_auraloss_of_something_else(says, peer):
+    with pytest.raises(ValueError, match=says): from_auraloss(peer())
 
 
 def test_presets_by_name():

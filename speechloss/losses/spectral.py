@@ -7,7 +7,8 @@ __all__ = ['RESOLUTIONS', 'PRESETS', 'SpectralLoss', 'multi_resolution_stft', 'M
            'MelLoss', 'compressed_complex', 'CompressedComplexLoss', 'preset', 'from_auraloss', 'consistency',
            'ConsistencyLoss']
 
-# %% ../../nbs/losses/spectral.ipynb #c4f51d2c
+# %% ../../nbs/losses/spectral.ipynb #1531b011
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -18,16 +19,18 @@ from ..kernels.stft_distance import EPS, SC_FLOOR, TERMS, Resolution, stft_dista
 from .base import Loss, prepare
 from ..spectral import frame_count, istft, mel_filters, stft
 
-# %% ../../nbs/losses/spectral.ipynb #5e38be6a
-def _resolutions(resolutions, **shared) -> list[Resolution]:
-    return [r if isinstance(r, Resolution) else Resolution(*r, **shared) for r in resolutions]
+# %% ../../nbs/losses/spectral.ipynb #e849f3c0
+def _resolutions(resolutions, window: str = 'hann', *, mean: bool = False) -> list[Resolution]:
+    "`Resolution` as it is, `(n_fft, hop_length, win_length)` with the window; weights for a mean over them"
+    made = [r if isinstance(r, Resolution) else Resolution(*r, window=window) for r in resolutions]
+    return [replace(r, weight=r.weight / len(made)) for r in made] if mean else made
 
 
 class SpectralLoss(Loss):
     """A weighted sum of the terms of `speechloss.kernels.stft_distance`; 0 at identity.
 
-    `resolutions` are `Resolution` or `(n_fft, hop_length, win_length)`, each with its own weight;
-    `terms` gives a weight to some of `TERMS`; `banks` are filter banks `(bins, bands)`, one for
+    `resolutions` are `Resolution` or `(n_fft, hop_length, win_length)`, each with its own weight,
+    and are summed; `terms` gives a weight to some of `TERMS`; `banks` are filter banks `(bins, bands)`, one for
     each resolution. `backend` and the other options are those of `stft_distance`. A magnitude has
     no gradient at exact silence: 'complex' has.
     """
@@ -40,12 +43,18 @@ class SpectralLoss(Loss):
         self.resolutions, self.weights = _resolutions(resolutions), dict(terms)
         self.options = dict(eps=eps, floor=floor, power=power, norm=norm, sc_floor=sc_floor,
                             offset=offset, backend=backend)
-        self.filtered = banks is not None
-        for k, bank in enumerate(banks or ()):
-            self.register_buffer(f'bank{k}', bank.float(), persistent=False)
+        self.exact = [bank.detach().float() for bank in banks or ()]
+        for k, bank in enumerate(self.exact): self.register_buffer(f'bank{k}', bank, persistent=False)
+
+    def _apply(self, fn, recurse=True):
+        "Banks move with the module, but stay float32: a model in bfloat16 must not round them"
+        super()._apply(fn, recurse)
+        for k, bank in enumerate(self.exact):
+            self._buffers[f'bank{k}'] = bank.to(self._buffers[f'bank{k}'].device)
+        return self
 
     def _distances(self, waves, **more):
-        banks = [getattr(self, f'bank{k}') for k in range(len(self.resolutions))] if self.filtered else None
+        banks = [getattr(self, f'bank{k}') for k in range(len(self.exact))] or None
         return stft_distance(waves.enhanced, waves.clean, self.resolutions, tuple(self.weights),
                              lengths=waves.lengths, filters=banks, **self.options, **more).values
 
@@ -62,7 +71,7 @@ def _function(loss: SpectralLoss, enhanced: Tensor, clean: Tensor, lengths: Tens
     waves = prepare(enhanced, clean, lengths=lengths)
     return waves.unfold(loss.to(waves.enhanced.device).total(waves))
 
-# %% ../../nbs/losses/spectral.ipynb #dc95218e
+# %% ../../nbs/losses/spectral.ipynb #f722607e
 #: (n_fft, hop_length, win_length)
 RESOLUTIONS = ((1024, 120, 600), (2048, 240, 1200), (512, 50, 240))
 
@@ -95,8 +104,9 @@ class MultiResolutionSTFTLoss(SpectralLoss):
     """
     def __init__(self, *, resolutions=RESOLUTIONS, terms: dict | None = None, window: str = 'hann',
                  eps: float = EPS, backend: str = 'auto', reduction: str = 'mean'):
-        super().__init__(_resolutions(resolutions, window=window, weight=1 / len(resolutions)),
-                         terms or dict(sc=1., log_l1=1.), eps=eps, backend=backend, reduction=reduction)
+        super().__init__(_resolutions(resolutions, window, mean=True),
+                         dict(sc=1., log_l1=1.) if terms is None else terms, eps=eps, backend=backend,
+                         reduction=reduction)
 
 
 class STFTLoss(MultiResolutionSTFTLoss):
@@ -104,10 +114,10 @@ class STFTLoss(MultiResolutionSTFTLoss):
     def __init__(self, *, n_fft: int = 1024, hop_length: int = 256, win_length: int | None = None,
                  terms: dict | None = None, window: str = 'hann', eps: float = EPS,
                  backend: str = 'auto', reduction: str = 'mean'):
-        super().__init__(resolutions=[(n_fft, hop_length, win_length or n_fft)], terms=terms,
+        super().__init__(resolutions=[(n_fft, hop_length, win_length)], terms=terms,
                          window=window, eps=eps, backend=backend, reduction=reduction)
 
-# %% ../../nbs/losses/spectral.ipynb #5649fc62
+# %% ../../nbs/losses/spectral.ipynb #37294781
 def mel(
     enhanced: Tensor,               # (T,), (B, T) or (B, C, T)
     clean: Tensor,                  # same shape
@@ -138,14 +148,14 @@ class MelLoss(SpectralLoss):
     def __init__(self, *, sample_rate: int, resolutions=((1024, 256, 1024),), n_mels=80,
                  terms: dict | None = None, f_min: float = 0., f_max: float | None = None,
                  offset: float = 1e-5, eps: float = EPS, backend: str = 'auto', reduction: str = 'mean'):
-        made = _resolutions(resolutions, weight=1 / len(resolutions))
-        counts = [n_mels] * len(made) if isinstance(n_mels, int) else list(n_mels)
+        made = _resolutions(resolutions, mean=True)
+        counts = list(n_mels) if isinstance(n_mels, Sequence) else [int(n_mels)] * len(made)
         if len(counts) != len(made):
             raise ValueError(f'n_mels has {len(counts)} numbers and there are {len(made)} resolutions: '
                              'give one number, or one for each')
         banks = [mel_filters(n, r.n_fft, sample_rate, f_min=f_min, f_max=f_max)
                  for n, r in zip(counts, made)]
-        super().__init__(made, terms or dict(log_l1=1.), banks=banks, eps=eps, offset=offset,
+        super().__init__(made, dict(log_l1=1.) if terms is None else terms, banks=banks, eps=eps, offset=offset,
                          backend=backend, reduction=reduction)
 
 # %% ../../nbs/losses/spectral.ipynb #971ec520
@@ -218,9 +228,12 @@ def preset(
         raise ValueError(f'name is {name!r}: choose one of {", ".join(PRESETS)}')
     return PRESETS[name][1](sample_rate, backend=backend, reduction=reduction)
 
-# %% ../../nbs/losses/spectral.ipynb #92e5f679
+# %% ../../nbs/losses/spectral.ipynb #a35c2c95
 def _one_of_auraloss(one) -> tuple[Resolution, dict, Tensor | None]:
     "(resolution, weights, filter bank) of an `auraloss.freq.STFTLoss`"
+    if not hasattr(one, 'w_log_mag') or not hasattr(one, 'fft_size'):
+        raise ValueError(f'peer is a {type(one).__name__}: give an auraloss STFTLoss, MelSTFTLoss or '
+                         'MultiResolutionSTFTLoss')
     refused = dict(w_phs=one.w_phs, perceptual_weighting=one.perceptual_weighting,
                    scale_invariance=one.scale_invariance, scale=one.scale not in (None, 'mel'),
                    output=one.output != 'loss', reduction=one.reduction != 'mean')
@@ -244,11 +257,17 @@ def from_auraloss(
     """The same value and gradient as an auraloss module, faster and with far less memory.
 
     Parity mode: one norm over the batch and a clamped floor, so that a tuned training can move
-    over as it is. Takes `(B, T)` as well as `(B, C, T)`. Raises ValueError for options that have
-    no equal here (phase, chroma, A-weighting, scale invariance).
+    over as it is. The clamp has a price in float32 there and here: a cell whose power lies within
+    rounding of eps has a gradient or none. Takes `(B, T)` as well as `(B, C, T)`. Raises
+    ValueError for options that have no equal here (phase, chroma, A-weighting, scale invariance).
     """
+    if hasattr(peer, 'randomize_rate'):
+        raise ValueError('the auraloss module draws its resolutions anew: give one with fixed resolutions')
     ones = list(getattr(peer, 'stft_losses', [peer]))
     parts = [_one_of_auraloss(one) for one in ones]
+    alike = {(one.eps, one.scale, *weights.items()) for one, (_, weights, _) in zip(ones, parts)}
+    if len(alike) > 1:
+        raise ValueError('the resolutions of the auraloss module differ in eps, scale or weights: make them equal')
     resolutions = [replace(r, weight=1 / len(parts)) for r, _, _ in parts]
     banks = None if parts[0][2] is None else [bank for _, _, bank in parts]
     terms = {name: weight for name, weight in parts[0][1].items() if weight}
