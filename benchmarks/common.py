@@ -6,12 +6,13 @@ provider once. A time stands beside the error of its gradient against float64.
 """
 import gc
 import json
-import os
 import platform
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from ctypes import CDLL
+from ctypes.util import find_library
 from dataclasses import dataclass, field
 from datetime import date
 from importlib import import_module
@@ -125,12 +126,14 @@ def own_peak(contest: Contest, name: str) -> float:
         start = torch.cuda.memory_allocated()
         contest.step(name, inputs)
         return (torch.cuda.max_memory_allocated() - start) / 1e6
-    # the first step on a slice loads libraries; then the high-water mark is put back to where we are
+    # the first step on a slice loads libraries; what it freed goes back to the system, or a provider
+    # that works in small pieces would find its memory there; then the high-water mark is put back
     small = tuple(x[:1].detach().requires_grad_(x.requires_grad) if x.is_floating_point() and x.ndim > 1 else x
                   for x in inputs)
     try: contest.step(name, small)
     except (RuntimeError, ValueError): pass
     gc.collect()
+    if (libc := find_library('c')) and hasattr(CDLL(libc), 'malloc_trim'): CDLL(libc).malloc_trim(0)
     Path('/proc/self/clear_refs').write_text('5')
     start = _status('VmRSS')
     contest.step(name, inputs)
@@ -139,8 +142,8 @@ def own_peak(contest: Contest, name: str) -> float:
 
 def peak_mb(module: str, index: int, name: str) -> float:
     "`own_peak` of a provider, asked of a fresh process; NaN where that fails"
-    run = subprocess.run([sys.executable, '-m', 'benchmarks.run', '--peak', module, str(index), name], cwd=ROOT,
-                         capture_output=True, text=True, env=dict(os.environ, MALLOC_ARENA_MAX='1'))
+    run = subprocess.run([sys.executable, '-m', 'benchmarks.run', '--threads', str(torch.get_num_threads()),
+                          '--peak', module, str(index), name], cwd=ROOT, capture_output=True, text=True)
     return json.loads(run.stdout.splitlines()[-1]) if run.returncode == 0 else float('nan')
 
 
@@ -152,7 +155,9 @@ def machine() -> dict:
     sha = subprocess.run(['git', 'rev-parse', '--short', 'HEAD'], cwd=ROOT, capture_output=True,
                          text=True).stdout.strip()
     if DEVICE == 'cuda':
-        name, driver = torch.cuda.get_device_name(), of('nvidia-ml-py') or str(torch.version.cuda)
+        name = torch.cuda.get_device_name()
+        driver = subprocess.run(['nvidia-smi', '--query-gpu=driver_version', '--format=csv,noheader'],
+                                capture_output=True, text=True).stdout.strip()
     else:
         name, driver = f'CPU {_processor()}, {torch.get_num_threads()} threads', ''
     return dict(gpu=name, driver=driver, torch=torch.__version__, triton=of('triton'), speechloss=of('speechloss'),
