@@ -10,6 +10,9 @@ With `h` minus the logits the loss is `softplus(h_t + rest)`, and the gradient i
 two nearly equal numbers, however sure the frame is of its token. In the squared distances it is
 `u = w h'`, and in a frame `2 x sum_j u_j - 2 u C`, a matrix product.
 """
+import math
+from numbers import Real
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -22,6 +25,8 @@ METRICS = ('euclidean', 'squared', 'cosine')
 ROWS, COLUMNS, MATES = 256, 2048, 16
 #: The token of a frame that does not count: no loss, no gradient, whatever the frame holds
 LEFT_OUT = -1
+#: Least temperature: with a smaller one logits of ordinary frames overflow
+LEAST = 1e-6
 
 
 def token_cross_entropy(
@@ -38,8 +43,8 @@ def token_cross_entropy(
 ) -> Tensor:                        # frames.shape[:-1], >= 0; 0 for what does not count
     """`-log softmax(-distance(frame, codes) / temperature)[target]` of every frame.
 
-    'euclidean' is the distance itself, not its square as in `nearest_code`; its gradient on a
-    code that the frame coincides with is 0. A frame that lies on another code than its own has
+    'euclidean' is the distance itself (`nearest_code` has its square unless told otherwise); its
+    gradient on a code that the frame coincides with is 0. A frame that lies on another code than its own has
     that one distance to half the digits (1e-4 of its length), as with `torch.cdist`.
     Computed in float32 (float64 if an input is), inside autocast too. Differentiable once in
     frames and codes; backend='reference' twice. Raises ValueError or TypeError where shapes,
@@ -50,24 +55,30 @@ def token_cross_entropy(
     """
     if metric not in METRICS:
         raise ValueError(f'metric is {metric!r}: choose one of {", ".join(METRICS)}')
-    if not temperature > 0:
-        raise ValueError(f'temperature is {temperature!r}: give a number above 0')
+    if isinstance(temperature, bool) or not isinstance(temperature, Real):
+        raise TypeError(f'temperature is a {type(temperature).__name__}: give a number; to learn one with a metric '
+                        "but 'cosine', scale frames and codes")
+    if not LEAST <= temperature < math.inf:
+        raise ValueError(f'temperature is {temperature}: give a number of at least {LEAST}')
     check(frames, codes)
     check_targets(frames, codes, targets, ignore_index)
     valid, ignored = counted(frames, lengths, mask), targets == ignore_index
     valid = ~ignored if valid is None else valid & ~ignored
+    # where values are not checked, an index out of range is not read: its loss is NaN, without a gradient
+    wrong = valid & ((targets < 0) | (targets >= len(codes)))
+    valid = valid & ~wrong
     tokens, c = targets.long().masked_fill(~valid, LEFT_OUT).flatten(), working(codes, frames)
     serve = choose(backend, frames, c)
     # the operator itself reads no frame that is left out, and so keeps no masked copy of the frames
     x = flat(frames, valid if serve == 'reference' or metric == 'cosine' else None, codes)
     if metric == 'cosine':
         x, c = unit(x), unit(c)
-    scale = (.5 if metric == 'cosine' else 1) / temperature  # 1 - a.b of unit vectors: half of -2 a.b
+    scale = (.5 if metric == 'cosine' else 1) / float(temperature)  # 1 - a.b of unit vectors: half of -2 a.b
     if serve == 'reference':
         loss = F.cross_entropy(-distances(x, c, metric) * scale, tokens, reduction='none', ignore_index=LEFT_OUT)
     else:
         loss = token_loss(x, c, tokens, scale, metric, serve == 'triton')[0]
-    return loss.view(valid.shape)
+    return loss.view(valid.shape) + torch.where(wrong, torch.nan, 0.)    # a sum keeps nothing for backward
 
 
 def distances(x: Tensor, c: Tensor, metric: str) -> Tensor:

@@ -1,6 +1,7 @@
 """InfoNCE in tiles against the plain formula in float64; the gradient is judged first."""
 import sys
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -210,6 +211,39 @@ def test_hard_rows():
     assert loss[4:].isfinite().all() and grad_q[4:].isfinite().all()  # a broken query hurts itself alone
 
 
+@pytest.mark.parametrize('shape', [(7, 33), (250, 64), (700, 40)], ids=str)
+@pytest.mark.parametrize('name', ['cosine', 'all'])
+def test_cores_change_neither_a_bit_nor_the_threads_of_torch(name, shape):
+    tensors, options = example(*shape, **OPTIONS[name])
+    def run(): return (loss := call(tensors, options), *torch.autograd.grad(loss.sum(), tensors))
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        alone = run()
+        torch.set_num_threads(3)
+        for _ in range(3):
+            for a, b in zip(run(), alone): assert torch.equal(a, b)
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize('backend', ['torch', 'reference'])
+def test_rows_whose_squares_overflow(backend):
+    tensors, _ = example(20, 6)
+    expected = call(tensors, {}, backend)
+    grad, = torch.autograd.grad(expected.sum(), tensors[0])
+    large = [(1e25 * x).detach().requires_grad_() for x in tensors]
+    loss = call(large, {}, backend)
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(1e25 * torch.autograd.grad(loss.sum(), large[0])[0], grad, rtol=1e-3, atol=1e-5)
+
+
+def test_any_number_is_a_temperature():
+    tensors, _ = example(9, 5)
+    assert torch.equal(info_nce(*tensors, temperature=np.float32(.5)), info_nce(*tensors, temperature=.5))
+
+
 class Largest(TorchDispatchMode):
     "The largest tensor that any operation returns, in elements"
     numel = 0
@@ -381,6 +415,8 @@ BAD = {
     'there are 3 keys and 4 queries': (ValueError, lambda: info_nce(X, X[:3])),
     'extra_negatives has 2 dims': (ValueError, lambda: info_nce(X, X, extra_negatives=X[:, :2])),
     'temperature is 0': (ValueError, lambda: info_nce(X, X, temperature=0)),
+    'temperature is 1e-45: give a number of at least 1e-06': (ValueError, lambda: info_nce(X, X, temperature=1e-45)),
+    'temperature is inf': (ValueError, lambda: info_nce(X, X, temperature=float('inf'))),
     'temperature is nan': (ValueError, lambda: info_nce(X, X, temperature=float('nan'))),
     'temperature is a Tensor: give a number; to learn one': (
         TypeError, lambda: info_nce(X, X, temperature=torch.tensor(.1))),

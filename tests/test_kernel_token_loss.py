@@ -238,6 +238,21 @@ def test_compiles_whole_and_ignores_autocast(metric):
         for got, right in zip(gradients(call, frames, codes), true): assert torch.equal(got, right)
 
 
+@pytest.mark.parametrize('backend', ['torch', 'reference'])
+@pytest.mark.parametrize('metric', METRICS)
+def test_targets_out_of_range_that_nobody_checked(metric, backend):
+    frames, codes, targets, _ = inputs(20, 30, 4)
+    targets[5] = -1
+    wrong = targets.index_copy(0, torch.tensor([3, 8]), torch.tensor([30, -7]))
+    call = lambda x, c, t: token_cross_entropy(x, c, t, metric=metric, backend=backend)
+    left_out = targets.index_fill(0, torch.tensor([3, 8]), -1)
+    true = gradients(call, frames, codes, left_out)
+    got = gradients(torch.compile(call, fullgraph=True, backend='aot_eager'), frames, codes, wrong)
+    assert got[0].isnan().nonzero().flatten().tolist() == [3, 8]
+    assert torch.equal(got[0].nan_to_num(), true[0])
+    for a, b in zip(got[1:], true[1:]): assert torch.allclose(a, b, atol=1e-6)
+
+
 def test_training_takes_the_same_path_as_plain():
     "200 steps of moving frames and codes: loss curves within 1e-3"
     frames, codes, targets, _ = inputs(60, 20, 8)
@@ -257,7 +272,10 @@ def test_training_takes_the_same_path_as_plain():
 
 @pytest.mark.parametrize('options,error,words', [
     (dict(metric='l2'), ValueError, "metric is 'l2': choose one of euclidean, squared, cosine"),
-    (dict(temperature=0.), ValueError, 'temperature is 0.0: give a number above 0'),
+    (dict(temperature=0.), ValueError, 'temperature is 0.0: give a number of at least 1e-06'),
+    (dict(temperature=1e-45), ValueError, 'temperature is 1e-45: give a number of at least'),
+    (dict(temperature=float('inf')), ValueError, 'temperature is inf'),
+    (dict(temperature=torch.tensor(.1)), TypeError, 'temperature is a Tensor: give a number; to learn one'),
     (dict(temperature=float('nan')), ValueError, 'temperature is nan'),
     (dict(targets=torch.zeros(2, 4).long()), ValueError, r'targets is torch.int64 of shape \(2, 4\): give integers'),
     (dict(targets=[1]), ValueError, 'targets is list: give integers of shape'),
