@@ -16,7 +16,8 @@ train = ['accelerate>=1.0', 'safetensors', 'huggingface_hub', 'tensorboard', 'py
 reproduce = [*metrics, *train, 'papermill>=2.6', 'ipykernel', 'matplotlib', 'pandas']
 ssl = ['transformers>=4.40', 'torchaudio']
 docs = ['nbdev>=2.4.14,<3', 'execnb<0.2', 'fastcore<2', 'ghapi<2', 'pypandoc-binary']
-dev = [*reproduce, *docs, 'pytest', 'pytest-xdist', 'hypothesis', 'ruff', 'jupyterlab', 'auraloss', 'build']
+dev = [*reproduce, *docs, 'pytest', 'pytest-xdist', 'hypothesis', 'ruff', 'jupyterlab', 'auraloss', 'build',
+       'triton; platform_system == "Linux"']   # a torch for GPUs brings it; for the CPU it runs the kernels' interpreter
 
 setup(
     name=cfg['lib_name'],

@@ -3,7 +3,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from interpreted import run_interpreted
-from test_kernel_nearest_code import DEVICES, Largest, check_resources, data, relative
+from test_kernel_nearest_code import DEVICES, Largest, data, relative
 
 from speechloss.kernels import token_loss as module
 from speechloss.kernels.nearest_code import nearest_code
@@ -373,7 +373,3 @@ def test_a_cuda_graph_replays_the_same_bits():
 
 
 def test_in_the_interpreter(): run_interpreted(__file__)
-
-
-@pytest.mark.slow
-def test_shipped_tiles_fit_a_gpu(): check_resources('triton_token_loss')
