@@ -42,6 +42,9 @@ def main() -> None:
     parser.add_argument('--dry', action='store_true')
     parser.add_argument('--peak', nargs=3, metavar=('MODULE', 'INDEX', 'PROVIDER'), help=argparse.SUPPRESS)
     given = parser.parse_args()
+    if unknown := set(given.modules) - set(MODULES):
+        parser.error(f'no benchmark {min(unknown)!r}: choose from {", ".join(MODULES)}')
+    if given.repeats < 1 or given.threads < 1: parser.error('--repeats and --threads must be 1 or more')
     torch.set_num_threads(given.threads)
     torch.manual_seed(0)
     if given.peak:

@@ -57,7 +57,7 @@ def choose(
         raise RuntimeError("the kernels have no forward-mode derivative: use backend='reference'")
     if backend in ('torch', 'reference'):
         return backend
-    double = any(t.dtype == torch.float64 for t in tensors)
+    double = working_dtype(*tensors) == torch.float64
     on_gpu = all(t.is_cuda for t in tensors)
     if backend == 'auto':
         return 'triton' if on_gpu and not double and available() else 'torch'
@@ -82,16 +82,13 @@ def wants_grad(*tensors: Tensor) -> bool:
     return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
 
 
-@torch.library.custom_op('speechloss::pull', mutates_args=())
-def pull(grad: Tensor, wave: Tensor) -> Tensor:
-    """`grad * wave`, broadcast from the left: the backward of every kernel that kept a gradient.
-
-    It has no derivative of its own, so that asking for a second one is an error and not a
-    silent zero: backend='reference' has it.
-    """
-    return grad.reshape(*grad.shape, *[1] * (wave.ndim - grad.ndim)).to(wave.dtype) * wave
+def working_dtype(*tensors: Tensor) -> torch.dtype:
+    "float64 if one of them is, else float32: shorter types are computed in that"
+    return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
 
 
-@pull.register_fake
-def _(grad, wave):
-    return torch.empty_like(wave, memory_format=torch.contiguous_format)
+def check_floating(name: str, value) -> None:
+    "Raise TypeError for what is not a real floating point tensor"
+    if not isinstance(value, Tensor) or not value.is_floating_point():
+        got = value.dtype if isinstance(value, Tensor) else type(value).__name__
+        raise TypeError(f'{name} is {got}: give a real floating point tensor')

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .backends import choose, wants_grad
+from .backends import check_floating, choose, wants_grad, working_dtype
 from .contrastive_blocks import EPS, gradient_cosine, gradient_l1, gradient_l2, kept_dtype, regions, sums
 
 DISTANCES = ('l1', 'l2', 'cosine')
@@ -64,7 +64,7 @@ def contrastive_terms(
         raise ValueError(f'distance is {distance!r}: choose one of {", ".join(DISTANCES)}')
     if not 0 < eps < float('inf'): raise ValueError(f'eps is {eps}: give a number above 0')
     every = [*enhanced, *clean, *flat]
-    first, dtype = enhanced[0], _working(every)
+    first, dtype = enhanced[0], working_dtype(*every)
     weights = _weights(weights, len(negatives), first, dtype)
     layer_weights = _layer_weights(layer_weights, len(enhanced), first, dtype)
     frames = _frames(frames, enhanced)
@@ -109,10 +109,6 @@ def _frame_distance(a: Tensor, b: Tensor, distance: str) -> Tensor:   # (B, T, D
     if distance == 'l2': return (a - b).square().mean(-1)
     dot, aa, bb = ((x * y).sum(-1) + EPS for x, y in ((a, b), (a, a), (b, b)))
     return 1 - dot / (aa.sqrt() * bb.sqrt())
-
-
-def _working(tensors) -> torch.dtype:
-    return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
 
 
 def _coefficients(grad, distances, sizes, weights, layer_weights, eps) -> Tensor:
@@ -216,9 +212,7 @@ def _check_layers(enhanced, clean, negatives) -> tuple[list[Tensor], list[Tensor
 
 
 def _check_layer(name: str, layer, like_name: str, like: Tensor) -> None:
-    if not isinstance(layer, Tensor) or not layer.is_floating_point():
-        got = layer.dtype if isinstance(layer, Tensor) else type(layer).__name__
-        raise TypeError(f'{name} is {got}: give a real floating point tensor')
+    check_floating(name, layer)
     if layer.ndim != 3 or not layer.numel():
         raise ValueError(f'{name} has shape {tuple(layer.shape)}: give (B, frames, dim), at least one of each')
     if layer.shape != like.shape:
@@ -230,9 +224,7 @@ def _check_layer(name: str, layer, like_name: str, like: Tensor) -> None:
 
 def _weights(weights, count: int, like: Tensor, dtype) -> Tensor:   # (B, K)
     if weights is None: return like.new_full((len(like), count), 1 / count, dtype=dtype)
-    if not isinstance(weights, Tensor) or not weights.is_floating_point():
-        got = weights.dtype if isinstance(weights, Tensor) else type(weights).__name__
-        raise TypeError(f'weights is {got}: give a real floating point tensor')
+    check_floating('weights', weights)
     if weights.shape not in ((count,), (len(like), count)) or weights.device != like.device:
         raise ValueError(f'weights has shape {tuple(weights.shape)} on {weights.device}: give one weight for each '
                          f'negative, ({count},) or ({len(like)}, {count}) on {like.device}')

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .backends import choose
+from .backends import check_floating, choose, working_dtype
 from .workers import side_by_side
 
 #: Added to the squared norm of a row: rows shorter than about 1e-6 count as silence
@@ -65,7 +65,7 @@ def info_nce(
 
 
 def _reference(queries, keys, groups, temperature, normalize) -> Tensor:
-    dtype = _working(queries, keys)
+    dtype = working_dtype(queries, keys)
     q, k = queries.to(dtype), keys.to(dtype)
     if normalize: q, k = _unit(q), _unit(k)
     scores, own = q @ k.T / temperature, torch.arange(len(q), device=q.device)     # (N, N + M)
@@ -82,10 +82,6 @@ def _unit(x: Tensor) -> Tensor:
 
 
 # ------------------------------------------------------------------------- the torch back end
-
-def _working(*tensors: Tensor) -> torch.dtype:
-    return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
-
 
 def _spans(size: int, step: int, start: int = 0) -> list[slice]:
     return [slice(k, min(k + step, size)) for k in range(start, size, step)]
@@ -154,7 +150,7 @@ def _product(q: Tensor, k: Tensor, buffer: Tensor) -> Tensor:   # (rows, D), (co
 
 def _forward(queries, keys, groups, temperature, normalize):
     "Loss, log2-sum-exp2 of the scores and the inverse norms of queries and keys, each a number a row"
-    dtype, bounded = _working(queries, keys), _bounded(temperature, normalize)
+    dtype, bounded = working_dtype(queries, keys), _bounded(temperature, normalize)
     inverse_q, inverse_k = (_inverse_norms(x, dtype, normalize) for x in (queries, keys))
     loss, lse = torch.empty_like(inverse_q), torch.empty_like(inverse_q)
     tiles = _Tiles(queries, keys, groups, dtype)
@@ -251,7 +247,7 @@ def _info_nce(queries: Tensor, keys: Tensor, groups: Tensor | None, temperature:
 
 @_info_nce.register_fake
 def _(queries, keys, groups, temperature, normalize, backend):
-    new = queries.new_empty(len(queries), dtype=_working(queries, keys))
+    new = queries.new_empty(len(queries), dtype=working_dtype(queries, keys))
     return new, torch.empty_like(new), torch.empty_like(new), new.new_empty(len(keys))
 
 
@@ -296,9 +292,7 @@ def _check(queries, keys, temperature, extra_negatives, groups) -> None:
     named = dict(queries=queries, keys=keys)
     if extra_negatives is not None: named['extra_negatives'] = extra_negatives
     for name, x in named.items():
-        if not isinstance(x, Tensor) or not x.is_floating_point():
-            got = x.dtype if isinstance(x, Tensor) else type(x).__name__
-            raise TypeError(f'{name} is {got}: give a real floating point tensor')
+        check_floating(name, x)
         if x.ndim != 2 or not x.shape[1] or (not len(x) and name != 'extra_negatives'):
             raise ValueError(f'{name} has shape {tuple(x.shape)}: give (rows, dims), at least one of each')
         if x.device != queries.device:

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .backends import choose
+from .backends import choose, working_dtype
 from .workers import PIECES, side_by_side
 
 METRICS = ('squared', 'euclidean', 'cosine')
@@ -235,8 +235,7 @@ def described(value) -> str:
 
 def working(x: Tensor, *mates: Tensor) -> Tensor:
     "x in float32, or in float64 if it or a mate is"
-    double = any(t.dtype == torch.float64 for t in (x, *mates))
-    return x.to(torch.float64 if double else torch.float32)
+    return x.to(working_dtype(x, *mates))
 
 
 def flat(frames: Tensor, valid: Tensor | None, *mates: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .backends import choose, wants_grad
+from .backends import check_floating, choose, wants_grad, working_dtype
 from .framing import WINDOWS
 from .stft_terms import norms, reference_terms, utterance_terms
 from .workers import side_by_side
@@ -241,7 +241,7 @@ def stft_distance(
     chosen = choose('torch' if backend == 'auto' and norm == 'batch' else backend, enhanced, clean)
     if chosen == 'triton' and norm == 'batch':
         raise ValueError("norm 'batch' has no Triton kernel: use backend='torch'")
-    dtype = torch.float64 if torch.float64 in (enhanced.dtype, clean.dtype) else torch.float32
+    dtype = working_dtype(enhanced, clean)
     lengths = _lengths(lengths, enhanced, plan)
     with torch.autocast(enhanced.device.type, enabled=False):
         x, y = enhanced.to(dtype), clean.detach().to(dtype)
@@ -300,9 +300,7 @@ def _checked_plan(resolutions, terms, weights, filters, eps, floor, power, norm,
 
 def _check_waves(enhanced: Tensor, clean: Tensor, lengths: Tensor | None, plan: Plan) -> None:
     for name, wave in (('enhanced', enhanced), ('clean', clean)):
-        if not isinstance(wave, Tensor) or not wave.is_floating_point():
-            got = wave.dtype if isinstance(wave, Tensor) else type(wave).__name__
-            raise TypeError(f'{name} is {got}: give a real floating point tensor')
+        check_floating(name, wave)
         if wave.ndim != 2 or not wave.numel():
             raise ValueError(f'{name} has shape {tuple(wave.shape)}: give (B, T) with at least one sample')
     if enhanced.shape != clean.shape:

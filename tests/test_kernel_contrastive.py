@@ -1,6 +1,7 @@
 """The contrastive ratio against the plain formula in float64; the gradient is judged first."""
 import pytest
 import torch
+from cuda_graph import replayed
 from interpreted import run_interpreted
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -421,12 +422,7 @@ def test_a_cuda_graph_replays_the_same_bits(distance):
     e, c, n, options = example((3, 99, 64), 3, 2, lengths=True, device='cuda')
     options['layer_weights'] = torch.tensor(options['layer_weights'], device='cuda')
     def step(): return torch.autograd.grad(contrastive_ratio(e, c, n, distance=distance, **options).sum(), e)
-    side = torch.cuda.Stream()
-    with torch.cuda.stream(side): expected = [step() for _ in range(2)][-1]
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph): found = step()
-    graph.replay()
+    expected, found = replayed(step)
     for a, b in zip(found, expected): assert torch.equal(a, b)
 
 

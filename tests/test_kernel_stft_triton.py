@@ -11,17 +11,15 @@ from interpreted import run_interpreted
 from speechloss.kernels import stft_tables
 from speechloss.kernels.framing import WINDOWS
 from speechloss.kernels.stft_distance import TERMS, Plan, Resolution, _torch, stft_distance
+from test_kernel_stft import DEFAULTS, FLOOR, apart, run
 
 METHODS = stft_tables.METHODS
-DEFAULTS = (Resolution(1024, 120, 600), Resolution(2048, 240, 1200), Resolution(512, 50, 240))
 # small, for the interpreter: each window, odd sizes, hops that do not divide
 SMALL = (Resolution(64, 16), Resolution(128, 30, 100, window='hamming'), Resolution(96, 25, 75, window='kaiser'),
          Resolution(75, 20, 51, window='blackman', gain=75 ** -.5), Resolution(33, 11, window='bartlett', weight=.3))
 ODD = (Resolution(512, 128), Resolution(256, 64), Resolution(400, 100), Resolution(96, 25, 75),
        Resolution(101, 30, window='blackman'), Resolution(64, 37, 33))
 MRSTFT = ('sc', 'log_l1')
-# relative L2 of the gradient that float32 is forgiven beside twice the plain path's
-FLOOR = dict(grad=1e-4, value=1e-5)
 
 
 @pytest.fixture(params=METHODS)
@@ -40,18 +38,6 @@ def pair(*shape, seed=0, dtype=torch.float32):
     clean *= .1 / clean.square().mean(-1, keepdim=True).sqrt()
     clean[..., shape[-1] // 3:shape[-1] // 2] *= 1e-3
     return (clean + 3e-3 * noise).to(dtype), clean.to(dtype)
-
-
-def run(enhanced, clean, resolutions, terms, *, seed=3, **options):
-    "(values, gradient of a random mix of them)"
-    x = enhanced.clone().requires_grad_()
-    values = stft_distance(x, clean, resolutions, terms, **options).values
-    mix = torch.randn(values.shape, generator=torch.Generator().manual_seed(seed)).to(values)
-    return values.detach(), torch.autograd.grad((values * mix).sum(), x)[0]
-
-
-def apart(a, b):
-    return float((a.double() - b.double()).norm() / b.double().norm())
 
 
 def check(enhanced, clean, resolutions, terms, *, filters=None, **options):
