@@ -5,15 +5,16 @@
 # %% auto #0
 __all__ = ['REDUCTIONS', 'Waves', 'prepare', 'mean_over', 'masked_mean', 'Loss']
 
-# %% ../../nbs/losses/base.ipynb #42128fc8
+# %% ../../nbs/losses/base.ipynb #6933f911
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from ..kernels.backends import check_floating
 from ..spectral import frame_mask
 
-# %% ../../nbs/losses/base.ipynb #a3cc5399
+# %% ../../nbs/losses/base.ipynb #3c2e60e6
 class Waves(NamedTuple):
     "Checked waves, folded to `(N, T)`; only `enhanced` carries a gradient"
     enhanced: Tensor         # (N, T)
@@ -29,9 +30,7 @@ class Waves(NamedTuple):
 
 
 def _check(name: str, wave: Tensor, like: Tensor | None = None):
-    if not isinstance(wave, Tensor) or not wave.is_floating_point():
-        got = wave.dtype if isinstance(wave, Tensor) else type(wave).__name__
-        raise TypeError(f'{name} is {got}: give a real floating point tensor')
+    check_floating(name, wave)
     if like is None:
         if wave.ndim not in (1, 2, 3) or wave.numel() == 0:
             raise ValueError(f'{name} has shape {tuple(wave.shape)}: '
