@@ -226,7 +226,7 @@ def randomized(model: nn.Module, *, seed: int = 0) -> nn.Module:
         for module in fresh.modules():
             if hasattr(module, 'reset_parameters'):
                 module.reset_parameters()
-                drawn |= {id(p) for p in module.parameters()}
+                drawn |= {id(p) for p in module.parameters(recurse=False)}
         for weight in fresh.parameters():
             if id(weight) not in drawn and weight.numel() > 1:
                 # a bare parameter: same spread, new values

@@ -92,6 +92,7 @@ def fit(
     progress: Callable | None = None,  # called with (label, steps done, steps in all)
     tensorboard: bool = False,
     about: dict | None = None,         # JSON-able, kept in recipe.json
+    judge: Callable = validate,        # what a validation is; the first of its numbers ranks models
 ) -> Path:                             # out / 'final'
     """Train, or go on with a training, until `recipe.steps`.
 
@@ -104,7 +105,7 @@ def fit(
     with _settled(recipe, accelerator.device), alone(out) if main else nullcontext():
         if finished(out, recipe, about): return out / 'final'
         if main: claim(out, recipe, about)
-        return _Loop(accelerator, model, objective, recipe, out).go(
+        return _Loop(accelerator, model, objective, recipe, out, judge).go(
             train_data, valid_data, progress or (lambda label, done, total: None), tensorboard)
 
 
@@ -138,8 +139,8 @@ def _tell(objective, event: str, model) -> None:
 
 
 class _Loop:
-    def __init__(self, accelerator, model, objective, recipe: Recipe, out: Path):
-        self.accelerator, self.recipe, self.out = accelerator, recipe, out
+    def __init__(self, accelerator, model, objective, recipe: Recipe, out: Path, judge):
+        self.accelerator, self.recipe, self.out, self.judge = accelerator, recipe, out, judge
         self.main, self.device = accelerator.is_main_process, accelerator.device
         self.state = TrainingState(
             model.to(self.device), objective.to(self.device).train(), recipe)
@@ -216,10 +217,11 @@ class _Loop:
 
     def _validate(self, data) -> dict:
         state = self.state
-        with state.as_averaged() as model: valid = validate(model, data, device=self.device)
-        self.label = f'SI-SDR {valid["si_sdr"]:.1f} dB'
-        if valid['si_sdr'] > state.best:
-            state.best = valid['si_sdr']
+        with state.as_averaged() as model: valid = self.judge(model, data, device=self.device)
+        name, score = next(iter(valid.items()))
+        self.label = f'{name} {score:.3g}'
+        if score > state.best:
+            state.best = score
             save_averaged(state, self.out / 'best', dict(step=state.step, valid=valid))
         return valid
 

@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
 from .audio import SpeechLossError, sha256
+from .ssl_models import SHIPPED
 
 
 class TrainingError(SpeechLossError):
@@ -133,10 +134,19 @@ def _is_range(value) -> bool:
 
 
 def _contents(spec):
-    "An objective with the paths of its encoders replaced by what lies there"
+    "An objective with the paths of its networks replaced by what lies there"
     if not isinstance(spec, dict): return spec
+    drawn_anew = spec.get('random_seed') is not None
     return {name: _fingerprint(value) if name == 'encoder' and value not in ('own', 'random')
+            else _network(value, drawn_anew) if name == 'model'
             else _contents(value) for name, value in spec.items()}
+
+
+def _network(name, drawn_anew: bool) -> str:
+    "What counts of a network that a loss looks through: its weights, or its shape alone"
+    folder = Path(SHIPPED.get(name, name))
+    if drawn_anew and (folder / 'config.json').is_file(): return sha256(folder / 'config.json')
+    return _fingerprint(folder)
 
 
 def _fingerprint(init) -> str:

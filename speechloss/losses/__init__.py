@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['Balancer', 'CARDS', 'CompressedComplexLoss', 'ConsistencyLoss', 'FeatureDistance', 'Loss', 'MelLoss', 'ModelAsLoss',
-           'MultiResolutionSTFTLoss', 'Objective', 'PRESETS', 'SISDRLoss', 'SNRLoss', 'STFTLoss', 'SpectralLoss',
-           'WaveL1Loss', 'WaveL2Loss', 'build', 'build_objective', 'cards', 'from_auraloss', 'preset']
+           'MultiResolutionSTFTLoss', 'Objective', 'PRESETS', 'SISDRLoss', 'SNRLoss', 'SSLLoss', 'STFTLoss',
+           'SpectralLoss', 'WaveL1Loss', 'WaveL2Loss', 'build', 'build_objective', 'cards', 'from_auraloss', 'preset']
 
 # %% ../../nbs/losses/losses.ipynb #48e45f05
 from .balance import Balancer
@@ -17,7 +17,8 @@ from .registry import CARDS, build, build_objective, cards
 from speechloss.losses.spectral import (
     PRESETS, CompressedComplexLoss, ConsistencyLoss, MelLoss, MultiResolutionSTFTLoss, SpectralLoss, STFTLoss,
     from_auraloss, preset)
+from .ssl import SSLLoss
 from .waveform import SISDRLoss, SNRLoss, WaveL1Loss, WaveL2Loss
 
 # %% ../../nbs/losses/losses.ipynb #b1481ebf
-_all_ = ['Balancer', 'CARDS', 'CompressedComplexLoss', 'ConsistencyLoss', 'FeatureDistance', 'Loss', 'MelLoss', 'ModelAsLoss', 'MultiResolutionSTFTLoss', 'Objective', 'PRESETS', 'SISDRLoss', 'SNRLoss', 'STFTLoss', 'SpectralLoss', 'WaveL1Loss', 'WaveL2Loss', 'build', 'build_objective', 'cards', 'from_auraloss', 'preset']
+_all_ = ['Balancer', 'CARDS', 'CompressedComplexLoss', 'ConsistencyLoss', 'FeatureDistance', 'Loss', 'MelLoss', 'ModelAsLoss', 'MultiResolutionSTFTLoss', 'Objective', 'PRESETS', 'SISDRLoss', 'SNRLoss', 'SSLLoss', 'STFTLoss', 'SpectralLoss', 'WaveL1Loss', 'WaveL2Loss', 'build', 'build_objective', 'cards', 'from_auraloss', 'preset']

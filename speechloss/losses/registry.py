@@ -20,7 +20,9 @@ from .model_as_loss import ModelAsLoss
 from .objective import Objective
 from .spectral import (
     PRESETS, CompressedComplexLoss, MelLoss, MultiResolutionSTFTLoss, STFTLoss, preset)
+from .ssl import SSLLoss
 from .waveform import SISDRLoss, SNRLoss, WaveL1Loss, WaveL2Loss
+from ..ssl import SSLFeatures
 
 # %% ../../nbs/losses/registry.ipynb #ffc8bd77
 @dataclass(frozen=True)
@@ -54,6 +56,8 @@ CARDS = {card.name: card for card in (
          'Germain et al. 2019', 'https://arxiv.org/abs/1806.10522'),
     Card('model_as_loss', ModelAsLoss, "the enhancer's own encoder", '0', 'depends', 'depends',
          'Phaye et al. 2025', 'https://arxiv.org/abs/2505.21156'),
+    Card('ssl', SSLLoss, 'a self-supervised speech network', '0', 'depends', 'depends',
+         'Sato et al. 2023', 'https://arxiv.org/abs/2305.14723'),
 )}
 
 
@@ -62,7 +66,8 @@ def cards() -> list[dict]:
     return [asdict(card) | {'loss': card.loss.__name__} for card in CARDS.values()]
 
 # %% ../../nbs/losses/registry.ipynb #6f344536
-FEATURES = dict(stft=STFTFeatures, mel=MelFeatures, gammatone=GammatoneFeatures, random=RandomFeatures)
+FEATURES = dict(stft=STFTFeatures, mel=MelFeatures, gammatone=GammatoneFeatures, random=RandomFeatures,
+                ssl=SSLFeatures)
 
 
 def _pick(what: str, name: str, choices: dict):
