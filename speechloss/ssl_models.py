@@ -6,13 +6,14 @@
 __all__ = ['SHIPPED', 'Standard', 'Plain', 'WhisperMel', 'Bridge', 'WhisperBridge', 'WhisperConv', 'AudioConv', 'Stages',
            'stages_of', 'open_stages']
 
-# %% ../nbs/features/ssl_models.ipynb #f274ae82
+# %% ../nbs/features/ssl_models.ipynb #87ba648d
 import math
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import speechloss
 from .audio import SAMPLE_RATE, SpeechLossError
@@ -48,7 +49,7 @@ class WhisperMel(nn.Module):
         loudest = level.amax((1, 2), keepdim=True)
         return (torch.maximum(level, loudest - 8) + 4) / 4
 
-# %% ../nbs/features/ssl_models.ipynb #cb0b030d
+# %% ../nbs/features/ssl_models.ipynb #32950666
 class Bridge(nn.Module):
     "Projection and position of the wav2vec 2.0 family, `(B, dim, frames)` to `(B, frames, dim)`"
     def __init__(self, projection: nn.Module, position: nn.Module, norm: nn.Module | None):
@@ -169,7 +170,10 @@ class Stages(nn.Module):
         return {name: outputs[name] for name in wanted}
 
     def _biased(self, block, x, bias):
-        return block(x, None, position_bias=bias)[:2]
+        # the bias of WavLM is gated by the input: with gradient torch takes another attention
+        # kernel than without, and identical waves would be 1e-14 apart instead of 0
+        with sdpa_kernel(SDPBackend.MATH):
+            return block(x, None, position_bias=bias)[:2]
 
 # %% ../nbs/features/ssl_models.ipynb #7fd51d07
 def stages_of(
