@@ -13,8 +13,11 @@ cfg = config['DEFAULT']
 core = ['torch>=2.4', 'numpy', 'soundfile>=0.12']
 metrics = ['pesq>=0.0.4', 'pystoi>=0.4', 'speechmos>=0.0.1.1', 'onnxruntime', 'librosa', 'scipy', 'soxr', 'typer', 'rich']
 train = ['accelerate>=1.0', 'safetensors', 'huggingface_hub', 'tensorboard', 'pyroomacoustics', 'tqdm']
-reproduce = [*metrics, *train, 'papermill>=2.6', 'ipykernel', 'matplotlib', 'pandas']
-ssl = ['transformers>=4.40', 'torchaudio']
+ssl = ['transformers>=4.56', 'torchaudio']
+# Judges, each with its weights inside; resemblyzer reads pkg_resources, which setuptools 81 dropped.
+downstream = [*ssl, 'jiwer', 'pocketsphinx>=5', 'resemblyzer', 'setuptools<81', 'silero-vad>=6', 'onnxruntime',
+              'torchcrepe', 'librosa<1', 'scikit-learn', 'soxr']
+reproduce = [*metrics, *train, *downstream, 'papermill>=2.6', 'ipykernel', 'matplotlib', 'pandas']
 docs = ['nbdev>=2.4.14,<3', 'execnb<0.2', 'fastcore<2', 'ghapi<2', 'pypandoc-binary']
 dev = [*reproduce, *docs, 'pytest', 'pytest-xdist', 'hypothesis', 'ruff', 'jupyterlab', 'auraloss', 'build',
        'triton; platform_system == "Linux"']   # a torch for GPUs brings it; for the CPU it runs the kernels' interpreter
@@ -34,9 +37,9 @@ setup(
     # The kernels and the paper notebooks live in folders of their own and install inside the package.
     packages=[*find_packages(include=['speechloss', 'speechloss.*']), 'speechloss.kernels', 'speechloss.papers'],
     package_dir={'speechloss.kernels': 'kernels', 'speechloss.papers': 'nbs/papers'},
-    package_data={'speechloss': ['data/*'], 'speechloss.papers': ['*.ipynb', '*.toml']},
+    package_data={'speechloss': ['data/*', 'data/ssl_small/*'], 'speechloss.papers': ['*.ipynb', '*.toml']},
     install_requires=core,
-    extras_require=dict(metrics=metrics, reproduce=reproduce, ssl=ssl, docs=docs, dev=dev),
+    extras_require=dict(metrics=metrics, reproduce=reproduce, ssl=ssl, downstream=downstream, docs=docs, dev=dev),
     entry_points=dict(console_scripts=['speechloss = speechloss.__main__:main']),
     zip_safe=False,
 )

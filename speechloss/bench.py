@@ -92,11 +92,14 @@ def arm(
     term: dict | None = None,       # a loss for `speechloss.losses.build`; None: base alone
     *,
     ratio: float = 1.,              # gradient of the term over gradient of the base loss
+    alone: bool = False,            # the term without the base loss
     freeze_encoder: bool = False,
 ) -> Recipe:
     "The recipe of an arm: further steps from stage 1 with one more term"
     objective = BASE
-    if term is not None:
+    if term is not None and alone:
+        objective = dict(terms=dict(extra=term))
+    elif term is not None:
         objective = dict(terms=dict(base=BASE, extra=term), weights=dict(extra=ratio), balance='grad')
     return replace(
         stage1(bench, seed), objective=objective, steps=bench.stage2_steps,

@@ -31,7 +31,9 @@ PACKAGES = {
     'huggingface_hub': 'reproduce', 'pyroomacoustics': 'reproduce', 'tensorboard': 'reproduce',
     'papermill': 'reproduce', 'ipykernel': 'reproduce', 'matplotlib': 'reproduce',
     'pandas': 'reproduce', 'typer': 'reproduce', 'rich': 'reproduce',
-    'transformers': 'ssl', 'torchaudio': 'ssl', 'nbdev': 'docs',
+    'transformers': 'ssl', 'torchaudio': 'ssl', 'jiwer': 'downstream', 'pocketsphinx': 'downstream',
+    'resemblyzer': 'downstream', 'silero-vad': 'downstream', 'torchcrepe': 'downstream',
+    'scikit-learn': 'downstream', 'nbdev': 'docs',
 }
 
 

@@ -9,7 +9,7 @@ __all__ = ['WINDOW', 'HOP', 'RATE', 'NETWORK', 'Pretraining', 'frames_of', 'mfcc
 
 # %% ../nbs/enhance/pretraining.ipynb #6530e4ba
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 

@@ -49,7 +49,7 @@ class WhisperMel(nn.Module):
         loudest = level.amax((1, 2), keepdim=True)
         return (torch.maximum(level, loudest - 8) + 4) / 4
 
-# %% ../nbs/features/ssl_models.ipynb #32950666
+# %% ../nbs/features/ssl_models.ipynb #61aaf90d
 class Bridge(nn.Module):
     "Projection and position of the wav2vec 2.0 family, `(B, dim, frames)` to `(B, frames, dim)`"
     def __init__(self, projection: nn.Module, position: nn.Module, norm: nn.Module | None):
@@ -153,7 +153,7 @@ class Stages(nn.Module):
         "Samples that the deepest stage needs for its first frame"
         if self.hears_mels: return WhisperMel.N_FFT // 2 + 1    # what its reflection needs
         size = 1
-        for kernel, stride, padding in reversed(self.grid): size = (size - 1) * stride + kernel
+        for kernel, stride, _ in reversed(self.grid): size = (size - 1) * stride + kernel
         return size
 
     def forward(self, wave: Tensor, wanted, run=lambda stage, *inputs: stage(*inputs)) -> dict:

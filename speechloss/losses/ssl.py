@@ -7,7 +7,7 @@ __all__ = ['SSLLoss']
 
 # %% ../../nbs/losses/ssl_loss.ipynb #230a4ba9
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn import functional as F
 
 from ..audio import SAMPLE_RATE, SpeechLossError
