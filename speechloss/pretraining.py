@@ -7,7 +7,7 @@ __all__ = ['WINDOW', 'HOP', 'RATE', 'NETWORK', 'Pretraining', 'frames_of', 'mfcc
            'speech', 'spans', 'MaskedPrediction', 'MaskedPredictionLoss', 'accuracy', 'network', 'pretrain',
            'save_model']
 
-# %% ../nbs/enhance/pretraining.ipynb #6530e4ba
+# %% ../nbs/enhance/pretraining.ipynb #256490ad
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cache
@@ -25,7 +25,7 @@ from .corpus import get
 from .loop import fit
 from .manifest import CorpusError, Recording
 from .recipe import Recipe
-from .torchaudio_parts import transformers_module
+from .torchaudio_parts import quiet, transformers_module
 
 # %% ../nbs/enhance/pretraining.ipynb #ef75c0ca
 WINDOW, HOP, RATE = 400, 320, 16000     # samples, samples, Hz: 50 frames a second
@@ -198,7 +198,7 @@ def accuracy(model: nn.Module, data: Dataset, *, device='cpu') -> dict[str, floa
     return {name: float(torch.cat(right[key]).float().mean())
             for name, key in (('hidden', True), ('visible', False))}
 
-# %% ../nbs/enhance/pretraining.ipynb #3c9ffce5
+# %% ../nbs/enhance/pretraining.ipynb #ca99e8a2
 def network(options: dict, seed: int) -> nn.Module:
     "A `HubertModel` with new weights, which follow from the seed alone"
     package = transformers_module()
@@ -250,5 +250,6 @@ def _labels(file: Path, recipe: Pretraining, k: int, net, manifest, waves) -> di
 def save_model(net: nn.Module, folder: Path) -> None:
     "The network in half precision, with the note that its input is normalised"
     package = transformers_module()
-    net.half().save_pretrained(folder)
+    with quiet(): net.half().save_pretrained(folder)
+    (folder / 'model.safetensors').chmod(0o644)     # the library lets only its owner read
     package.Wav2Vec2FeatureExtractor(do_normalize=True, return_attention_mask=False).save_pretrained(folder)

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from .audio import SAMPLE_RATE, SpeechLossError
-from .hearing import Listener, from_hub, package, quiet
-from .torchaudio_parts import transformers_module
+from .hearing import Listener, from_hub, package
+from .torchaudio_parts import quiet, transformers_module
 
 # %% ../nbs/enhance/recognition.ipynb #eded1fe7
 @lru_cache

@@ -6,7 +6,7 @@
 __all__ = ['SHIPPED', 'Standard', 'Plain', 'WhisperMel', 'Bridge', 'WhisperBridge', 'WhisperConv', 'AudioConv', 'Stages',
            'stages_of', 'open_stages']
 
-# %% ../nbs/features/ssl_models.ipynb #87ba648d
+# %% ../nbs/features/ssl_models.ipynb #0d674920
 import math
 from pathlib import Path
 
@@ -18,7 +18,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import speechloss
 from .audio import SAMPLE_RATE, SpeechLossError
 from .spectral import mel_filters
-from .torchaudio_parts import torchaudio_module, transformers_module
+from .torchaudio_parts import quiet, said, torchaudio_module, transformers_module
 
 # %% ../nbs/features/ssl_models.ipynb #5f611a6d
 class Standard(nn.Module):
@@ -222,7 +222,7 @@ def _of_transformers(body, front) -> Stages:
     return Stages(front, body.feature_extractor.conv_layers, bridge, line.layers,
                   biased=config.model_type == 'wavlm')
 
-# %% ../nbs/features/ssl_models.ipynb #b154a8a7
+# %% ../nbs/features/ssl_models.ipynb #7b81bc7c
 #: The networks that come with the package: name -> folder, as transformers saves one
 SHIPPED = {'small': Path(speechloss.__file__).parent / 'data' / 'ssl_small'}
 
@@ -256,23 +256,20 @@ def _bundle(name: str) -> nn.Module:
     try:
         return bundle.get_model()
     except Exception as error:   # the network's, the disk's, a damaged download
-        raise SpeechLossError(f'model {name!r} could not be fetched ({_said(error)}): go online once, '
+        raise SpeechLossError(f'model {name!r} could not be fetched ({said(error)}): go online once, '
                               'or give a local folder') from None
 
 
 def _pretrained(name: str, normalize: bool | None) -> tuple[nn.Module, bool | None]:
     package = transformers_module()
-    level = package.logging.get_verbosity()
-    package.logging.set_verbosity_error()   # heads that are not loaded are no news here
     try:
-        model = package.AutoModel.from_pretrained(name, dtype=torch.float32)
-        if normalize is None: normalize = _said_to_normalize(package, name)
+        with quiet():
+            model = package.AutoModel.from_pretrained(name, dtype=torch.float32)
+            if normalize is None: normalize = _said_to_normalize(package, name)
     except Exception as error:
-        raise SpeechLossError(f'model {name!r} could not be opened ({_said(error)}): give "small", a '
+        raise SpeechLossError(f'model {name!r} could not be opened ({said(error)}): give "small", a '
                               'bundle of torchaudio, a folder, or the name of a model on the hub'
                               ) from None
-    finally:
-        package.logging.set_verbosity(level)
     return model, normalize
 
 
@@ -281,9 +278,3 @@ def _said_to_normalize(package, name: str) -> bool | None:
         return getattr(package.AutoFeatureExtractor.from_pretrained(name), 'do_normalize', None)
     except (OSError, ValueError):   # a checkpoint without its preprocessor
         return None
-
-
-def _said(error: Exception) -> str:
-    "The first sentence of a library's error"
-    text = ' '.join(str(error).split())
-    return (text.partition('. ')[0] or type(error).__name__)[:200].rstrip('.:')
