@@ -55,7 +55,7 @@ def _layer_name(layer, names, deep) -> str:
     raise SpeechLossError(f'layer {layer!r} is not in this network: choose from {names[0]} to '
                           f'{names[-1]}, 0 to {len(deep) - 1}, or one of {", ".join(WORDS)}')
 
-# %% ../nbs/features/ssl.ipynb #de5d2971
+# %% ../nbs/features/ssl.ipynb #d2dab8be
 class SSLFeatures(Features):
     """Outputs of a frozen self-supervised network, `(B, frames, dim)` for each layer.
 
@@ -71,7 +71,7 @@ class SSLFeatures(Features):
         if sample_rate <= 0: raise SpeechLossError(f'sample_rate is {sample_rate}: give Hz above 0')
         stages = open_stages(model, normalize=normalize)
         self.names = layer_names(layers, stages.names)
-        stages = deepcopy(stages.cut(self.names[-1])).float()
+        stages = _folded(deepcopy(stages.cut(self.names[-1]))).float()
         self.model = model if isinstance(model, str) else type(model).__name__
         if random_seed is not None: stages = randomized(stages, seed=random_seed)
         self.sample_rate, self.checkpoint = sample_rate, checkpoint
@@ -128,6 +128,20 @@ class SSLFeatures(Features):
     def frame_lengths(self, lengths):
         counts = self.stages.frames(self._heard(lengths))
         return [counts[name] for name in self.names]
+
+
+def _folded(stages: Stages) -> Stages:
+    """Weight norms multiplied out: a frozen weight needs none, and they keep a module from pickling.
+
+    By hand, since torch removes them from a class that the user's own network shares.
+    """
+    for module in [m for m in stages.modules() if hasattr(m, 'parametrizations')]:
+        weights = {name: getattr(module, name).detach() for name in module.parametrizations}
+        del module.parametrizations
+        module._load_state_dict_pre_hooks.clear()
+        module.__class__ = type(module).__mro__[1]
+        for name, weight in weights.items(): module.register_parameter(name, nn.Parameter(weight))
+    return stages
 
 
 def _checkpointed(stage, *inputs):

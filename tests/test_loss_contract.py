@@ -10,8 +10,9 @@ from speechloss.features import (
     EncoderFeatures, GammatoneFeatures, MelFeatures, RandomFeatures, STFTFeatures)
 from speechloss.losses import (
     CARDS, CompressedComplexLoss, FeatureDistance, MelLoss, ModelAsLoss,
-    MultiResolutionSTFTLoss, Objective, SISDRLoss, SNRLoss, STFTLoss, WaveL1Loss, WaveL2Loss, preset)
+    MultiResolutionSTFTLoss, Objective, SISDRLoss, SNRLoss, SSLLoss, STFTLoss, WaveL1Loss, WaveL2Loss, preset)
 from speechloss.models import enhancer
+from test_ssl import LARGE, hugging, whisper
 
 # A magnitude knows no direction at exact silence.
 MAGNITUDE = ('silent enhanced',)
@@ -120,6 +121,15 @@ OWN = [
     Case('causal enhancer', partial(own, model=partial(enhancer, CAUSAL)), blind=MAGNITUDE),
 ]
 
+SSL = [
+    Case('ssl', lambda **options: SSLLoss(hugging('WavLM'), **options)),
+    Case('standardised', lambda **options: SSLLoss(
+        hugging('Hubert', LARGE), layers='all', distance='l1', **options)),
+    Case('kept', lambda **options: SSLLoss(hugging('Wav2Vec2'), layers='conv', distance='cosine', cache=64, **options)),
+    Case('whisper', lambda **options: SSLLoss(whisper(), layers=[1, 3], checkpoint=True, **options),
+         blind=MAGNITUDE + ('-120 dBFS', '-120 dBFS enhanced')),   # its mel is cut off below -100 dB
+]
+
 OBJECTIVES = [
     Case('sum', partial(objective, 'l1', 'cc', 'snr'), -100., compiles='aot_eager', atol=1e-5),
     Case('weights', partial(objective, 'snr', 'own', weights=dict(snr=.1, own=2.)), -10.,
@@ -136,17 +146,18 @@ class TestSpectra(LossContract): cases = SPECTRA
 class TestDistances(LossContract): cases = DISTANCES
 class TestBalanced(LossContract): cases = BALANCED
 class TestModelAsLoss(LossContract): cases = OWN
+class TestSSL(LossContract): cases = SSL
 class TestObjective(LossContract): cases = OBJECTIVES
 
 
 def test_every_card_is_tested():
     tested = {type(case.make(reduction='none'))
-              for case in WAVES + SPECTRA + DISTANCES + OWN}
+              for case in WAVES + SPECTRA + DISTANCES + OWN + SSL}
     assert {card.loss for card in CARDS.values()} <= tested
 
 
 @pytest.mark.parametrize('card', CARDS.values(), ids=lambda card: card.name)
 def test_identity_of_the_cards(card):
-    case = next(c for c in WAVES + SPECTRA + DISTANCES + OWN
+    case = next(c for c in WAVES + SPECTRA + DISTANCES + OWN + SSL
                 if type(c.make(reduction='none')) is card.loss)
     assert card.identity == {0.: '0', -100.: '-max_db'}[case.identity]

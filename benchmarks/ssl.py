@@ -1,0 +1,62 @@
+"""The SSL loss by family and depth, against the library's whole network run for the same layer.
+
+Base networks with random weights: cost does not depend on them.
+"""
+import torch
+
+from speechloss.losses import SSLLoss
+from speechloss.ssl_models import SHIPPED
+from speechloss.torchaudio_parts import transformers_module
+
+from .common import DEVICE, Contest
+
+SAMPLES = 64000     # 4 s at 16 kHz
+#: Network -> depths; conv6 is the last convolution
+DEPTHS = {'small': ('conv6', 'layer4'), 'wav2vec2-base': ('layer12',), 'hubert-base': ('layer12',),
+          'wavlm-base': ('conv6', 'layer6', 'layer12'), 'whisper-tiny': ('layer4',)}
+
+
+def network(name: str):
+    package = transformers_module()
+    torch.manual_seed(0)
+    if name == 'small': return package.AutoModel.from_pretrained(SHIPPED['small'], dtype=torch.float32).eval()
+    if name == 'whisper-tiny':
+        return package.WhisperModel(package.WhisperConfig(
+            d_model=384, encoder_layers=4, encoder_attention_heads=6, encoder_ffn_dim=1536, decoder_layers=1)).eval()
+    kind = {'wav2vec2': 'Wav2Vec2', 'hubert': 'Hubert', 'wavlm': 'WavLM'}[name.removesuffix('-base')]
+    return getattr(package, f'{kind}Model')(getattr(package, f'{kind}Config')()).eval()
+
+
+def noise():
+    draw = torch.Generator().manual_seed(0)
+    clean = .1 * torch.randn(1, SAMPLES, generator=draw)
+    return (clean + .02 * torch.randn(1, SAMPLES, generator=draw)).to(DEVICE), clean.to(DEVICE)
+
+
+class Whole:
+    "All layers of the network as the library runs them, one of them compared"
+    def __init__(self, net, depth: str):
+        self.net, self.depth = net.requires_grad_(False).to(DEVICE), depth
+
+    def view(self, wave):
+        found = self.net(wave, output_hidden_states=True)
+        if self.depth.startswith('layer'): return found.hidden_states[int(self.depth[5:])]
+        return self.net.feature_extractor(wave).mT
+
+    def __call__(self, enhanced, clean):
+        if self.net.config.model_type == 'hubert' and self.net.config.feat_extract_norm == 'layer':
+            enhanced, clean = ((w - w.mean()) / (w.var(correction=0) + 1e-7).sqrt() for w in (enhanced, clean))
+        with torch.no_grad(): target = self.view(clean)
+        return (self.view(enhanced) - target).square().mean()
+
+
+def contests() -> list[Contest]:
+    found = []
+    for name, depths in DEPTHS.items():
+        for depth in depths:
+            net = network(name)
+            ours = SSLLoss(net, layers=depth).to(DEVICE)
+            providers = {} if name == 'whisper-tiny' else dict(transformers=Whole(net, depth))
+            found += [Contest('ssl', f'{name} {depth}', f'1x{SAMPLES}', noise, providers | dict(speechloss=ours),
+                              backward=backward) for backward in (False, True)]
+    return found
