@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .audio import SAMPLE_RATE, SpeechLossError, extra, resample
-from .torchaudio_parts import quiet, said, transformers_module
+from .torchaudio_parts import complete, quiet, said, transformers_module
 
 # %% ../nbs/enhance/hearing.ipynb #398a05f5
 def as_wave(
@@ -94,9 +94,6 @@ def from_hub(
 
 
 def _frozen(name: str, model: torch.nn.Module, info: dict) -> torch.nn.Module:
-    lost = sorted(k for k in info['missing_keys'] if not k.endswith('masked_spec_embed'))
-    if lost:
-        raise SpeechLossError(f'{name!r} has no trained weights for {lost[0]} and {len(lost) - 1} '
-                              'more: a judge must be trained, so name a checkpoint for this task')
+    complete(name, info)
     device = 'cuda' if torch.cuda.is_available() else 'cpu'
     return model.eval().requires_grad_(False).float().to(device)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['NOISY', 'CLEAN', 'judge_models']
 
-# %% ../nbs/reproduce/judging.ipynb #c62e44af
+# %% ../nbs/reproduce/judging.ipynb #29f72772
 import multiprocessing
 from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -14,12 +14,12 @@ from pathlib import Path
 import torch
 
 from .audio import home
-from .bench import FORMAT, cached, digest, enhance_clips, waves_of
+from .bench import FORMAT, about, cached, digest, enhance_clips, waves_of
 from .downstream import DEFAULT, Jury
 from .models import load_enhancer
 from .results import plain
 
-# %% ../nbs/reproduce/judging.ipynb #9f87a87b
+# %% ../nbs/reproduce/judging.ipynb #5a4710b2
 NOISY, CLEAN = 'noisy', 'clean'   # in place of a folder: the clips themselves
 
 
@@ -47,7 +47,7 @@ def judge_models(
 
 def _key(model, clips, tasks, recogniser) -> str:
     name = model if model in (NOISY, CLEAN) else Path(model).parent.name
-    return digest(FORMAT, name, list(tasks), recogniser, *waves_of(clips))
+    return digest(FORMAT, name, list(tasks), recogniser, [about(c) for c in clips], *waves_of(clips))
 
 
 def _is_known(key: str) -> bool:

@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
 from .audio import SpeechLossError, sha256
-from .ssl_models import SHIPPED
+from .ssl_models import folder_of
 
 
 class TrainingError(SpeechLossError):
@@ -136,6 +136,7 @@ def _is_range(value) -> bool:
 def _contents(spec):
     "An objective with the paths of its networks replaced by what lies there"
     if not isinstance(spec, dict): return spec
+    if spec.get('name') == 'ssl': spec = dict(model='small') | spec     # its default counts too
     drawn_anew = spec.get('random_seed') is not None
     return {name: _fingerprint(value) if name == 'encoder' and value not in ('own', 'random')
             else _network(value, drawn_anew) if name == 'model'
@@ -144,16 +145,16 @@ def _contents(spec):
 
 def _network(name, drawn_anew: bool) -> str:
     "What counts of a network that a loss looks through: its weights, or its shape alone"
-    folder = Path(SHIPPED.get(name, name))
+    folder = folder_of(name)
     if drawn_anew and (folder / 'config.json').is_file(): return sha256(folder / 'config.json')
-    return _fingerprint(folder)
+    return _fingerprint(folder if folder.exists() else name, 'model')
 
 
-def _fingerprint(init) -> str:
+def _fingerprint(init, what: str = 'init') -> str:
     path = Path(init)
     for weights in (path / 'model.safetensors', path / 'final' / 'model.safetensors'):
         if weights.is_file(): return sha256(weights)
     if path.is_dir() or path.is_absolute():
-        raise TrainingError(f'init {path} holds no model.safetensors: '
+        raise TrainingError(f'{what} {path} holds no model.safetensors: '
                             'give the folder of a saved model')
     return str(init)    # a model on the hub, known by its name

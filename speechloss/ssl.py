@@ -24,7 +24,7 @@ from .torchaudio_parts import torchaudio_module, transformers_module
 
 _all_ = ['SHIPPED']
 
-# %% ../nbs/features/ssl.ipynb #a4428132
+# %% ../nbs/features/ssl.ipynb #225ed498
 WORDS = ('later', 'all', 'conv', 'last')
 
 
@@ -50,12 +50,12 @@ def layer_names(
 
 
 def _layer_name(layer, names, deep) -> str:
-    if isinstance(layer, int) and -len(deep) < layer < len(deep): return deep[layer]
+    if type(layer) is int and -len(deep) < layer < len(deep): return deep[layer]
     if layer in names: return layer
     raise SpeechLossError(f'layer {layer!r} is not in this network: choose from {names[0]} to '
                           f'{names[-1]}, 0 to {len(deep) - 1}, or one of {", ".join(WORDS)}')
 
-# %% ../nbs/features/ssl.ipynb #d2dab8be
+# %% ../nbs/features/ssl.ipynb #f95cf79c
 class SSLFeatures(Features):
     """Outputs of a frozen self-supervised network, `(B, frames, dim)` for each layer.
 
@@ -63,12 +63,16 @@ class SSLFeatures(Features):
     folder, a name on the Hugging Face hub such as 'microsoft/wavlm-base-plus', or a network; it is
     copied up to the deepest of `layers` (see `layer_names`). `sample_rate` in Hz is that of the
     waves. `random_seed` draws the weights anew: the control of every claim about training.
+
+    Networks that standardise amplify digital silence 3,000-fold: there the gradient is finite and
+    10^4 times that of speech, so clip gradients where enhanced speech may be all zero.
     """
     def __init__(self, model='small', *, layers: str | int | Sequence = 'later',
                  sample_rate: int = SAMPLE_RATE, normalize: bool | None = None,
                  checkpoint: bool = False, random_seed: int | None = None):
         super().__init__()
-        if sample_rate <= 0: raise SpeechLossError(f'sample_rate is {sample_rate}: give Hz above 0')
+        if not isinstance(sample_rate, int) or sample_rate <= 0:
+            raise SpeechLossError(f'sample_rate is {sample_rate!r}: give whole Hz above 0')
         stages = open_stages(model, normalize=normalize)
         self.names = layer_names(layers, stages.names)
         stages = _folded(deepcopy(stages.cut(self.names[-1]))).float()
@@ -91,6 +95,9 @@ class SSLFeatures(Features):
         return self.stages.hop * self.sample_rate // SAMPLE_RATE
 
     def forward(self, wave, lengths=None):
+        if wave.ndim != 2 or not wave.is_floating_point():
+            raise SpeechLossError(f'wave is {wave.dtype} of shape {tuple(wave.shape)}: give float '
+                                  'waves (batch, samples)')
         sizes = [wave.shape[-1]] * len(wave) if lengths is None else lengths.tolist()
         self._check(shortest(wave, lengths))
         if len(set(sizes)) == 1: return self._run(wave[:, :sizes[0]])
@@ -123,6 +130,7 @@ class SSLFeatures(Features):
 
     def _heard(self, samples):
         "Samples at the network's rate, of a whole number or of `(B,)`"
+        if isinstance(samples, Tensor): samples = samples.long()    # the product exceeds 32 bits
         return -(-samples * SAMPLE_RATE // self.sample_rate)
 
     def frame_lengths(self, lengths):

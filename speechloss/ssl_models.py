@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['SHIPPED', 'Standard', 'Plain', 'WhisperMel', 'Bridge', 'WhisperBridge', 'WhisperConv', 'AudioConv', 'Stages',
-           'stages_of', 'open_stages']
+           'stages_of', 'folder_of', 'open_stages']
 
-# %% ../nbs/features/ssl_models.ipynb #0d674920
+# %% ../nbs/features/ssl_models.ipynb #e7c9195f
 import math
 from pathlib import Path
 
@@ -18,7 +18,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import speechloss
 from .audio import SAMPLE_RATE, SpeechLossError
 from .spectral import mel_filters
-from .torchaudio_parts import quiet, said, torchaudio_module, transformers_module
+from .torchaudio_parts import complete, quiet, said, torchaudio_module, transformers_module
 
 # %% ../nbs/features/ssl_models.ipynb #5f611a6d
 class Standard(nn.Module):
@@ -49,7 +49,7 @@ class WhisperMel(nn.Module):
         loudest = level.amax((1, 2), keepdim=True)
         return (torch.maximum(level, loudest - 8) + 4) / 4
 
-# %% ../nbs/features/ssl_models.ipynb #61aaf90d
+# %% ../nbs/features/ssl_models.ipynb #96f250aa
 class Bridge(nn.Module):
     "Projection and position of the wav2vec 2.0 family, `(B, dim, frames)` to `(B, frames, dim)`"
     def __init__(self, projection: nn.Module, position: nn.Module, norm: nn.Module | None):
@@ -158,16 +158,19 @@ class Stages(nn.Module):
 
     def forward(self, wave: Tensor, wanted, run=lambda stage, *inputs: stage(*inputs)) -> dict:
         outputs, x, bias = {}, self.front(wave), None
+
+        def keep(name, output):    # what nobody wants is let go at once
+            if name in wanted: outputs[name] = output
+
         for i, conv in enumerate(self.convs):
             x = run(conv, x)
-            outputs[f'conv{i}'] = x.mT
-        if self.bridge is not None:
-            x = outputs['layer0'] = run(self.bridge, x)
+            keep(f'conv{i}', x.mT)
+        if self.bridge is not None: keep('layer0', x := run(self.bridge, x))
         for i, block in enumerate(self.blocks, 1):
             if self.biased: x, bias = run(self._biased, block, x, bias)
             else: x = _first(run(block, x, None))
-            outputs[f'layer{i}'] = x
-        return {name: outputs[name] for name in wanted}
+            keep(f'layer{i}', x)
+        return outputs
 
     def _biased(self, block, x, bias):
         # the bias of WavLM is gated by the input: with gradient torch takes another attention
@@ -175,7 +178,7 @@ class Stages(nn.Module):
         with sdpa_kernel(SDPBackend.MATH):
             return block(x, None, position_bias=bias)[:2]
 
-# %% ../nbs/features/ssl_models.ipynb #7fd51d07
+# %% ../nbs/features/ssl_models.ipynb #4ad20100
 def stages_of(
     model: nn.Module,                # of transformers or torchaudio, with or without a head
     *,
@@ -189,10 +192,13 @@ def stages_of(
     body = body.encoder if hasattr(getattr(body, 'encoder', None), 'embed_positions') else body
     if hasattr(body, 'embed_positions') and hasattr(body, 'conv2'):
         convs = [WhisperConv(body.conv1), WhisperConv(body.conv2)]
-        return Stages(WhisperMel(body.conv1.in_channels), convs,
+        mel = WhisperMel(body.conv1.in_channels).to(body.conv1.weight.device)
+        return Stages(mel, convs,
                       WhisperBridge(body.embed_positions), body.layers)
     convs = getattr(getattr(body, 'feature_extractor', None), 'conv_layers', None)
-    if convs is None or not hasattr(body, 'encoder'):
+    line = getattr(getattr(body, 'encoder', None), 'transformer', getattr(body, 'encoder', None))
+    if convs is None or not all(hasattr(line, part) for part in ('pos_conv_embed', 'layers', 'layer_norm')) \
+            or hasattr(line, 'upsample'):     # SEW halves the rate within
         raise SpeechLossError(f'model is {type(model).__name__}, which is no network known here: '
                               'give a wav2vec 2.0, HuBERT, WavLM or Whisper of transformers, or '
                               'a Wav2Vec2Model of torchaudio')
@@ -222,9 +228,14 @@ def _of_transformers(body, front) -> Stages:
     return Stages(front, body.feature_extractor.conv_layers, bridge, line.layers,
                   biased=config.model_type == 'wavlm')
 
-# %% ../nbs/features/ssl_models.ipynb #7b81bc7c
+# %% ../nbs/features/ssl_models.ipynb #5a4718b2
 #: The networks that come with the package: name -> folder, as transformers saves one
 SHIPPED = {'small': Path(speechloss.__file__).parent / 'data' / 'ssl_small'}
+
+
+def folder_of(name: str) -> Path:
+    "Where a network would lie, if the name is that of a folder or of what is shipped"
+    return SHIPPED.get(name, Path(name).expanduser())
 
 
 def open_stages(
@@ -238,8 +249,8 @@ def open_stages(
 
 
 def _opened(name: str, normalize: bool | None) -> tuple[nn.Module, bool | None]:
-    if name.isupper(): return _bundle(name), normalize
-    folder = SHIPPED.get(name, Path(name).expanduser())
+    folder = folder_of(name)
+    if name.isupper() and not folder.exists(): return _bundle(name), normalize
     if folder.is_dir() and not (folder / 'config.json').is_file():
         raise SpeechLossError(f'model {name} is a folder without config.json: give one that '
                               'save_pretrained of transformers wrote')
@@ -264,12 +275,14 @@ def _pretrained(name: str, normalize: bool | None) -> tuple[nn.Module, bool | No
     package = transformers_module()
     try:
         with quiet():
-            model = package.AutoModel.from_pretrained(name, dtype=torch.float32)
+            model, lost = package.AutoModel.from_pretrained(
+                name, dtype=torch.float32, output_loading_info=True)
             if normalize is None: normalize = _said_to_normalize(package, name)
     except Exception as error:
         raise SpeechLossError(f'model {name!r} could not be opened ({said(error)}): give "small", a '
                               'bundle of torchaudio, a folder, or the name of a model on the hub'
                               ) from None
+    complete(name, lost)
     return model, normalize
 
 

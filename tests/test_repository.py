@@ -110,7 +110,8 @@ def test_wheel_installs_and_imports_outside_the_clone(wheel, tmp_path):
     assert Path(where).is_relative_to(site)
     have = {p.relative_to(site).as_posix() for p in (site/'speechloss').rglob('*') if p.is_file()}
     want = {f'speechloss/papers/{p.name}' for p in (ROOT/'nbs/papers').iterdir() if p.is_file()}
-    want |= {f'speechloss/data/{p.name}' for p in (ROOT/'speechloss/data').glob('*')}
+    data = ROOT/'speechloss/data'
+    want |= {f'speechloss/data/{p.relative_to(data).as_posix()}' for p in data.rglob('*') if p.is_file()}
     want |= {f'speechloss/kernels/{p.name}' for p in (ROOT/'kernels').glob('*.py')}
     assert want <= have, f'the wheel lacks {sorted(want - have)}'
     assert (tmp_path/'venv/bin/speechloss').exists()

@@ -20,8 +20,9 @@ def _l2(a, b): return (a - b).square()
 
 
 def _cosine(a, b):
-    dot, aa, bb = ((x * y).sum(-1, keepdim=True) + EPS for x, y in ((a, b), (a, a), (b, b)))
-    return 1 - dot / (aa.sqrt() * bb.sqrt())
+    # half the squared distance of the unit vectors, which at identity is 0 to the bit
+    aa, bb = ((x.square().sum(-1, keepdim=True) + EPS).rsqrt() for x in (a, b))
+    return ((a * aa - b * bb).square().sum(-1, keepdim=True) + EPS * (aa - bb).square()) / 2
 
 
 DISTANCES = dict(l1=_l1, l2=_l2, cosine=_cosine)

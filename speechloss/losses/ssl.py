@@ -5,41 +5,43 @@
 # %% auto #0
 __all__ = ['SSLLoss']
 
-# %% ../../nbs/losses/ssl_loss.ipynb #230a4ba9
+# %% ../../nbs/losses/ssl_loss.ipynb #5b1cb53f
+import inspect
+
 import torch
-from torch import nn
 from torch.nn import functional as F
 
 from ..audio import SAMPLE_RATE, SpeechLossError
 from ..features import Features
 from .distance import FeatureDistance
+from ..spectral import shortest
 from ..ssl import CachedFeatures, SSLFeatures
 
-# %% ../../nbs/losses/ssl_loss.ipynb #4a32a487
+# %% ../../nbs/losses/ssl_loss.ipynb #0f302f0e
 class _Behind(Features):
     "Features with `lead` silent frames put before the wave and taken away behind the network"
     def __init__(self, features: SSLFeatures):
         super().__init__()
         self.features, self.lead = features, 0
-        self.sample_rate, self.names = features.sample_rate, features.names
+        self.sample_rate, self.names, self.hop = features.sample_rate, features.names, features.hop
 
     def frame_lengths(self, lengths): return self.features.frame_lengths(lengths)
 
     def forward(self, wave, lengths=None):
         if not self.lead: return self.features(wave, lengths)
-        more = self.lead * self.features.hop
+        more, size = self.lead * self.hop, wave.shape[-1]
         outputs = self.features(F.pad(wave, (more, 0)), None if lengths is None else lengths + more)
-        sizes = self.frame_lengths(torch.tensor([wave.shape[-1]]))
-        return [out[:, -int(size):] for out, size in zip(outputs, sizes)]
+        before, after = (self.frame_lengths(torch.tensor([n])) for n in (size, size + more))
+        return [out[:, int(b) - int(a):] for out, a, b in zip(outputs, before, after)]
 
-# %% ../../nbs/losses/ssl_loss.ipynb #db806616
+# %% ../../nbs/losses/ssl_loss.ipynb #1970c50b
 class SSLLoss(FeatureDistance):
     """Mean distance over layers of a frozen self-supervised network; 0 at identity.
 
     `model`, `layers`, `sample_rate`, `normalize`, `checkpoint` and `random_seed` as in
     `SSLFeatures`, which may be given in place of `model`. `distance` is 'l2' (mean square), 'l1' or
     'cosine'; `weights` by layer, relative to one another; `balance` as in `FeatureDistance`.
-    `offset` is the largest share of the utterance that shifts both waves in training mode.
+    `offset` is the largest shift of both waves in training mode, a share of the shortest utterance.
     `cache` keeps the clean features of so many utterances.
 
     In the spirit of the abstract of Sato et al., Interspeech 2023, arXiv 2305.14723.
@@ -49,22 +51,34 @@ class SSLLoss(FeatureDistance):
                  normalize: bool | None = None, offset: float = 0., cache: int = 0,
                  checkpoint: bool = False, random_seed: int | None = None,
                  reduction: str = 'mean'):
-        features = model if isinstance(model, Features) else SSLFeatures(
-            model, layers=layers, sample_rate=sample_rate, normalize=normalize,
-            checkpoint=checkpoint, random_seed=random_seed)
-        if not 0 <= offset < 1 or offset and cache:
-            raise SpeechLossError(f'offset is {offset} and cache {cache}: give an offset in [0, 1), '
-                                  'and one of the two at most, since a shifted wave is a new one')
+        options = dict(layers=layers, sample_rate=sample_rate, normalize=normalize,
+                       checkpoint=checkpoint, random_seed=random_seed)
+        features = _given(model, options) if isinstance(model, Features) \
+            else SSLFeatures(model, **options)
+        if not 0 <= offset < 1 or offset and (cache or not hasattr(features, 'hop')):
+            raise SpeechLossError(f'offset is {offset} and cache {cache}: give an offset in [0, 1) of '
+                                  'SSLFeatures, and no cache with it, since a shifted wave is a new one')
         self.offset = offset
         if offset: features = _Behind(features)
         if cache: features = CachedFeatures(features, size=cache)
         super().__init__(features, distance=distance, weights=weights, balance=balance,
                          reduction=reduction)
-        total = sum(self.balancer.weights.values())
+        if (total := sum(self.balancer.weights.values())) <= 0:
+            raise SpeechLossError(f'weights add up to {total}: give at least one layer a weight above 0')
         self.balancer.weights = {k: w / total for k, w in self.balancer.weights.items()}
 
     def values(self, waves):
-        if self.offset:
-            most = int(self.offset * waves.enhanced.shape[-1] / self.features.features.hop)
-            self.features.lead = int(torch.randint(most + 1, ())) if self.training else 0
-        return super().values(waves)
+        if not self.offset or not self.training: return super().values(waves)
+        most = int(self.offset * shortest(waves.enhanced, waves.lengths) / self.features.hop)
+        self.features.lead = int(torch.randint(most + 1, ()))
+        try: return super().values(waves)
+        finally: self.features.lead = 0
+
+
+def _given(features: Features, options: dict) -> Features:
+    "Ready features, whose own options hold; `SpeechLossError` for one that would be lost"
+    signature = inspect.signature(SSLFeatures).parameters
+    if lost := [name for name, value in options.items() if value != signature[name].default]:
+        raise SpeechLossError(f'{lost[0]} is {options[lost[0]]!r}, but model is ready features: '
+                              f'give {lost[0]} to them')
+    return features
