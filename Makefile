@@ -45,7 +45,7 @@ lint: $(ready)
 
 notebooks: $(ready)
 	@echo '== the cells of the notebooks (nbdev_test)'
-	@"$(VENV)/bin/nbdev_test" --n_workers 2 --timing --skip_folder_re '^([_.].*|papers)$$'
+	@HF_HUB_OFFLINE=1 "$(VENV)/bin/nbdev_test" --n_workers 2 --timing --skip_folder_re '^([_.].*|papers)$$'
 
 # With a cache of its own, so that the code of today trains; only the corpora are shared.
 define share_corpora

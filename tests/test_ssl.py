@@ -9,6 +9,7 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from speechloss.audio import SpeechLossError
+from speechloss.features import MelFeatures
 from speechloss.losses import SSLLoss, build
 from speechloss.ssl import SHIPPED, CachedFeatures, SSLFeatures, layer_names
 from speechloss.ssl_models import open_stages, stages_of
@@ -272,6 +273,13 @@ def wrong_inputs():
         'module': (lambda: SSLFeatures(nn.Linear(2, 2)), ('Linear', 'HuBERT')),
         'offset': (lambda: SSLLoss(net, offset=1.5), ('offset', '1.5')),
         'whisper': (lambda: SSLFeatures(whisper(50))(torch.zeros(1, 17000)), ('50', 'shorter')),
+        'vector': (lambda: SSLFeatures(net)(torch.zeros(4000)), ('4000', 'batch')),
+        'whole numbers': (lambda: SSLFeatures(net)(torch.zeros(1, 4000).short()), ('int16', 'float')),
+        'rate of text': (lambda: SSLFeatures(net, sample_rate='16k'), ('sample_rate', '16k')),
+        'truth': (lambda: SSLFeatures(net, layers=True), ('True', 'layer4')),
+        'no weight': (lambda: SSLLoss(net, weights=[0., 0.]), ('weights', 'above 0')),
+        'lost option': (lambda: SSLLoss(SSLFeatures(net), sample_rate=48000), ('sample_rate', '48000')),
+        'offset of others': (lambda: SSLLoss(MelFeatures(sample_rate=16000), offset=.1), ('offset', 'SSLFeatures')),
         'shape': (lambda: SSLLoss(net)(torch.zeros(1, 4000), torch.zeros(1, 4001)), ('4000', '4001')),
     }
 
@@ -289,6 +297,41 @@ def test_a_folder_that_holds_no_model(tmp_path):
     with pytest.raises(SpeechLossError, match='config.json'): SSLFeatures(str(tmp_path))
     (tmp_path / 'config.json').write_text('{"model_type": "bert"}')
     with pytest.raises(SpeechLossError): SSLFeatures(str(tmp_path))
+
+
+def test_a_checkpoint_without_its_weights_is_refused(tmp_path):
+    "transformers draws at random what a checkpoint lacks, with a warning alone"
+    from safetensors.torch import load_file, save_file
+    hugging('Hubert').save_pretrained(tmp_path)
+    weights = tmp_path / 'model.safetensors'
+    save_file({f'other.{k}': v for k, v in load_file(weights).items()}, weights, metadata=dict(format='pt'))
+    with pytest.raises(SpeechLossError, match='no trained weights'): SSLFeatures(str(tmp_path))
+
+
+def test_lengths_of_32_bits_do_not_overflow():
+    features = SSLFeatures(hugging('Hubert'))
+    for kind in (torch.int32, torch.int64):
+        assert features.frame_lengths(torch.tensor([200_000], dtype=kind))[0] == 624
+
+
+@pytest.mark.parametrize('distance', ['l1', 'l2', 'cosine'])
+@pytest.mark.parametrize('options', [dict(offset=.3), dict(cache=8), dict(checkpoint=True)], ids=str)
+def test_every_distance_is_exactly_zero_at_identity(distance, options):
+    loss = SSLLoss(hugging('WavLM'), distance=distance, reduction='none', layers='all', **options).train()
+    clean, lengths = waves(4), torch.tensor([6000, 5000, 4000, 3000])
+    for _ in range(4): assert (loss(clean.clone().requires_grad_(), clean, lengths=lengths) == 0).all()
+
+
+def test_only_wanted_outputs_are_kept():
+    import weakref
+    net = hugging('Hubert').eval()
+    stages, alive = stages_of(net), []
+    for conv in net.feature_extractor.conv_layers:
+        conv.register_forward_hook(lambda m, i, out: alive.append(weakref.ref(out)))
+    counts = []
+    net.encoder.layers[-1].register_forward_hook(lambda *_: counts.append(sum(r() is not None for r in alive)))
+    with torch.no_grad(): stages(waves(1), ['layer4'])
+    assert counts == [0]
 
 
 def test_random_weights_follow_from_the_seed():
