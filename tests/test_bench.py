@@ -52,6 +52,7 @@ def test_arms_start_from_stage_one_and_differ_in_the_loss_alone(cache):
     assert more.objective['weights'] == {'extra': .3} and more.objective['balance'] == 'grad'
     assert base.steps_per_epoch * bench.epochs == base.steps
     assert len({shared.arm(bench, 0, t).key for t in (None, 'mel', 'snr')}) == 3
+    assert shared.arm(bench, 0, 'mel', alone=True).objective == {'terms': {'extra': 'mel'}}
 
 
 def test_unknown_scale_names_the_choices():

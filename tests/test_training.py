@@ -491,3 +491,27 @@ def test_two_runs_in_one_folder_wait_for_each_other(recipe, tmp_path):
     assert [process.wait(300) for process in both] == [0, 0]
     assert [row['step'] for row in read_log(tmp_path / 'run' / 'log.jsonl')] == list(range(1, 13))
     assert weights(tmp_path / 'run' / 'final') == weights(train(recipe, tmp_path / 'alone'))
+
+
+def test_key_follows_the_network_of_a_loss(recipe, tmp_path, monkeypatch):
+    "Its weights count, also those of the default; where they are drawn anew its shape alone"
+    from speechloss.ssl_models import SHIPPED
+    for name in 'abc':
+        (tmp_path / name).mkdir()
+        (tmp_path / name / 'config.json').write_text('{}' if name != 'c' else '{"depth": 2}')
+        (tmp_path / name / 'model.safetensors').write_bytes(name.encode())
+
+    def key(**options): return replace(recipe, objective=dict(terms=dict(a=dict(name='ssl', **options)))).key
+
+    places = [str(tmp_path / name) for name in 'abc']
+    assert len({key(model=place) for place in places}) == 3
+    drawn = [key(model=place, random_seed=1) for place in places]
+    assert drawn[0] == drawn[1] != drawn[2]
+    assert key() == key(model='small') == key(model=str(SHIPPED['small']))
+    monkeypatch.setitem(SHIPPED, 'small', tmp_path / 'a')
+    assert key() == key(model=places[0])
+    monkeypatch.setenv('HOME', str(tmp_path))
+    assert key(model='~/b') == key(model=places[1])
+    with pytest.raises(TrainingError, match='model .* holds no model.safetensors'):
+        (tmp_path / 'empty').mkdir()
+        key(model=str(tmp_path / 'empty'))
