@@ -34,7 +34,7 @@ class _Behind(Features):
         before, after = (self.frame_lengths(torch.tensor([n])) for n in (size, size + more))
         return [out[:, int(b) - int(a):] for out, a, b in zip(outputs, before, after)]
 
-# %% ../../nbs/losses/ssl_loss.ipynb #1970c50b
+# %% ../../nbs/losses/ssl_loss.ipynb #6037befe
 class SSLLoss(FeatureDistance):
     """Mean distance over layers of a frozen self-supervised network; 0 at identity.
 
@@ -42,13 +42,15 @@ class SSLLoss(FeatureDistance):
     `SSLFeatures`, which may be given in place of `model`. `distance` is 'l2' (mean square), 'l1' or
     'cosine'; `weights` by layer, relative to one another; `balance` as in `FeatureDistance`.
     `offset` is the largest shift of both waves in training mode, a share of the shortest utterance.
-    `cache` keeps the clean features of so many utterances.
+    `cache` keeps the clean features of so many utterances. `dither_db` is the level, in dB against
+    full scale, of a fixed noise under both waves, for speech with digital silence in it.
 
     In the spirit of the abstract of Sato et al., Interspeech 2023, arXiv 2305.14723.
     """
     def __init__(self, model='small', *, layers='later', distance: str = 'l2', weights=None,
                  balance: str = 'none', sample_rate: int = SAMPLE_RATE,
                  normalize: bool | None = None, offset: float = 0., cache: int = 0,
+                 dither_db: float | None = None,
                  checkpoint: bool = False, random_seed: int | None = None,
                  reduction: str = 'mean'):
         options = dict(layers=layers, sample_rate=sample_rate, normalize=normalize,
@@ -58,7 +60,7 @@ class SSLLoss(FeatureDistance):
         if not 0 <= offset < 1 or offset and (cache or not hasattr(features, 'hop')):
             raise SpeechLossError(f'offset is {offset} and cache {cache}: give an offset in [0, 1) of '
                                   'SSLFeatures, and no cache with it, since a shifted wave is a new one')
-        self.offset = offset
+        self.offset, self.dither_db = offset, dither_db
         if offset: features = _Behind(features)
         if cache: features = CachedFeatures(features, size=cache)
         super().__init__(features, distance=distance, weights=weights, balance=balance,
@@ -67,7 +69,16 @@ class SSLLoss(FeatureDistance):
             raise SpeechLossError(f'weights add up to {total}: give at least one layer a weight above 0')
         self.balancer.weights = {k: w / total for k, w in self.balancer.weights.items()}
 
+    def _dithered(self, waves):
+        "Both waves with the same noise, whatever their batch"
+        if self.dither_db is None: return waves
+        draw = torch.Generator().manual_seed(0)
+        noise = torch.randn(waves.enhanced.shape[-1], generator=draw).to(waves.enhanced)
+        noise = noise * 10 ** (self.dither_db / 20)
+        return waves._replace(enhanced=waves.enhanced + noise, clean=waves.clean + noise)
+
     def values(self, waves):
+        waves = self._dithered(waves)
         if not self.offset or not self.training: return super().values(waves)
         most = int(self.offset * shortest(waves.enhanced, waves.lengths) / self.features.hop)
         self.features.lead = int(torch.randint(most + 1, ()))
