@@ -55,7 +55,7 @@ def _layer_name(layer, names, deep) -> str:
     raise SpeechLossError(f'layer {layer!r} is not in this network: choose from {names[0]} to '
                           f'{names[-1]}, 0 to {len(deep) - 1}, or one of {", ".join(WORDS)}')
 
-# %% ../nbs/features/ssl.ipynb #f95cf79c
+# %% ../nbs/features/ssl.ipynb #4062b36f
 class SSLFeatures(Features):
     """Outputs of a frozen self-supervised network, `(B, frames, dim)` for each layer.
 
@@ -65,7 +65,7 @@ class SSLFeatures(Features):
     waves. `random_seed` draws the weights anew: the control of every claim about training.
 
     Networks that standardise amplify digital silence 3,000-fold: there the gradient is finite and
-    10^4 times that of speech, so clip gradients where enhanced speech may be all zero.
+    thousands of times that of speech: clip gradients, or see `dither_db` of `SSLLoss`.
     """
     def __init__(self, model='small', *, layers: str | int | Sequence = 'later',
                  sample_rate: int = SAMPLE_RATE, normalize: bool | None = None,
