@@ -55,7 +55,7 @@ def _layer_name(layer, names, deep) -> str:
     raise SpeechLossError(f'layer {layer!r} is not in this network: choose from {names[0]} to '
                           f'{names[-1]}, 0 to {len(deep) - 1}, or one of {", ".join(WORDS)}')
 
-# %% ../nbs/features/ssl.ipynb #4062b36f
+# %% ../nbs/features/ssl.ipynb #7b8e14b2
 class SSLFeatures(Features):
     """Outputs of a frozen self-supervised network, `(B, frames, dim)` for each layer.
 
@@ -64,7 +64,7 @@ class SSLFeatures(Features):
     copied up to the deepest of `layers` (see `layer_names`). `sample_rate` in Hz is that of the
     waves. `random_seed` draws the weights anew: the control of every claim about training.
 
-    Networks that standardise amplify digital silence 3,000-fold: there the gradient is finite and
+    Networks that standardise amplify digital silence 3,000-fold. There the gradient is finite, and
     thousands of times that of speech: clip gradients, or see `dither_db` of `SSLLoss`.
     """
     def __init__(self, model='small', *, layers: str | int | Sequence = 'later',
