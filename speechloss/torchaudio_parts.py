@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['torchaudio_module', 'transformers_module', 'quiet', 'complete', 'said']
 
-# %% ../nbs/features/torchaudio_parts.ipynb #f3df644b
+# %% ../nbs/features/torchaudio_parts.ipynb #e73d157d
 import importlib
 import logging
 import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
@@ -16,7 +17,7 @@ from types import ModuleType
 
 from .audio import SpeechLossError, extra
 
-# %% ../nbs/features/torchaudio_parts.ipynb #37d39b9d
+# %% ../nbs/features/torchaudio_parts.ipynb #e48c1dcc
 _EXTENSION = 'torchaudio._extension'
 
 
@@ -51,6 +52,9 @@ def transformers_module() -> ModuleType:
     if find_spec('transformers') is None:
         raise SpeechLossError(f'transformers is not installed: {extra("ssl")}')
     if find_spec('torchaudio') is not None: torchaudio_module()
+    with warnings.catch_warnings():     # in a notebook tqdm asks for widgets, once
+        warnings.simplefilter('ignore')
+        importlib.import_module('tqdm.auto')
     return importlib.import_module('transformers')
 
 # %% ../nbs/features/torchaudio_parts.ipynb #34b8d2d2
