@@ -9,11 +9,14 @@ os.environ.setdefault('HF_HUB_OFFLINE', '1')   # no test may wait for a hub
 import pytest
 import torch
 from hypothesis import settings
+from interpreted import ordered_dots
 
 ROOT = Path(__file__).resolve().parents[1]
 
 settings.register_profile('speechloss', max_examples=25, deadline=None, derandomize=True)
 settings.load_profile('speechloss')
+
+if os.environ.get('TRITON_INTERPRET') == '1': ordered_dots()
 
 
 def pytest_collection_modifyitems(items):

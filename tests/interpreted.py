@@ -10,13 +10,31 @@ The interpreter has to be on before Triton is imported, so a file marks its kern
 and the last one runs the marked ones of its file. Both forms work by hand, too:
 
     TRITON_INTERPRET=1 pytest -m interpreted tests/test_kernel_NAME.py
+
+A GPU adds up each element of a product of matrices in the same order, wherever it stands in its
+tile. NumPy's libraries do not on every processor, so the interpreter gets a product that does.
 """
 import os
 import subprocess
 import sys
 from importlib.util import find_spec
 
+import numpy as np
 import pytest
+
+
+def ordered_dots() -> None:
+    "Let the interpreter add up products of matrices one term after the other"
+    from triton.runtime import interpreter
+    interpreter.InterpreterBuilder.create_dot = _ordered_dot
+
+
+def _ordered_dot(builder, a, b, d, input_precision, max_num_imprecise_acc):
+    from triton.runtime.interpreter import TensorHandle
+    total = np.zeros_like(d.data)
+    rows, columns = a.data.astype(total.dtype), b.data.astype(total.dtype)
+    for k in range(rows.shape[-1]): total += rows[..., :, k, None] * columns[..., k, None, :]
+    return TensorHandle(total + d.data, d.dtype.scalar)
 
 
 def run_interpreted(path: str, timeout: float = 600.) -> None:
