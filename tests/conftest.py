@@ -25,8 +25,6 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if item.get_closest_marker('interpreted') and os.environ.get('TRITON_INTERPRET') != '1':
             item.add_marker(pytest.mark.skip(reason='runs in a process of its own, see interpreted.py'))
-        if item.get_closest_marker('alone') and os.environ.get('SPEECHLOSS_ALONE') != '1':
-            item.add_marker(pytest.mark.skip(reason='runs in a process of its own, see test_alone.py'))
     if torch.cuda.is_available(): return
     for item in items:
         if item.get_closest_marker('cuda'):

@@ -24,7 +24,6 @@ if lacking := [p for p in ('transformers', 'jiwer', 'pocketsphinx', 'resemblyzer
                if find_spec(p) is None]:
     pytest.skip(f'without {", ".join(lacking)}', allow_module_level=True)
 
-pytestmark = pytest.mark.alone     # native judges do not share a process with other tests
 RATE = 16_000
 TINY = dict(
     hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, conv_dim=(8, 8),
