@@ -93,6 +93,16 @@ def wheel(clone, tmp_path_factory):
     return next(out.glob('speechloss-*.whl'))
 
 
+def test_kernels_of_a_checkout_are_there_once():
+    "transformers imports whatever is called `kernels`; from the root of a checkout that was a second copy of ours"
+    code = ('import importlib, torch; from speechloss.kernels import contrastive_ratio;'
+            'x = [torch.ones(1, 3, 2)]; call = lambda: contrastive_ratio(x, x, [x], distance="l1").tolist();'
+            'before = call(); shell = importlib.import_module("kernels");'
+            'assert shell.__file__.endswith("kernels/__init__.py") and not hasattr(shell, "contrastive_ratio");'
+            'importlib.import_module("transformers.activations"); assert call() == before; print("once")')
+    assert python(code, ROOT) == 'once'
+
+
 @pytest.mark.slow
 def test_wheel_installs_and_imports_outside_the_clone(wheel, tmp_path):
     "A new environment sees only the dependencies of this one"
