@@ -2,6 +2,9 @@
 
 Base networks with random weights: cost does not depend on them.
 """
+from copy import deepcopy
+from functools import cache
+
 import torch
 
 from speechloss.losses import SSLLoss
@@ -50,13 +53,23 @@ class Whole:
         return (self.view(enhanced) - target).square().mean()
 
 
+@cache
+def providers(name: str, depth: str) -> dict:
+    "Built when first called: a process that measures one contest builds one network"
+    net = network(name)
+    found = dict(speechloss=SSLLoss(net, layers=depth).to(DEVICE))
+    if name != 'whisper-tiny':   # there is no shorter way to its encoder
+        found |= dict(transformers=Whole(net, depth), truth=Whole(deepcopy(net).double(), depth))
+    return found
+
+
 def contests() -> list[Contest]:
     found = []
     for name, depths in DEPTHS.items():
         for depth in depths:
-            net = network(name)
-            ours = SSLLoss(net, layers=depth).to(DEVICE)
-            providers = {} if name == 'whisper-tiny' else dict(transformers=Whole(net, depth))
-            found += [Contest('ssl', f'{name} {depth}', f'1x{SAMPLES}', noise, providers | dict(speechloss=ours),
-                              backward=backward) for backward in (False, True)]
+            def called(key, name=name, depth=depth): return lambda *waves: providers(name, depth)[key](*waves)
+            keys = ('speechloss',) if name == 'whisper-tiny' else ('transformers', 'speechloss')
+            found += [Contest('ssl', f'{name} {depth}', f'1x{SAMPLES}', noise, {key: called(key) for key in keys},
+                              truth=called('truth') if len(keys) > 1 else None, backward=backward)
+                      for backward in (False, True)]
     return found

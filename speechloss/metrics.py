@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['METRICS', 'COLUMNS', 'DEFAULT', 'Metric', 'metric_table', 'cards_of', 'reason', 'no_score', 'score_one', 'composite',
-           'dnsmos', 'dnsmos_fast', 'estoi', 'llr', 'lsd', 'mcd', 'pesq_wb', 'seg_snr', 'si_sdr', 'stoi', 'wss']
+           'dnsmos', 'dnsmos_fast', 'estoi', 'llr', 'lsd', 'mcd', 'nmr', 'pesq_wb', 'seg_snr', 'si_sdr', 'stoi', 'wss']
 
 # %% ../nbs/enhance/metrics.ipynb #a8dc8f87
 import importlib.util
@@ -14,10 +14,10 @@ from dataclasses import dataclass
 
 from .audio import SAMPLE_RATE, SpeechLossError, extra
 from .composite import composite, llr, seg_snr, wss
-from .distortion import lsd, mcd, si_sdr
+from .distortion import lsd, mcd, nmr, si_sdr
 from .listeners import dnsmos, dnsmos_fast, estoi, pesq_wb, stoi
 
-_all_ = ['composite', 'dnsmos', 'dnsmos_fast', 'estoi', 'llr', 'lsd', 'mcd', 'pesq_wb', 'seg_snr', 'si_sdr',
+_all_ = ['composite', 'dnsmos', 'dnsmos_fast', 'estoi', 'llr', 'lsd', 'mcd', 'nmr', 'pesq_wb', 'seg_snr', 'si_sdr',
          'stoi', 'wss']
 
 # %% ../nbs/enhance/metrics.ipynb #9cc209bf
@@ -59,6 +59,8 @@ METRICS: dict[str, Metric] = {card.name: card for card in (
            optimised_by=('MultiResolutionSTFTLoss', 'STFTLoss', 'MelLoss')),
     Metric('mcd', ('mcd',), mcd, (0, math.inf), 'lower', 'dB', 'Kubichek 1993',
            optimised_by=('MelLoss',)),
+    Metric('nmr', ('nmr',), nmr, (-100, math.inf), 'lower', 'dB', 'Brandenburg 1987; ISO/IEC 11172-3',
+           optimised_by=('MaskingLoss',)),
     Metric('llr', ('llr',), llr, (0, math.inf), 'lower', 'nat', 'Quackenbush et al. 1988'),
     Metric('wss', ('wss',), wss, (0, math.inf), 'lower', 'dB²', 'Klatt 1982'),
     Metric('composite', ('csig', 'cbak', 'covl'), composite, (1, 5), 'higher', 'MOS',

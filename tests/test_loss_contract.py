@@ -9,7 +9,7 @@ from torch import nn
 from speechloss.features import (
     EncoderFeatures, GammatoneFeatures, MelFeatures, RandomFeatures, STFTFeatures)
 from speechloss.losses import (
-    CARDS, CompressedComplexLoss, FeatureDistance, MelLoss, ModelAsLoss,
+    CARDS, CompressedComplexLoss, FeatureDistance, MaskingLoss, MelLoss, ModelAsLoss,
     MultiResolutionSTFTLoss, Objective, SISDRLoss, SNRLoss, SSLLoss, STFTLoss, WaveL1Loss, WaveL2Loss, preset)
 from speechloss.models import enhancer
 from test_ssl import LARGE, hugging, whisper
@@ -67,6 +67,8 @@ WAVES = [
 ]
 
 SPECTRA = [
+    Case('masking', MaskingLoss),
+    Case('masking-loud', partial(MaskingLoss, full_scale_db=110., hop_length=128)),
     Case('stft', STFTLoss, compiles='inductor', blind=MAGNITUDE),
     Case('stft-lin', partial(STFTLoss, n_fft=400, hop_length=100, win_length=321,
                              terms=dict(lin_l1=2.), window='hamming'), blind=MAGNITUDE),

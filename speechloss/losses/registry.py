@@ -16,6 +16,7 @@ from ..features import (
     Features, GammatoneFeatures, MelFeatures, RandomFeatures, STFTFeatures, randomized)
 from .base import Loss
 from .distance import FeatureDistance
+from .masking import MaskingLoss
 from .model_as_loss import ModelAsLoss
 from .objective import Objective
 from .spectral import (
@@ -52,6 +53,8 @@ CARDS = {card.name: card for card in (
          'https://arxiv.org/abs/2010.05646'),
     Card('compressed_complex', CompressedComplexLoss, 'compressed STFT, magnitude and complex',
          '0', 'yes', 'yes', 'Braun & Tashev 2021', 'https://arxiv.org/abs/2009.12286'),
+    Card('masking', MaskingLoss, 'error over masking threshold, by critical band', '0', 'yes', 'yes',
+         'Zhen et al. 2020; ISO/IEC 11172-3', 'https://arxiv.org/abs/2101.00054'),
     Card('feature_distance', FeatureDistance, 'any features', '0', 'depends', 'depends',
          'Germain et al. 2019', 'https://arxiv.org/abs/1806.10522'),
     Card('model_as_loss', ModelAsLoss, "the enhancer's own encoder", '0', 'depends', 'depends',
