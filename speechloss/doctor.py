@@ -32,7 +32,7 @@ PACKAGES = {
     'papermill': 'reproduce', 'ipykernel': 'reproduce', 'matplotlib': 'reproduce',
     'pandas': 'reproduce', 'typer': 'reproduce', 'rich': 'reproduce',
     'transformers': 'ssl', 'torchaudio': 'ssl', 'jiwer': 'downstream', 'pocketsphinx': 'downstream',
-    'resemblyzer': 'downstream', 'silero-vad': 'downstream', 'torchcrepe': 'downstream',
+    'resemblyzer': 'downstream', 'silero-vad': 'downstream', 'torchcrepe': 'downstream', 'lameenc': 'codec',
     'scikit-learn': 'downstream', 'nbdev': 'docs',
 }
 
