@@ -6,10 +6,11 @@ import torch
 from loss_contract import Case, LossContract
 from torch import nn
 
+from speechloss.codec import CodecNet
 from speechloss.features import (
     EncoderFeatures, GammatoneFeatures, MelFeatures, RandomFeatures, STFTFeatures)
 from speechloss.losses import (
-    CARDS, CompressedComplexLoss, FeatureDistance, MaskingLoss, MelLoss, ModelAsLoss,
+    CARDS, CodecLoss, CompressedComplexLoss, FeatureDistance, MaskingLoss, MelLoss, ModelAsLoss,
     MultiResolutionSTFTLoss, Objective, SISDRLoss, SNRLoss, SSLLoss, STFTLoss, WaveL1Loss, WaveL2Loss, preset)
 from speechloss.models import enhancer
 from test_ssl import LARGE, hugging, whisper
@@ -47,6 +48,13 @@ def own(reduction='mean', model=TinyModel, **options):
 
 def distance(features, reduction='mean', **options):
     return FeatureDistance(features(), reduction=reduction, **options)
+
+
+def codec(reduction='mean', **options):
+    torch.manual_seed(7)
+    net = CodecNet(widths=(4, 6, 8))
+    card = dict(skill=dict(skill=.2), scale={name: .1 + .1 * k for k, name in enumerate(net.names)})
+    return CodecLoss(net, card=card, reduction=reduction, **options)
 
 
 def objective(*names, reduction='mean', **options):
@@ -123,7 +131,9 @@ OWN = [
     Case('causal enhancer', partial(own, model=partial(enhancer, CAUSAL)), blind=MAGNITUDE),
 ]
 
-SSL = [
+NETWORKS = [
+    Case('codec', codec, blind=MAGNITUDE),
+    Case('codec-inner', partial(codec, layers='inner', distance='l2'), blind=MAGNITUDE),
     Case('ssl', lambda **options: SSLLoss(hugging('WavLM'), **options)),
     Case('standardised', lambda **options: SSLLoss(
         hugging('Hubert', LARGE), layers='all', distance='l1', **options)),
@@ -148,18 +158,18 @@ class TestSpectra(LossContract): cases = SPECTRA
 class TestDistances(LossContract): cases = DISTANCES
 class TestBalanced(LossContract): cases = BALANCED
 class TestModelAsLoss(LossContract): cases = OWN
-class TestSSL(LossContract): cases = SSL
+class TestNetworks(LossContract): cases = NETWORKS
 class TestObjective(LossContract): cases = OBJECTIVES
 
 
 def test_every_card_is_tested():
     tested = {type(case.make(reduction='none'))
-              for case in WAVES + SPECTRA + DISTANCES + OWN + SSL}
+              for case in WAVES + SPECTRA + DISTANCES + OWN + NETWORKS}
     assert {card.loss for card in CARDS.values()} <= tested
 
 
 @pytest.mark.parametrize('card', CARDS.values(), ids=lambda card: card.name)
 def test_identity_of_the_cards(card):
-    case = next(c for c in WAVES + SPECTRA + DISTANCES + OWN + SSL
+    case = next(c for c in WAVES + SPECTRA + DISTANCES + OWN + NETWORKS
                 if type(c.make(reduction='none')) is card.loss)
     assert card.identity == {0.: '0', -100.: '-max_db'}[case.identity]

@@ -174,7 +174,7 @@ def test_imports_go_down_only():
 
 def test_every_import_is_declared():
     "What the package imports comes with the core or with an extra that is not for developers"
-    extras = ('metrics', 'reproduce', 'ssl', 'downstream')
+    extras = ('metrics', 'reproduce', 'ssl', 'downstream', 'codec')
     declared = {'speechloss'}.union(*(requirements('speechloss', e) for e in ('', *extras)))
     owners = metadata.packages_distributions()
     for name, path, _ in exported():
@@ -226,7 +226,7 @@ def test_losses_import_only_the_core():
 
 def test_extras_name_what_the_readme_names():
     extras = set(metadata.metadata('speechloss').get_all('Provides-Extra'))
-    assert {'metrics', 'reproduce', 'ssl', 'downstream', 'docs', 'dev'} <= extras
+    assert {'metrics', 'reproduce', 'ssl', 'downstream', 'codec', 'docs', 'dev'} <= extras
     named = re.findall(r"speechloss\[([a-z,]+)\]", (ROOT/'README.md').read_text())
     assert {e for group in named for e in group.split(',')} <= extras
 
