@@ -4,16 +4,18 @@
 
 # %% auto #0
 __all__ = ['SAMPLE_RATE', 'SUFFIXES', 'MARGIN_DB', 'HANGOVER', 'TIME_CONSTANT', 'SpeechLossError', 'AudioError', 'home', 'Info',
-           'info', 'load', 'extra', 'available_cores', 'sha256', 'atomic', 'write_text', 'save', 'scan', 'resample',
-           'rms_db', 'active_speech', 'active_level', 'level_db', 'set_level', 'mix']
+           'info', 'load', 'extra', 'optional', 'available_cores', 'sha256', 'atomic', 'write_text', 'save', 'scan',
+           'resample', 'rms_db', 'active_speech', 'active_level', 'level_db', 'set_level', 'mix']
 
 # %% ../nbs/signal/audio.ipynb #4e12f77a
 import hashlib
+import importlib
 import math
 import os
 import tempfile
 from contextlib import contextmanager
 from pathlib import Path
+from types import ModuleType
 from typing import Iterator, NamedTuple
 
 import numpy as np
@@ -101,6 +103,18 @@ def load(
 def extra(name: str) -> str:
     "The cure where an optional package is missing: how to install the extra that brings it"
     return f"pip install '.[{name}]' in the clone"
+
+
+def optional(
+    name: str,      # of the module, such as 'speechmos.dnsmos'
+    whom: str,      # who needs it, for the error
+    bringer: str,   # the extra that installs it
+) -> ModuleType:
+    "A module of an optional package; `SpeechLossError` with the cure when it is not installed"
+    try:
+        return importlib.import_module(name)
+    except ImportError:
+        raise SpeechLossError(f'{whom} needs {name.partition(".")[0]}: {extra(bringer)}') from None
 
 
 def available_cores() -> int:

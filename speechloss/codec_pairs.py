@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['BIT_RATES', 'SHORTEST', 'MANIFEST', 'Codec', 'Pair', 'PairReport', 'source_wave', 'build_pairs', 'CodecPairs']
 
-# %% ../nbs/features/codec_pairs.ipynb #1a68fd6d
+# %% ../nbs/features/codec_pairs.ipynb #934bb756
 import hashlib
 import io
 import json
@@ -23,9 +23,9 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from .audio import (
-    SAMPLE_RATE, AudioError, SpeechLossError, atomic, extra, info, load, scan, sha256, write_text)
+    SAMPLE_RATE, AudioError, SpeechLossError, atomic, info, load, optional, scan, sha256, write_text)
 
-# %% ../nbs/features/codec_pairs.ipynb #cc370b9a
+# %% ../nbs/features/codec_pairs.ipynb #c98d1dd1
 #: kbit/s of MPEG layer III at each rate, Hz: MPEG-2.5, MPEG-2 and MPEG-1
 _LOW, _HIGH = (8, 16, 24, 32, 40, 48, 56, 64), (32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320)
 BIT_RATES = dict.fromkeys((8_000, 11_025, 12_000), _LOW) | dict.fromkeys(
@@ -57,7 +57,7 @@ class Codec:
     ) -> bytes:        # an MP3 file
         "`SpeechLossError` unless the wave is one finite channel of a tenth of a second or more"
         samples = _checked(wave, self.sample_rate)
-        coder = _lame().Encoder()
+        coder = optional('lameenc', 'the codec', 'codec').Encoder()
         coder.set_bit_rate(self.bit_rate)
         coder.set_in_sample_rate(self.sample_rate)
         coder.set_out_sample_rate(self.sample_rate)
@@ -80,12 +80,6 @@ class Codec:
     def __call__(self, wave: Tensor) -> Tensor:  # (T,) -> float32 (T,)
         "What is left of a wave"
         return self.decode(self.encode(wave), len(wave))
-
-
-def _lame():
-    try: import lameenc
-    except ImportError: raise SpeechLossError(f'the codec needs lameenc: {extra("codec")}') from None
-    return lameenc
 
 
 def _checked(wave: Tensor, sample_rate: int) -> Tensor:

@@ -6,7 +6,6 @@
 __all__ = ['BATCH', 'as_wave', 'Listener', 'package', 'from_hub']
 
 # %% ../nbs/enhance/hearing.ipynb #825301b1
-import importlib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
@@ -14,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .audio import SAMPLE_RATE, SpeechLossError, extra, resample
+from .audio import SAMPLE_RATE, SpeechLossError, optional, resample
 from .torchaudio_parts import complete, quiet, said, transformers_module
 
 # %% ../nbs/enhance/hearing.ipynb #398a05f5
@@ -68,11 +67,7 @@ def _alike(waves: list[Tensor]) -> list[list[int]]:
 # %% ../nbs/enhance/hearing.ipynb #8fbbc600
 def package(name: str):
     "A module of the `downstream` extra"
-    try:
-        return importlib.import_module(name)
-    except ImportError:
-        raise SpeechLossError(f'this judge needs {name.partition(".")[0]}: '
-                              f'{extra("downstream")}') from None
+    return optional(name, 'this judge', 'downstream')
 
 
 def from_hub(

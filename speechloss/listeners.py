@@ -6,26 +6,16 @@
 __all__ = ['WINDOW', 'pesq_wb', 'stoi', 'estoi', 'dnsmos', 'dnsmos_fast']
 
 # %% ../nbs/enhance/listeners.ipynb #278646b1
-import importlib
 import warnings
 from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 
-from .audio import SAMPLE_RATE, SpeechLossError, extra
+from .audio import SAMPLE_RATE, SpeechLossError, optional
 from .distortion import as_pair, as_wave
 
 # %% ../nbs/enhance/listeners.ipynb #52f2d96d
-def _package(name: str, for_whom: str):
-    "A module of the `metrics` extra"
-    try:
-        return importlib.import_module(name)
-    except ImportError:
-        raise SpeechLossError(f'{for_whom} needs {name.partition(".")[0]}: '
-                              f'{extra("metrics")}') from None
-
-
 def pesq_wb(
     enhanced,          # (T,)
     clean,             # (T,)
@@ -33,7 +23,7 @@ def pesq_wb(
 ) -> float:            # MOS-LQO, 1 to 4.64, higher is better
     "Wide-band PESQ (ITU-T P.862.2); `SpeechLossError` on silence, NaN, or under a quarter second"
     e, c = as_pair(enhanced, clean, sample_rate)
-    package = _package('pesq', 'PESQ')
+    package = optional('pesq', 'PESQ', 'metrics')
     try:
         return float(package.pesq(SAMPLE_RATE, c, e, 'wb'))
     except package.PesqError as error:
@@ -46,7 +36,7 @@ def pesq_wb(
 
 def _intelligibility(enhanced, clean, sample_rate: int, extended: bool) -> float:
     e, c = as_pair(enhanced, clean, sample_rate)
-    measure = _package('pystoi', 'STOI').stoi
+    measure = optional('pystoi', 'STOI', 'metrics').stoi
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter('always')
         value = float(measure(c, e, SAMPLE_RATE, extended=extended))
@@ -80,8 +70,8 @@ WINDOW = int(9.01 * SAMPLE_RATE)  # samples that DNSMOS listens to at once
 @lru_cache
 def _dnsmos():
     "The DNSMOS networks of speechmos, loaded once in a process, on one thread"
-    package = _package('speechmos.dnsmos', 'DNSMOS')
-    runtime = _package('onnxruntime', 'DNSMOS')
+    package = optional('speechmos.dnsmos', 'DNSMOS', 'metrics')
+    runtime = optional('onnxruntime', 'DNSMOS', 'metrics')
     options = runtime.SessionOptions()
     options.intra_op_num_threads = options.inter_op_num_threads = 1
     model = object.__new__(package.DNSMOS)   # its own __init__ would take every core

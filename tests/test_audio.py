@@ -13,7 +13,7 @@ import torch
 from hypothesis import given, settings, strategies as st
 
 from speechloss.audio import (AudioError, SpeechLossError, active_level, active_speech, home,
-                              load, mix, resample, rms_db, save, scan, set_level)
+                              load, mix, optional, resample, rms_db, save, scan, set_level)
 
 RATE = 16000
 
@@ -237,3 +237,9 @@ def test_import_is_light():
                        env={**os.environ, 'OMP_NUM_THREADS': '1'})
     assert r.returncode == 0, r.stderr
     assert float(r.stdout) < 1.
+
+
+def test_a_missing_package_names_its_cure():
+    assert optional('math', 'nobody', 'metrics').pi > 3
+    with pytest.raises(SpeechLossError, match=r"the moon needs nowhere: pip install '\.\[codec\]'"):
+        optional('nowhere.at_all', 'the moon', 'codec')
