@@ -12,7 +12,7 @@ import soundfile
 import torch
 from torch.utils.data import DataLoader
 
-from speechloss.audio import AudioError, SpeechLossError, load, save
+from speechloss.audio import AudioError, SpeechLossError, load, resample, save
 from speechloss.codec_pairs import BIT_RATES, Codec, CodecPairs, build_pairs, source_wave
 from speechloss.corpus import get
 
@@ -54,13 +54,12 @@ def test_aligned_on_speech_and_on_impulses(bit_rate, speech):
         assert lag == 0 and alike > .9, (lag, alike)
 
 
-@pytest.mark.parametrize('rate,bit_rate', [
-    (8_000, 16), (22_050, 32), (24_000, 24), (32_000, 64), (44_100, 128), (48_000, 96)])
-def test_other_rates_are_aligned_too(rate, bit_rate, speech):
-    from speechloss.audio import resample
-    wave = resample(speech[0], RATE, rate)
-    coded = Codec(bit_rate, rate)(wave)
-    assert lags(coded, wave)[0] == 0 and len(coded) == len(wave)
+@pytest.mark.parametrize('rate', BIT_RATES)
+def test_every_rate_and_bit_rate_is_aligned(rate, speech):
+    wave = resample(speech[0][:3 * RATE], RATE, rate)
+    for bit_rate in BIT_RATES[rate]:
+        coded = Codec(bit_rate, rate)(wave)
+        assert lags(coded, wave)[0] == 0 and len(coded) == len(wave), bit_rate
 
 
 def test_more_bits_are_nearer(speech):
