@@ -15,6 +15,7 @@ from ctypes import CDLL
 from ctypes.util import find_library
 from dataclasses import dataclass, field
 from datetime import date
+from functools import cache
 from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
@@ -37,7 +38,7 @@ class Contest:
     shape: str
     inputs: Callable[[], tuple]                  # tensors of the work, on DEVICE; the first gets the gradient
     providers: dict[str, Callable]               # name -> loss of the inputs, a scalar
-    truth: Callable | None = None                # the loss on float64 inputs, plain
+    truth: Callable | dict | None = None         # the loss on float64 inputs, plain; by provider where they differ
     backward: bool = True
     dtype: str = 'float32'
     bytes_modelled: float = 0.                   # least traffic to main memory
@@ -82,15 +83,20 @@ def errors(contest: Contest) -> dict[str, dict]:
     if contest.truth is None: return {name: {} for name in contest.providers}
     inputs = ready(contest)
     double = tuple(x.detach().double().requires_grad_(x.requires_grad) if x.is_floating_point() else x for x in inputs)
-    loss = contest.truth(*double)
-    grad = torch.autograd.grad(loss, double[0])[0] if contest.backward else None
+
+    @cache
+    def right(truth):
+        loss = truth(*double)
+        return loss.detach(), torch.autograd.grad(loss, double[0])[0] if contest.backward else None
+
     found = {}
     for name in contest.providers:
         if name in contest.unlike:
             found[name] = {}
             continue
+        loss, grad = right(contest.truth[name] if isinstance(contest.truth, dict) else contest.truth)
         value, own = contest.step(name, inputs)
-        found[name] = dict(loss_err=float((value.detach().double() - loss.detach()).norm() / loss.detach().norm()))
+        found[name] = dict(loss_err=float((value.detach().double() - loss).norm() / loss.norm()))
         if grad is not None: found[name]['grad_err'] = float((own.double() - grad).norm() / grad.norm())
     return found
 
