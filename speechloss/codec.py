@@ -19,7 +19,7 @@ from .audio import SAMPLE_RATE, SpeechLossError, atomic, write_text
 from .features import Features, Frozen
 from .spectral import frame_count, frame_mask, stft, window_of
 
-# %% ../nbs/features/codec.ipynb #55261d0c
+# %% ../nbs/features/codec.ipynb #0a6017ae
 FLOOR = 1e-8    # power added, -80 dB against a full-scale tone
 
 
@@ -53,7 +53,7 @@ class CodecNet(nn.Module):
     `widths` are the channels of the levels, each with half the bins of the one before. Weights
     follow from torch's random state. `bit_rate` (kbit/s) and `sample_rate` (Hz) say what it imitates.
     """
-    def __init__(self, *, widths=(24, 40, 56, 80, 112), n_fft: int = 512, hop_length: int = 256,
+    def __init__(self, *, widths=(12, 20, 32, 48, 72), n_fft: int = 512, hop_length: int = 256,
                  bit_rate: int = 16, sample_rate: int = SAMPLE_RATE):
         super().__init__()
         if n_fft // 2 % 2 ** len(widths):
