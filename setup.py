@@ -40,7 +40,8 @@ setup(
     package_dir={'speechloss.kernels': 'kernels', 'speechloss.papers': 'nbs/papers'},
     package_data={'speechloss': ['data/*', 'data/ssl_small/*'], 'speechloss.papers': ['*.ipynb', '*.toml']},
     install_requires=core,
-    extras_require=dict(metrics=metrics, reproduce=reproduce, ssl=ssl, downstream=downstream, codec=codec, docs=docs, dev=dev),
+    extras_require=dict(metrics=metrics, reproduce=reproduce, ssl=ssl, downstream=downstream, codec=codec, docs=docs,
+                        dev=dev),
     entry_points=dict(console_scripts=['speechloss = speechloss.__main__:main']),
     zip_safe=False,
 )

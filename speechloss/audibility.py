@@ -18,20 +18,18 @@ from .spectral import istft, stft
 # %% ../nbs/signal/audibility.ipynb #6eeccc0c
 def _masked(clean: Tensor, model: MaskingModel, margin_db: float, draw: torch.Generator) -> Tensor:
     "The error (T,) of the noise that stays below the threshold"
-    size, target = clean.shape[-1], 10 ** (-margin_db / 10)
-    threshold = model.threshold(model.power(clean[None]))[0]
-    spec = stft(torch.randn(size, generator=draw, dtype=clean.dtype)[None], model.n_fft, model.hop_length)[0]
-    spec = spec * threshold.sqrt()
-    member = torch.nn.functional.one_hot(model.band, model.bands).to(threshold)
+    frame, size = (model.n_fft, model.hop_length), clean.shape[-1]
+    threshold = model.threshold(model.power(clean[None]))
+    lowest = model.lowest(threshold)
+    spec = stft(_noise(clean, model, draw)[None], *frame) * threshold.sqrt()
     for _ in range(8):
-        error = istft(spec[None], model.n_fft, model.hop_length, length=size)[0]
-        ratio = model.noise_to_mask((clean + error)[None], clean[None])[0]
-        level = ratio.quantile(.5)
-        spec = stft(error[None], model.n_fft, model.hop_length)[0]
-        spec = spec * ((level / ratio.clamp_min(1e-30)).sqrt().clamp_max(1.) @ member.T)
-    error = istft(spec[None], model.n_fft, model.hop_length, length=size)[0]
-    ratio = model.noise_to_mask((clean + error)[None], clean[None])
-    return error * (target / ratio.max()).sqrt()
+        error = istft(spec, *frame, length=size)
+        ratio = model.in_bands(model.power(error)) / lowest
+        gain = (ratio.quantile(.5) / ratio.clamp_min(1e-30)).sqrt().clamp_max(1.)
+        spec = stft(error, *frame) * gain[..., model.band]
+    error = istft(spec, *frame, length=size)
+    ratio = model.in_bands(model.power(error)) / lowest
+    return error[0] * (10 ** (-margin_db / 10) / ratio.max()).sqrt()
 
 
 def _noise(clean, model, draw): return torch.randn(clean.shape[-1], generator=draw, dtype=clean.dtype)

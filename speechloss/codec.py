@@ -17,7 +17,8 @@ from torch.nn import functional as F
 
 from .audio import SAMPLE_RATE, SpeechLossError, atomic, write_text
 from .features import Features, Frozen
-from .spectral import frame_count, frame_mask, stft, window_of
+from .masking import full_scale_power
+from .spectral import frame_count, frame_mask
 
 # %% ../nbs/features/codec.ipynb #0a6017ae
 FLOOR = 1e-8    # power added, -80 dB against a full-scale tone
@@ -30,9 +31,7 @@ def log_power(
     lengths: Tensor | None = None,  # (B,) valid samples
 ) -> Tensor:                        # (B, frames, bins), log10, a full-scale tone adds up to a power of 1
     "Log-power spectrum with a floor, in a Hann window"
-    spec = stft(wave, n_fft, hop_length, lengths=lengths)
-    scale = 4 / (n_fft * window_of('hann', n_fft, wave).square().sum())
-    return ((spec.real ** 2 + spec.imag ** 2) * scale + FLOOR).log10()
+    return (full_scale_power(wave, n_fft, hop_length, lengths) + FLOOR).log10()
 
 
 class _Level(nn.Module):

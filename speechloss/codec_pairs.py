@@ -208,13 +208,15 @@ def _coded(name: str, path: Path, out: Path, codecs: list[Codec], known: dict) -
     digest, wave, pairs = sha256(path), None, []
     for codec in codecs:
         mp3 = f'{codec.bit_rate}k/{_key(digest, codec)}.mp3'
-        if not (out / mp3).exists() or known.get(mp3, sha256(out / mp3)) != sha256(out / mp3):
+        found = sha256(out / mp3) if (out / mp3).exists() else None
+        if found is None or known.get(mp3, found) != found:
             if wave is None: wave = source_wave(path, codec.sample_rate)
             data = codec.encode(wave)
             codec.decode(data, len(wave))
             with atomic(out / mp3) as part: part.write_bytes(data)
+            found = hashlib.sha256(data).hexdigest()
         samples = len(wave) if wave is not None else _samples(path, codec.sample_rate)
-        pairs.append(Pair(name, str(path), digest, samples, mp3, sha256(out / mp3), codec.bit_rate,
+        pairs.append(Pair(name, str(path), digest, samples, mp3, found, codec.bit_rate,
                           codec.sample_rate, codec.quality))
     return pairs
 
