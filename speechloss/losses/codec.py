@@ -25,6 +25,4 @@ class CodecLoss(FeatureDistance):
                  card: dict | None = None, random_seed: int | None = None, reduction: str = 'mean'):
         features = CodecFeatures(model, layers=layers, card=card, random_seed=random_seed)
         super().__init__(features, distance=distance, weights=weights, balance=balance, reduction=reduction)
-        if (total := sum(self.balancer.weights.values())) <= 0:
-            raise ValueError(f'weights add up to {total}: give at least one layer a weight above 0')
-        self.balancer.weights = {k: w / total for k, w in self.balancer.weights.items()}
+        self._share_weights()

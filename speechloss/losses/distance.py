@@ -9,6 +9,7 @@ __all__ = ['DISTANCES', 'feature_distance', 'masked_var', 'FeatureDistance']
 import torch
 from torch import Tensor
 
+from ..audio import SpeechLossError
 from ..features import Features
 from .balance import Balancer
 from .base import Loss, Waves, masked_mean
@@ -81,6 +82,12 @@ class FeatureDistance(Loss):
             raise ValueError(f'weights has {len(weights)} entries: give one for each of '
                              f'{", ".join(self.features.names)}')
         return dict(zip(self.features.names, weights))
+
+    def _share_weights(self) -> None:
+        "Make the weights relative to one another: they add up to one"
+        if (total := sum(self.balancer.weights.values())) <= 0:
+            raise SpeechLossError(f'weights add up to {total}: give at least one layer a weight above 0')
+        self.balancer.weights = {k: w / total for k, w in self.balancer.weights.items()}
 
     def _distances(self, enhanced, target, waves: Waves) -> dict[str, Tensor]:
         counts = [None] * len(target) if waves.lengths is None \

@@ -65,9 +65,7 @@ class SSLLoss(FeatureDistance):
         if cache: features = CachedFeatures(features, size=cache)
         super().__init__(features, distance=distance, weights=weights, balance=balance,
                          reduction=reduction)
-        if (total := sum(self.balancer.weights.values())) <= 0:
-            raise SpeechLossError(f'weights add up to {total}: give at least one layer a weight above 0')
-        self.balancer.weights = {k: w / total for k, w in self.balancer.weights.items()}
+        self._share_weights()
 
     def _dithered(self, waves):
         "Both waves with the same noise, whatever their batch"
