@@ -17,7 +17,8 @@ ssl = ['transformers>=4.56', 'torchaudio']
 # Judges, each with its weights inside; resemblyzer reads pkg_resources, which setuptools 81 dropped.
 downstream = [*ssl, 'jiwer', 'pocketsphinx>=5', 'resemblyzer', 'setuptools<81', 'silero-vad>=6', 'onnxruntime',
               'torchcrepe', 'librosa<1', 'scikit-learn', 'soxr']
-codec = ['lameenc>=1.7']
+codec = ['lameenc>=1.7', 'safetensors']
+visqol = ['visqol-python>=3.8', 'numba', 'soxr']   # a part of it is compiled as it is installed: not in any other extra
 reproduce = [*metrics, *train, *downstream, *codec, 'papermill>=2.6', 'ipykernel', 'matplotlib', 'pandas']
 docs = ['nbdev>=2.4.14,<3', 'execnb<0.2', 'fastcore<2', 'ghapi<2', 'pypandoc-binary']
 dev = [*reproduce, *docs, 'pytest', 'pytest-xdist', 'hypothesis', 'ruff', 'jupyterlab', 'auraloss', 'build',
@@ -38,10 +39,10 @@ setup(
     # The kernels and the paper notebooks live in folders of their own and install inside the package.
     packages=[*find_packages(include=['speechloss', 'speechloss.*']), 'speechloss.kernels', 'speechloss.papers'],
     package_dir={'speechloss.kernels': 'kernels', 'speechloss.papers': 'nbs/papers'},
-    package_data={'speechloss': ['data/*', 'data/ssl_small/*'], 'speechloss.papers': ['*.ipynb', '*.toml']},
+    package_data={'speechloss': ['data/*', 'data/ssl_small/*', 'data/codec_16k/*'], 'speechloss.papers': ['*.ipynb', '*.toml']},
     install_requires=core,
-    extras_require=dict(metrics=metrics, reproduce=reproduce, ssl=ssl, downstream=downstream, codec=codec, docs=docs,
-                        dev=dev),
+    extras_require=dict(metrics=metrics, reproduce=reproduce, ssl=ssl, downstream=downstream, codec=codec,
+                        visqol=visqol, docs=docs, dev=dev),
     entry_points=dict(console_scripts=['speechloss = speechloss.__main__:main']),
     zip_safe=False,
 )

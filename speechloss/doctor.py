@@ -33,7 +33,7 @@ PACKAGES = {
     'pandas': 'reproduce', 'typer': 'reproduce', 'rich': 'reproduce',
     'transformers': 'ssl', 'torchaudio': 'ssl', 'jiwer': 'downstream', 'pocketsphinx': 'downstream',
     'resemblyzer': 'downstream', 'silero-vad': 'downstream', 'torchcrepe': 'downstream', 'lameenc': 'codec',
-    'scikit-learn': 'downstream', 'nbdev': 'docs',
+    'visqol-python': 'visqol', 'scikit-learn': 'downstream', 'nbdev': 'docs',
 }
 
 

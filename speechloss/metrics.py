@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['METRICS', 'COLUMNS', 'DEFAULT', 'Metric', 'metric_table', 'cards_of', 'reason', 'no_score', 'score_one', 'composite',
-           'dnsmos', 'dnsmos_fast', 'estoi', 'llr', 'lsd', 'mcd', 'nmr', 'pesq_wb', 'seg_snr', 'si_sdr', 'stoi', 'wss']
+           'dnsmos', 'dnsmos_fast', 'estoi', 'llr', 'lsd', 'mcd', 'nmr', 'pesq_wb', 'seg_snr', 'si_sdr', 'snr', 'stoi',
+           'visqol', 'wss']
 
 # %% ../nbs/enhance/metrics.ipynb #a8dc8f87
 import importlib.util
@@ -14,11 +15,11 @@ from dataclasses import dataclass
 
 from .audio import SAMPLE_RATE, SpeechLossError, extra
 from .composite import composite, llr, seg_snr, wss
-from .distortion import lsd, mcd, nmr, si_sdr
-from .listeners import dnsmos, dnsmos_fast, estoi, pesq_wb, stoi
+from .distortion import lsd, mcd, nmr, si_sdr, snr
+from .listeners import dnsmos, dnsmos_fast, estoi, pesq_wb, stoi, visqol
 
 _all_ = ['composite', 'dnsmos', 'dnsmos_fast', 'estoi', 'llr', 'lsd', 'mcd', 'nmr', 'pesq_wb', 'seg_snr', 'si_sdr',
-         'stoi', 'wss']
+         'snr', 'stoi', 'visqol', 'wss']
 
 # %% ../nbs/enhance/metrics.ipynb #9cc209bf
 @dataclass(frozen=True)
@@ -34,6 +35,7 @@ class Metric:
     sample_rate: int | None = SAMPLE_RATE    # Hz it works at; None: any
     reference: bool = True       # does it need the clean wave?
     needs: tuple[str, ...] = ()  # packages
+    extra: str = 'metrics'       # which brings them
     uses: tuple[str, ...] = ()   # columns it takes over when they are there
     optimised_by: tuple[str, ...] = ()       # losses that are this metric, or nearly
 
@@ -47,6 +49,8 @@ _PESQ_LOSSES = ('torch-pesq', 'PMSQE', 'MetricGAN')
 METRICS: dict[str, Metric] = {card.name: card for card in (
     Metric('si_sdr', ('si_sdr',), si_sdr, (-math.inf, 100), 'higher', 'dB',
            'Le Roux et al. 2019', sample_rate=None, optimised_by=('SISDRLoss', 'SNRLoss')),
+    Metric('snr', ('snr',), snr, (-math.inf, 100), 'higher', 'dB', 'textbook', sample_rate=None,
+           optimised_by=('SNRLoss', 'WaveL2Loss')),
     Metric('seg_snr', ('seg_snr',), seg_snr, (-10, 35), 'higher', 'dB',
            'Hansen & Pellom 1998', sample_rate=None, optimised_by=('SNRLoss',)),
     Metric('pesq', ('pesq',), pesq_wb, (.999, 4.645), 'higher', 'MOS-LQO',
@@ -55,6 +59,8 @@ METRICS: dict[str, Metric] = {card.name: card for card in (
            'Taal et al. 2011; pystoi', needs=('pystoi',), optimised_by=('torch-stoi',)),
     Metric('estoi', ('estoi',), estoi, (-1, 1), 'higher', 'correlation',
            'Jensen & Taal 2016; pystoi', needs=('pystoi',), optimised_by=('torch-stoi',)),
+    Metric('visqol', ('visqol',), visqol, (1, 5), 'higher', 'MOS-LQO', 'Chinen et al. 2020; visqol-python',
+           sample_rate=48_000, needs=('visqol',), extra='visqol'),
     Metric('lsd', ('lsd',), lsd, (0, math.inf), 'lower', 'dB', 'Gray & Markel 1976',
            optimised_by=('MultiResolutionSTFTLoss', 'STFTLoss', 'MelLoss')),
     Metric('mcd', ('mcd',), mcd, (0, math.inf), 'lower', 'dB', 'Kubichek 1993',
@@ -92,7 +98,7 @@ def cards_of(metrics: str | Iterable[str]) -> list[Metric]:
             raise SpeechLossError(f'metric {name!r} is unknown: choose from {", ".join(METRICS)}')
         for package in METRICS[name].needs:
             if importlib.util.find_spec(package) is None:
-                raise SpeechLossError(f'metric {name!r} needs {package}: {extra("metrics")}')
+                raise SpeechLossError(f'metric {name!r} needs {package}: {extra(METRICS[name].extra)}')
     return [METRICS[name] for name in names]
 
 

@@ -19,7 +19,8 @@ from speechloss.composite import composite_ratings, llr, seg_snr, wss
 
 pytest.importorskip('pesq')
 RATE = 16_000
-NAMES = [n for n in M.METRICS if not n.startswith('dnsmos')]
+THERE = [n for n, card in M.METRICS.items() if all(map(importlib.util.find_spec, card.needs))]
+NAMES = [n for n in THERE if not n.startswith('dnsmos')]
 
 
 def speech_like(seconds=2., seed=0):
@@ -45,7 +46,7 @@ NOISY = CLEAN + .4 * NOISE
 
 # ---- every metric
 
-@pytest.mark.parametrize('name', M.METRICS)
+@pytest.mark.parametrize('name', THERE)
 def test_a_card_tells_the_truth(name):
     card = M.METRICS[name]
     waves = (NOISY, CLEAN) if card.reference else (NOISY,)
@@ -117,11 +118,22 @@ def test_packages_are_called_the_right_way_round():
     assert M.stoi(NOISY, CLEAN, RATE) == pytest.approx(stoi(CLEAN, NOISY, RATE))
 
 
-def test_si_sdr_agrees_with_the_loss_of_that_name():
+def test_snr_and_si_sdr_agree_with_the_losses_of_that_name():
     waveform = pytest.importorskip('speechloss.losses.waveform')
     e, c = torch.from_numpy(NOISY), torch.from_numpy(CLEAN)
+    assert M.snr(e, c, RATE) == pytest.approx(float(waveform.snr(e, c)), abs=1e-6)
     assert M.si_sdr(e, c, RATE) == pytest.approx(float(waveform.si_sdr(e, c)), abs=1e-6)
     assert M.si_sdr(c, c, RATE) == pytest.approx(float(waveform.si_sdr(c, c)), abs=1e-3)
+
+
+def test_visqol_is_that_of_its_package_and_its_mode_for_audio():
+    visqol = pytest.importorskip('visqol')
+    api = visqol.VisqolApi()
+    api.create(mode='audio')
+    e, c = (resample(torch.from_numpy(w), RATE, 48_000).numpy() for w in (NOISY, CLEAN))
+    want = api.measure_from_arrays(c, e, 48_000).moslqo
+    assert M.visqol(NOISY, CLEAN, RATE) == pytest.approx(want, abs=1e-6)
+    assert M.visqol(CLEAN, CLEAN, RATE) > 4.7
 
 
 def test_dnsmos_is_that_of_its_package():
@@ -229,6 +241,10 @@ def test_a_missing_package_says_how_to_get_it(monkeypatch):
         M.score_one(NOISY, CLEAN, 'pesq')
     monkeypatch.setitem(sys.modules, 'pesq', None)
     with pytest.raises(SpeechLossError, match='PESQ needs pesq'): M.pesq_wb(NOISY, CLEAN, RATE)
+    monkeypatch.setitem(sys.modules, 'visqol', None)
+    listeners._visqol.cache_clear()
+    with pytest.raises(SpeechLossError, match=r"ViSQOL needs visqol: pip install '.\[visqol\]'"):
+        M.visqol(NOISY, CLEAN, RATE)
 
 
 def test_without_reference_only_dnsmos_answers():
