@@ -15,7 +15,7 @@ from speechloss import models, streaming
 from speechloss.audio import AudioError, SpeechLossError, info, load
 from speechloss.checkpoints import CheckpointError
 from speechloss.models import (
-    SpectralEnhancer, encoder_modules, encoder_parameters, enhance_file, enhance_wave, enhancer,
+    SpectralAutoencoder, SpectralEnhancer, encoder_modules, encoder_parameters, enhance_file, enhance_wave, enhancer,
     load_enhancer)
 
 KINDS = {'both ways': dict(causal=False), 'causal': dict(causal=True),
@@ -333,3 +333,71 @@ def test_a_convtasnet_plugs_in_by_one_method():
     ragged = each(noisy, clean, lengths=torch.tensor([8000, 5000]))
     assert ragged[1].allclose(each(noisy[1:, :5000], clean[1:, :5000])[0], rtol=1e-5)
     assert enhance_wave(net.eval(), noisy[0], 16000).shape == (8000,)
+
+
+# ---- the autoencoder
+
+def small_autoencoder():
+    torch.manual_seed(0)
+    return SpectralAutoencoder(latents=8, n_fft=128, hop_length=64, channels=16).eval()
+
+
+@pytest.mark.parametrize('size', [1, 63, 64, 65, 129, 3001])
+def test_autoencoder_takes_any_length_and_says_how_many_frames(size):
+    net, wave = small_autoencoder(), torch.randn(2, size)
+    codes = net.encode(wave)
+    assert net(wave).shape == (2, size) and net(wave[0]).shape == (size,)
+    assert codes.shape == (2, int(net.frame_lengths(torch.tensor(size))), 8) and codes.abs().max() <= 1
+
+
+def test_autoencoder_does_not_see_batch_mates_or_padding():
+    net, lengths = small_autoencoder(), torch.tensor([3000, 1, 129, 1999])
+    wave = torch.randn(4, 3000)
+    together, codes = net(wave, lengths), net.encode(wave, lengths=lengths)
+    for k, n in enumerate(lengths.tolist()):
+        alone = net.encode(wave[k:k + 1, :n])[0]
+        assert torch.allclose(codes[k, :len(alone)], alone, atol=1e-5)
+        assert torch.allclose(together[k, :n], net(wave[k, :n]), atol=1e-5) and not together[k, n:].any()
+
+
+@pytest.mark.parametrize('wave', [torch.zeros(1, 2000), torch.full((1, 2000), 1e-20), 1e4 * torch.randn(1, 2000)],
+                         ids=['silence', 'tiny', 'huge'])
+def test_autoencoder_has_a_gradient_everywhere(wave):
+    net, wave = small_autoencoder(), wave.clone().requires_grad_()
+    out = net(wave)
+    (out.square().sum() / (wave.detach().square().sum() + 1e-9)).backward()
+    assert out.isfinite().all() and wave.grad.isfinite().all()
+    assert all(p.grad.isfinite().all() for p in net.parameters())
+
+
+@given(st.floats(-40, 40))
+def test_gain_passes_an_autoencoder(decibels):
+    net, wave, gain = small_autoencoder(), torch.randn(1, 2000) / 10, 10 ** (decibels / 20)
+    assert torch.allclose(net(gain * wave) / gain, net(wave), atol=1e-3)
+
+
+def test_only_the_waist_reaches_the_decoder():
+    "Two waves of one level and one code are one to it"
+    net, wave = small_autoencoder(), torch.randn(1, 2000)
+    codes = net.encode(wave)
+    with torch.no_grad(): net.waist.weight.zero_()
+    other = torch.randn(1, 2000)
+    other *= wave.norm() / other.norm()
+    assert net.encode(wave).equal(net.encode(other)) and not net.encode(wave).equal(codes)
+    assert torch.allclose(net(wave), net(other), atol=1e-5)
+
+
+def test_autoencoder_is_saved_and_trained_as_an_enhancer(tmp_path):
+    net = small_autoencoder()
+    net.save_pretrained(tmp_path)
+    wave = torch.randn(1, 1000)
+    loaded = load_enhancer(tmp_path)
+    assert isinstance(loaded, SpectralAutoencoder) and loaded(wave).equal(net(wave))
+    config = json.loads((tmp_path / 'config.json').read_text())
+    assert config['kind'] == 'autoencoder' and config['latents'] == 8
+
+
+@pytest.mark.parametrize('options', [dict(latents=0), dict(kernel=4), dict(power=1.5), dict(n_fft=511)])
+def test_autoencoder_names_a_wrong_option(options):
+    with pytest.raises(SpeechLossError, match=f'{next(iter(options))} '):
+        enhancer({'kind': 'autoencoder'} | options)
