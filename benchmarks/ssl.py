@@ -8,7 +8,7 @@ from functools import cache
 import torch
 
 from speechloss.losses import SSLLoss
-from speechloss.ssl_models import SHIPPED
+from speechloss.shipped import SHIPPED
 from speechloss.torchaudio_parts import transformers_module
 
 from .common import DEVICE, Contest

@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
 from .audio import SpeechLossError, sha256
-from .ssl_models import folder_of
+from .shipped import folder_of
 
 
 class TrainingError(SpeechLossError):
@@ -133,10 +133,13 @@ def _is_range(value) -> bool:
         and all(isinstance(v, (int, float)) for v in value) and value[0] <= value[1]
 
 
+_DEFAULTS = dict(ssl='small', codec='mp3-16k')   # networks that losses look through when nobody names one
+
+
 def _contents(spec):
     "An objective with the paths of its networks replaced by what lies there"
     if not isinstance(spec, dict): return spec
-    if spec.get('name') == 'ssl': spec = dict(model='small') | spec     # its default counts too
+    if spec.get('name') in _DEFAULTS: spec = dict(model=_DEFAULTS[spec['name']]) | spec    # its default counts too
     drawn_anew = spec.get('random_seed') is not None
     return {name: _fingerprint(value) if name == 'encoder' and value not in ('own', 'random')
             else _network(value, drawn_anew) if name == 'model'
@@ -147,6 +150,8 @@ def _network(name, drawn_anew: bool) -> str:
     "What counts of a network that a loss looks through: its weights, or its shape alone"
     folder = folder_of(name)
     if drawn_anew and (folder / 'config.json').is_file(): return sha256(folder / 'config.json')
+    if drawn_anew and (folder / 'codec.json').is_file():    # which says how well it was trained as well
+        return json.dumps(json.loads((folder / 'codec.json').read_text(encoding='utf-8'))['options'], sort_keys=True)
     return _fingerprint(folder if folder.exists() else name, 'model')
 
 

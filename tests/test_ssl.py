@@ -11,7 +11,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from speechloss.audio import SpeechLossError
 from speechloss.features import MelFeatures
 from speechloss.losses import SSLLoss, build
-from speechloss.ssl import SHIPPED, CachedFeatures, SSLFeatures, layer_names
+from speechloss.shipped import SHIPPED
+from speechloss.ssl import CachedFeatures, SSLFeatures, layer_names
 from speechloss.ssl_models import open_stages, stages_of
 from speechloss.torchaudio_parts import torchaudio_module, transformers_module
 

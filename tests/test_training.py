@@ -495,7 +495,7 @@ def test_two_runs_in_one_folder_wait_for_each_other(recipe, tmp_path):
 
 def test_key_follows_the_network_of_a_loss(recipe, tmp_path, monkeypatch):
     "Its weights count, also those of the default; where they are drawn anew its shape alone"
-    from speechloss.ssl_models import SHIPPED
+    from speechloss.shipped import SHIPPED
     for name in 'abc':
         (tmp_path / name).mkdir()
         (tmp_path / name / 'config.json').write_text('{}' if name != 'c' else '{"depth": 2}')

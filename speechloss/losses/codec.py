@@ -13,15 +13,15 @@ from .distance import FeatureDistance
 class CodecLoss(FeatureDistance):
     """Mean distance over layers of a network that imitates a codec; 0 at identity.
 
-    `model`, `layers`, `card` and `random_seed` as in `CodecFeatures`: a folder that `save_codec` or
-    `train_codec` has written, and 'all', 'inner', 'output' or names. `distance` is 'l1', 'l2' or
-    'cosine'; `weights` by layer, relative to one another; `balance` as in `FeatureDistance`, on top
-    of the scales in the card. `SpeechLossError` when the network has no skill. The features are of
-    magnitudes: no gradient at exact silence, and a wrong phase costs little.
+    `model`, `layers`, `card` and `random_seed` as in `CodecFeatures`: 'mp3-16k', which comes along, or a
+    folder that `save_codec` or `train_codec` has written, and 'all', 'inner', 'output' or names.
+    `distance` is 'l1', 'l2' or 'cosine'; `weights` by layer, relative to one another; `balance` as in
+    `FeatureDistance`, on top of the scales in the card. `SpeechLossError` when the network has no
+    skill. The features are of magnitudes: no gradient at exact silence, and a wrong phase costs little.
 
     In the spirit of the abstract of Ananthabhotla, Ewert and Paradiso, ACM Multimedia 2019.
     """
-    def __init__(self, model, *, layers='all', distance: str = 'l1', weights=None, balance: str = 'none',
+    def __init__(self, model='mp3-16k', *, layers='all', distance: str = 'l1', weights=None, balance: str = 'none',
                  card: dict | None = None, random_seed: int | None = None, reduction: str = 'mean'):
         features = CodecFeatures(model, layers=layers, card=card, random_seed=random_seed)
         super().__init__(features, distance=distance, weights=weights, balance=balance, reduction=reduction)

@@ -15,6 +15,7 @@ from ..audio import SpeechLossError
 from ..features import (
     Features, GammatoneFeatures, MelFeatures, RandomFeatures, STFTFeatures, randomized)
 from .base import Loss
+from .codec import CodecLoss
 from .distance import FeatureDistance
 from .masking import MaskingLoss
 from .model_as_loss import ModelAsLoss
@@ -23,6 +24,7 @@ from .spectral import (
     PRESETS, CompressedComplexLoss, MelLoss, MultiResolutionSTFTLoss, STFTLoss, preset)
 from .ssl import SSLLoss
 from .waveform import SISDRLoss, SNRLoss, WaveL1Loss, WaveL2Loss
+from ..codec import CodecFeatures
 from ..ssl import SSLFeatures
 
 # %% ../../nbs/losses/registry.ipynb #ffc8bd77
@@ -61,6 +63,8 @@ CARDS = {card.name: card for card in (
          'Phaye et al. 2025', 'https://arxiv.org/abs/2505.21156'),
     Card('ssl', SSLLoss, 'a self-supervised speech network', '0', 'depends', 'depends',
          'Sato et al. 2023', 'https://arxiv.org/abs/2305.14723'),
+    Card('codec', CodecLoss, 'a network that imitates MP3', '0', 'yes', 'no', 'Ananthabhotla et al. 2019',
+         'https://hdl.handle.net/1721.1/137115'),
 )}
 
 
@@ -70,7 +74,7 @@ def cards() -> list[dict]:
 
 # %% ../../nbs/losses/registry.ipynb #6f344536
 FEATURES = dict(stft=STFTFeatures, mel=MelFeatures, gammatone=GammatoneFeatures, random=RandomFeatures,
-                ssl=SSLFeatures)
+                ssl=SSLFeatures, codec=CodecFeatures)
 
 
 def _pick(what: str, name: str, choices: dict):
