@@ -1,13 +1,11 @@
 """What hearing costs: the codec loss and the masking loss beside the multi-resolution STFT loss.
 
-The codec network has random weights: cost does not depend on them. Each loss is a formula of its own, so each
-has its own truth, the same module in float64.
+Each loss is a formula of its own, so each has its own truth, the same module in float64.
 """
 from copy import deepcopy
 
 import torch
 
-from speechloss.codec import CodecNet
 from speechloss.losses import CodecLoss, MaskingLoss, MultiResolutionSTFTLoss
 
 from .common import DEVICE, Contest
@@ -22,11 +20,8 @@ def noise(shape):
 
 
 def contests() -> list[Contest]:
-    torch.manual_seed(0)
-    net = CodecNet()
-    card = dict(skill=dict(skill=1.))
-    losses = dict(multi_resolution_stft=MultiResolutionSTFTLoss(), masking=MaskingLoss(),
-                  codec=CodecLoss(net, card=card), codec_output=CodecLoss(net, card=card, layers='output'))
+    losses = dict(multi_resolution_stft=MultiResolutionSTFTLoss(), masking=MaskingLoss(), codec=CodecLoss(),
+                  codec_inner=CodecLoss(layers='inner'))
     losses = {name: loss.to(DEVICE) for name, loss in losses.items()}
     truth = {name: deepcopy(loss).double() for name, loss in losses.items()}
     return [Contest('codec', 'perceptual losses', f'{b}x{t}', lambda shape=(b, t): noise(shape), losses, truth=truth,

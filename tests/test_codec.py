@@ -5,9 +5,11 @@ from importlib.util import find_spec
 import pytest
 import torch
 
-from speechloss.audio import SpeechLossError
-from speechloss.codec import BANDS, FLOOR, CodecFeatures, CodecNet, load_codec, log_power, save_codec, skill
-from speechloss.losses import CodecLoss
+from speechloss.audio import SpeechLossError, sha256
+from speechloss.codec import (
+    BANDS, FLOOR, CodecFeatures, CodecNet, layer_scales, load_codec, log_power, save_codec, skill, with_gain)
+from speechloss.losses import CodecLoss, build
+from speechloss.shipped import SHIPPED
 
 WIDTHS = (4, 6, 8)
 
@@ -91,6 +93,57 @@ def test_layers_and_their_scales():
         with pytest.raises(SpeechLossError, match='choose all, inner, output'):
             CodecFeatures(made, card=CARD, layers=wrong)
     with pytest.raises(ValueError, match='above 0'): CodecLoss(made, card=CARD, weights=[0.] * len(made.names))
+
+
+def test_weights_drawn_anew_have_scales_of_their_own():
+    "Else the control would weigh its layers by what another network does"
+    made, x = net(), .1 * torch.randn(1, 4_000)
+    drawn = CodecFeatures(made, card=CARD, random_seed=1)
+    again = CodecFeatures(made, card=CARD | dict(scale={name: 7. for name in made.names}), random_seed=1)
+    assert drawn.scale == again.scale == layer_scales(drawn.net.net) and len(set(drawn.scale.values())) > 1
+    assert torch.equal(drawn(x)[0], again(x)[0])
+    assert CodecFeatures(made, card=dict(skill=CARD['skill'])).scale == layer_scales(made)
+    apart = [(a - b).abs().mean() for a, b in zip(drawn(x), drawn(x + .01 * torch.randn_like(x)))]
+    assert max(apart) < 30 * min(apart)
+
+
+def test_an_imitation_has_the_magnitudes_of_the_network_and_the_phase_of_the_wave():
+    made, wave = Gain(.5), .1 * torch.randn(2, 5_000)
+    gap = made.imitate(wave) - .5 * wave        # the floor of -80 dB moves the gain of weak bins a little
+    assert gap.norm() < .01 * wave.norm()
+    power = torch.tensor([1., .01, 0.])
+    shown = (power + FLOOR).log10()
+    assert torch.allclose(with_gain(shown, torch.tensor(-1.)), (.1 * power + FLOOR).log10(), atol=1e-3)
+
+
+def test_the_shipped_network_has_skill_its_card_and_few_bytes():
+    folder = SHIPPED['mp3-16k']
+    made, card = load_codec('mp3-16k')
+    assert sum(p.numel() for p in made.parameters()) == card['weights'] < 3e6
+    assert (folder/'model.safetensors').stat().st_size < 10e6 and card['skill']['skill'] > 0
+    text = (folder/'README.md').read_text(encoding='utf-8')
+    assert sha256(folder/'model.safetensors') in text and 'CC BY 4.0' in text
+    assert f'{card["skill"]["skill"]:.3f}' in text and all(f'{card["skill"][k]:.3f}' in text for k in card['skill']
+                                                          if k.startswith('skill/'))
+
+
+def test_the_default_is_the_shipped_network():
+    torch.manual_seed(0)
+    enhanced, clean = .05 * torch.randn(2, 2, 6_000)
+    value = CodecLoss()(enhanced, clean)
+    assert value == CodecLoss('mp3-16k')(enhanced, clean) == CodecLoss(SHIPPED['mp3-16k'])(enhanced, clean)
+    assert value == build('codec')(enhanced, clean) != build(dict(name='codec', layers='inner'))(enhanced, clean)
+    assert build(dict(name='feature_distance', features='codec'))(enhanced, clean) > 0
+
+
+@pytest.mark.skipif(find_spec('lameenc') is None, reason='without lameenc')
+def test_the_shipped_network_takes_off_what_the_codec_takes_off():
+    "On a signal that it has never seen: noise in bursts, whose upper half does not fit into 16 kbit/s"
+    from speechloss.codec_pairs import Codec
+    made, _ = load_codec('mp3-16k')
+    draw = torch.Generator().manual_seed(0)
+    wave = .1 * torch.randn(48_000, generator=draw) * (torch.arange(48_000) % 8_000 < 4_000)
+    assert skill(made, [(wave, Codec(16)(wave))])['skill/4000-8001'] > .3
 
 
 @pytest.mark.slow
