@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .audio import SAMPLE_RATE, SpeechLossError
+from .audio import SAMPLE_RATE, SpeechLossError, optional
 from .checkpoints import load_tensors, save_tensors, write_folder
 from .features import Features, Frozen
 from .masking import full_scale_power
@@ -174,6 +174,7 @@ def save_codec(
 
 def load_codec(folder) -> tuple[CodecNet, dict]:
     "A network and its card; `SpeechLossError` when the folder does not hold one, or it has no skill"
+    optional('safetensors', 'a saved network', 'codec')
     folder = folder_of(folder)
     if not (folder / _CARD).is_file():
         raise SpeechLossError(f'{folder} holds no {_CARD}: give a folder that save_codec has written')

@@ -1,5 +1,6 @@
 """The network that imitates MP3: what it may not do, what its skill says, and a training from nothing."""
 import json
+import sys
 from importlib.util import find_spec
 
 import pytest
@@ -125,6 +126,11 @@ def test_the_shipped_network_has_skill_its_card_and_few_bytes():
     assert sha256(folder/'model.safetensors') in text and 'CC BY 4.0' in text
     assert f'{card["skill"]["skill"]:.3f}' in text and all(f'{card["skill"][k]:.3f}' in text for k in card['skill']
                                                           if k.startswith('skill/'))
+
+
+def test_without_safetensors_it_says_how_to_get_it(monkeypatch):
+    monkeypatch.setitem(sys.modules, 'safetensors', None)
+    with pytest.raises(SpeechLossError, match=r"needs safetensors: pip install '.\[codec\]'"): CodecLoss()
 
 
 def test_the_default_is_the_shipped_network():
