@@ -3,20 +3,13 @@
 Each loss is a formula of its own, so each has its own truth, the same module in float64.
 """
 from copy import deepcopy
-
-import torch
+from functools import partial
 
 from speechloss.losses import CodecLoss, MaskingLoss, MultiResolutionSTFTLoss
 
-from .common import DEVICE, Contest
+from .common import DEVICE, Contest, noisy_pair
 
 SHAPES = ((1, 64000), (8, 64000))   # 4 s at 16 kHz
-
-
-def noise(shape):
-    draw = torch.Generator().manual_seed(0)
-    clean = .1 * torch.randn(*shape, generator=draw)
-    return (clean + .02 * torch.randn(*shape, generator=draw)).to(DEVICE), clean.to(DEVICE)
 
 
 def contests() -> list[Contest]:
@@ -24,5 +17,5 @@ def contests() -> list[Contest]:
                   codec_inner=CodecLoss(layers='inner'))
     losses = {name: loss.to(DEVICE) for name, loss in losses.items()}
     truth = {name: deepcopy(loss).double() for name, loss in losses.items()}
-    return [Contest('codec', 'perceptual losses', f'{b}x{t}', lambda shape=(b, t): noise(shape), losses, truth=truth,
+    return [Contest('codec', 'perceptual losses', f'{b}x{t}', partial(noisy_pair, b, t), losses, truth=truth,
                     backward=backward) for b, t in SHAPES for backward in (False, True)]

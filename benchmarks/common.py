@@ -30,6 +30,13 @@ ROOT = Path(__file__).resolve().parents[1]
 DEVICE = 'cuda' if torch.cuda.is_available() else 'cpu'
 
 
+def noisy_pair(batch: int, samples: int) -> tuple[torch.Tensor, torch.Tensor]:
+    "Enhanced and clean, white, 14 dB apart"
+    draw = torch.Generator().manual_seed(0)
+    clean = .1 * torch.randn(batch, samples, generator=draw)
+    return (clean + .02 * torch.randn(batch, samples, generator=draw)).to(DEVICE), clean.to(DEVICE)
+
+
 @dataclass
 class Contest:
     "One point of the table: the same work done by several providers"

@@ -3,7 +3,7 @@
 Base networks with random weights: cost does not depend on them.
 """
 from copy import deepcopy
-from functools import cache
+from functools import cache, partial
 
 import torch
 
@@ -11,7 +11,7 @@ from speechloss.losses import SSLLoss
 from speechloss.shipped import SHIPPED
 from speechloss.torchaudio_parts import transformers_module
 
-from .common import DEVICE, Contest
+from .common import DEVICE, Contest, noisy_pair
 
 SAMPLES = 64000     # 4 s at 16 kHz
 #: Network -> depths; conv6 is the last convolution
@@ -28,12 +28,6 @@ def network(name: str):
             d_model=384, encoder_layers=4, encoder_attention_heads=6, encoder_ffn_dim=1536, decoder_layers=1)).eval()
     kind = {'wav2vec2': 'Wav2Vec2', 'hubert': 'Hubert', 'wavlm': 'WavLM'}[name.removesuffix('-base')]
     return getattr(package, f'{kind}Model')(getattr(package, f'{kind}Config')()).eval()
-
-
-def noise():
-    draw = torch.Generator().manual_seed(0)
-    clean = .1 * torch.randn(1, SAMPLES, generator=draw)
-    return (clean + .02 * torch.randn(1, SAMPLES, generator=draw)).to(DEVICE), clean.to(DEVICE)
 
 
 class Whole:
@@ -69,7 +63,8 @@ def contests() -> list[Contest]:
         for depth in depths:
             def called(key, name=name, depth=depth): return lambda *waves: providers(name, depth)[key](*waves)
             keys = ('speechloss',) if name == 'whisper-tiny' else ('transformers', 'speechloss')
-            found += [Contest('ssl', f'{name} {depth}', f'1x{SAMPLES}', noise, {key: called(key) for key in keys},
+            found += [Contest('ssl', f'{name} {depth}', f'1x{SAMPLES}', partial(noisy_pair, 1, SAMPLES),
+                              {key: called(key) for key in keys},
                               truth=called('truth') if len(keys) > 1 else None, backward=backward)
                       for backward in (False, True)]
     return found
