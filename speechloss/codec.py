@@ -58,9 +58,9 @@ class CodecNet(nn.Module):
     def __init__(self, *, widths=(12, 20, 32, 48, 72), n_fft: int = 512, hop_length: int = 256,
                  bit_rate: int = 16, sample_rate: int = SAMPLE_RATE):
         super().__init__()
-        if n_fft // 2 % 2 ** len(widths):
+        if not widths or n_fft // 2 % 2 ** len(widths):
             raise ValueError(f'n_fft is {n_fft} and widths has {len(widths)} levels: half of n_fft must '
-                             f'divide by {2 ** len(widths)}')
+                             f'divide by {2 ** len(widths)}, and there must be a level')
         self.options = dict(widths=tuple(widths), n_fft=n_fft, hop_length=hop_length, bit_rate=bit_rate,
                             sample_rate=sample_rate)
         self.down = nn.ModuleList(_Level(a, b, 2) for a, b in zip((1, *widths), widths))
@@ -77,6 +77,7 @@ class CodecNet(nn.Module):
         return (*(f'down{k + 1}' for k in range(deep)), *(f'up{k + 1}' for k in reversed(range(deep - 1))), 'output')
 
     def spectrum(self, wave: Tensor, lengths: Tensor | None = None) -> Tensor:
+        if wave.dtype in (torch.float16, torch.bfloat16): wave = wave.float()
         return log_power(wave, self.options['n_fft'], self.options['hop_length'], lengths)
 
     def levels(
@@ -86,12 +87,13 @@ class CodecNet(nn.Module):
     ) -> dict[str, Tensor]:             # by name: maps (B, channels, frames, bins), output (B, frames, bins)
         "Everything that a loss may look at"
         shown = self.spectrum(wave, lengths)
-        mask = torch.ones((), device=wave.device, dtype=shown.dtype)
+        kind = self.gain.weight.dtype    # the convolutions may be of half precision; spectra never are
+        mask = torch.ones((), device=wave.device, dtype=kind)
         if lengths is not None:
             frames = frame_count(lengths, self.options['hop_length'])
-            mask = frame_mask(frames, shown.shape[1])[:, None, :, None].to(shown)
+            mask = frame_mask(frames, shown.shape[1])[:, None, :, None].to(kind)
         # the Nyquist bin shares the gain of its neighbour; what is left divides by two
-        x = inputs = ((shown[..., :-1] + 4) / 2)[:, None] * mask
+        x = inputs = ((shown[..., :-1] + 4) / 2)[:, None].to(kind) * mask
         found, below = {}, []
         for k, level in enumerate(self.down):
             found[f'down{k + 1}'] = x = level(x, mask)
@@ -100,7 +102,7 @@ class CodecNet(nn.Module):
             x = self.join[k](torch.cat([self.up[k](x) * mask, below[k]], 1), mask)
             found[f'up{k + 1}'] = x
         x = torch.cat([F.gelu(self.top(x)) * mask, inputs], 1)
-        log_gain = 2 * F.logsigmoid(self.gain(x))[:, 0] / math.log(10)    # log10 of the power gain
+        log_gain = 2 * F.logsigmoid(self.gain(x).to(shown.dtype))[:, 0] / math.log(10)    # log10 of the power gain
         log_gain = torch.cat([log_gain, log_gain[..., -1:]], -1)
         return found | dict(output=with_gain(shown, log_gain))
 
@@ -177,7 +179,7 @@ def load_codec(folder) -> tuple[CodecNet, dict]:
     optional('safetensors', 'a saved network', 'codec')
     folder = folder_of(folder)
     if not (folder / _CARD).is_file():
-        raise SpeechLossError(f'{folder} holds no {_CARD}: give a folder that save_codec has written')
+        raise SpeechLossError(f'{folder} holds no {_CARD}: give a folder that save_codec has written, or mp3-16k')
     try:
         card = json.loads((folder / _CARD).read_text(encoding='utf-8'))
         net = CodecNet(**card['options'])
@@ -185,15 +187,23 @@ def load_codec(folder) -> tuple[CodecNet, dict]:
     except Exception as error:
         raise SpeechLossError(f'{folder} cannot be opened ({type(error).__name__}: {str(error)[:120]}): '
                               'train or fetch it again') from None
-    _require_skill(card, folder)
+    _checked(card, net, folder)
     return net.eval(), card
 
 
-def _require_skill(card: dict, what) -> None:
-    value = card.get('skill', {}).get('skill')
-    if value is None or not value > 0:
-        raise SpeechLossError(f'{what} has a skill of {value}: it imitates the codec no better than the identity, '
-                              'and a loss on it would be worthless; train it longer')
+def _checked(card, net: CodecNet, what) -> None:
+    "`SpeechLossError` unless a card tells of a skill above zero, and of a scale above zero for each layer or none"
+    skill = card.get('skill') if isinstance(card, dict) else None
+    if not isinstance(skill, dict) or 'skill' not in skill:
+        raise SpeechLossError(f"card of {what} is {str(card)[:80]}: give {{'skill': {{'skill': ...}}, 'scale': "
+                              "{layer: ...}}, as train_codec writes it")
+    if skill['skill'] is None or not skill['skill'] > 0:
+        raise SpeechLossError(f'{what} has a skill of {skill["skill"]}: it imitates the codec no better than the '
+                              'identity, and a loss on it would be worthless; train it longer')
+    scale = card.get('scale')
+    if scale is not None and not all(0 < float(scale.get(n, 0)) < math.inf for n in net.names):
+        raise SpeechLossError(f'card of {what} has the scales {str(scale)[:80]}: give a number above 0 for each of '
+                              f'{", ".join(net.names)}, or none')
 
 
 @torch.no_grad()
@@ -206,8 +216,9 @@ def layer_scales(
     "Mean absolute distance between clean and slightly degraded speech, which a loss divides by"
     draw, sums, count = torch.Generator().manual_seed(0), {}, 0
     for wave in _like_speech(net.options['sample_rate']) if waves is None else waves:
-        noise = torch.randn(wave.shape, generator=draw) * wave.square().mean().sqrt() * 10 ** (-snr_db / 20)
-        both = net.levels(torch.stack([wave, wave + noise]).to(next(net.parameters())))
+        wave = wave.to(net.gain.weight.device, torch.float32)
+        noise = torch.randn(wave.shape, generator=draw).to(wave) * wave.square().mean().sqrt() * 10 ** (-snr_db / 20)
+        both = net.levels(torch.stack([wave, wave + noise]))
         for name, (a, b) in both.items(): sums[name] = sums.get(name, 0.) + float((a - b).abs().mean())
         count += 1
     return {name: total / count for name, total in sums.items()}
@@ -230,13 +241,14 @@ class CodecFeatures(Features):
     """
     def __init__(self, model='mp3-16k', *, layers='all', card: dict | None = None, random_seed: int | None = None):
         super().__init__()
-        if isinstance(model, CodecNet): net, card = deepcopy(model), dict(card or {})
+        if isinstance(model, CodecNet):
+            net = deepcopy(model)
+            _checked(card, net, 'the network')
         else: net, card = load_codec(model)
-        _require_skill(card, 'the network')
         if random_seed is not None:
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(random_seed)
-                net, card = CodecNet(**net.options), card | dict(scale=None)
+                net, card = CodecNet(**net.options).to(net.gain.weight), card | dict(scale=None)
         scale = card.get('scale') or layer_scales(net)
         self.net, self.card = Frozen(net), card
         self.sample_rate, self.hop_length = net.options['sample_rate'], net.options['hop_length']
@@ -245,7 +257,7 @@ class CodecFeatures(Features):
 
     def forward(self, wave, lengths=None):
         # the network keeps the precision it has, the features have that of the wave
-        found = self.net.net.levels(wave.to(next(self.net.net.parameters()).dtype), lengths)
+        found = self.net.net.levels(wave, lengths)
         return [_rows(found[name]).to(wave.dtype) / self.scale[name] for name in self.names]
 
     def frame_lengths(self, lengths): return [frame_count(lengths, self.hop_length)] * len(self.names)
@@ -253,7 +265,7 @@ class CodecFeatures(Features):
 
 def _chosen(layers, names: tuple[str, ...]) -> tuple[str, ...]:
     groups = dict(all=names, inner=names[:-1], output=names[-1:])
-    wanted = groups.get(layers, (layers,)) if isinstance(layers, str) else tuple(layers)
+    wanted = groups.get(layers, (layers,)) if isinstance(layers, str) else tuple(layers or ())
     if lost := [n for n in wanted if n not in names] or (not wanted and ['none']):
         raise SpeechLossError(f'layers has {lost[0]!r}: choose all, inner, output, or some of {", ".join(names)}')
     return tuple(n for n in names if n in wanted)

@@ -173,7 +173,7 @@ def build_pairs(
     quality: int = 2,                 # of LAME
     progress: Callable | None = None, # called with (done, total) after each source
 ) -> PairReport:
-    "Code what is not coded yet; `SpeechLossError` when no source can be used"
+    "Code what is not coded yet, list it with what was listed before; `SpeechLossError` when no source can be used"
     codecs = [Codec(rate, sample_rate, quality) for rate in sorted(set(bit_rates))]
     if not codecs: raise SpeechLossError('bit_rates is empty: name one or more, in kbit/s')
     out, table, made, skipped = Path(out), _table(sources), [], []
@@ -184,7 +184,9 @@ def build_pairs(
         if progress: progress(done, len(table))
     if not made:
         raise SpeechLossError(f'none of {len(table)} sources can be coded; the first one: {skipped[0][1]}')
-    write_text(out / MANIFEST, ''.join(json.dumps(asdict(pair)) + '\n' for pair in made))
+    # what earlier calls have listed stays, but for what this call was asked to make
+    others = [pair for pair in _listed(out) if pair.id not in table or pair.codec not in codecs]
+    write_text(out / MANIFEST, ''.join(json.dumps(asdict(pair)) + '\n' for pair in others + made))
     return PairReport(tuple(made), tuple(skipped))
 
 
@@ -247,13 +249,24 @@ class CodecPairs(Dataset):
                                   'build pairs there, or ask for shorter crops')
         if len({p.sample_rate for p in self.pairs}) > 1:
             raise SpeechLossError(f'{folder} mixes sample rates: build one folder for each')
-        self.samples = math.floor(seconds * self.pairs[0].sample_rate)
+        self.samples, self.keep = math.floor(seconds * self.pairs[0].sample_rate), keep
         self.read = lru_cache(maxsize=keep)(self._read)
+
+    def __getstate__(self):   # to another process go the rules, not the waves
+        return {name: value for name, value in self.__dict__.items() if name != 'read'}
+
+    def __setstate__(self, state):
+        self.__dict__ |= state
+        self.read = lru_cache(maxsize=self.keep)(self._read)
 
     def __len__(self) -> int: return self.size
 
     def _read(self, index: int) -> tuple[Tensor, Tensor]:
         pair = self.pairs[index]
+        info(pair.path)         # a missing or broken file says so before it is hashed
+        for path, wanted in (pair.path, pair.sha256), (self.folder / pair.mp3, pair.mp3_sha256):
+            if not Path(path).is_file() or sha256(path) != wanted:
+                raise AudioError(f'{path} is not the file that was coded: build the pairs again')
         clean = source_wave(pair.path, pair.sample_rate)
         return clean, pair.codec.decode((self.folder / pair.mp3).read_bytes(), len(clean))
 

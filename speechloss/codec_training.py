@@ -20,6 +20,7 @@ from .codec import CodecNet, layer_scales, log_power, save_codec, skill
 from .codec_pairs import CodecPairs, build_pairs
 from .corpus import get
 from .loop import fit
+from .outputs import finished
 from .recipe import Recipe
 
 # %% ../nbs/enhance/codec_training.ipynb #47a6cdab
@@ -30,7 +31,7 @@ class CodecTraining:
     corpus_dir: str | None = None    # where its files lie, if not to be fetched
     bit_rate: int = 16               # kbit/s of the MP3
     network: dict = field(default_factory=dict)   # options of CodecNet
-    steps: int = 1500
+    steps: int = 2000
     seconds: float = 2.              # length of a crop
     batch_size: int = 8              # crops a step, in each process
     lr: float = 1e-3                 # highest learning rate
@@ -79,29 +80,33 @@ def train_codec(
     *,
     progress: Callable | None = None,  # called with (label, steps done, steps in all)
 ) -> Path:                             # out / 'model', for `CodecFeatures`
-    "Train a network to imitate MP3, or go on where that was stopped"
-    out = Path(out)
-    if (out / 'model').is_dir(): return out / 'model'
+    "Train a network to imitate MP3, or go on where that was stopped; `TrainingError` when `out` holds another run"
+    out, recipe = Path(out), training.recipe()
     manifest = get(training.corpus, from_dir=training.corpus_dir)
-    splits = {split: [r.id for r in manifest.speech(split)] for split in ('train', 'valid', 'test')}
-    report = build_pairs({r.id: r.path for r in manifest.speech()}, out / 'pairs', bit_rates=[training.bit_rate])
+    about = dict(corpus_hash=manifest.hash)
+    if finished(out / 'run', recipe, about) and (out / 'model').is_dir(): return out / 'model'
+    clean = {split: manifest.speech(split) + manifest.pairs(split) for split in ('train', 'valid', 'test')}
+    splits = {split: [r.id for r in found] for split, found in clean.items()}
+    report = build_pairs({r.id: r.clean_path or r.path for found in clean.values() for r in found}, out / 'pairs',
+                         bit_rates=[training.bit_rate])
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(training.seed)
         net = CodecNet(bit_rate=training.bit_rate, **training.network)
 
     def crops(split, size=2**31 - 1):
         return _Items(CodecPairs(out / 'pairs', seconds=training.seconds, seed=training.seed, ids=splits[split],
-                                 size=size))
+                                 bit_rates=[training.bit_rate], size=size))
 
     objective = CodecImitation(net.options['n_fft'], net.options['hop_length'])
-    fit(net, objective, crops('train'), crops('valid', training.valid_size), training.recipe(), out / 'run',
-        progress=progress, judge=judge_skill, about=dict(corpus_hash=manifest.hash))
+    fit(net, objective, crops('train'), crops('valid', training.valid_size), recipe, out / 'run',
+        progress=progress, judge=judge_skill, about=about)
     net.load_state_dict(load_tensors(out / 'run/best/model.safetensors'))
     net = net.eval().cpu()
     test = crops('test', 4 * training.valid_size)
     card = dict(
         skill=judge_skill(net, test), scale=layer_scales(net, (crops('valid')[k]['noisy'] for k in range(24))),
-        corpus=training.corpus, corpus_hash=manifest.hash, steps=training.steps, seed=training.seed,
+        corpus=training.corpus, corpus_hash=manifest.hash,
+        speakers=sorted({r.speaker for r in clean['train']}), steps=training.steps, seed=training.seed,
         seconds_of_speech=round(sum(p.samples for p in report.pairs if p.id in set(splits['train'])) / SAMPLE_RATE),
         weights=sum(p.numel() for p in net.parameters()))
     return save_codec(net, out / 'model', card)

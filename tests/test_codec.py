@@ -1,6 +1,7 @@
 """The network that imitates MP3: what it may not do, what its skill says, and a training from nothing."""
 import json
 import sys
+from dataclasses import replace
 from importlib.util import find_spec
 
 import pytest
@@ -43,8 +44,17 @@ def test_it_only_takes_away_and_sees_nothing_of_its_mates():
         assert torch.allclose(mates[name][0, ..., :frames, :], x[0], atol=1e-6), name
 
 
-def test_weights_are_few():
-    assert sum(p.numel() for p in CodecNet().parameters()) < 3_000_000
+@pytest.mark.parametrize('kind', [torch.bfloat16, torch.float64])
+def test_convolutions_of_another_precision(kind):
+    "Spectra stay in the precision of the wave: a floor of 1e-8 is nothing in half precision"
+    made, x = net(), .1 * torch.randn(2, 4_000)
+    plain, other = CodecLoss(made, card=CARD), CodecLoss(made, card=CARD).to(kind)
+    enhanced = (x + .01 * torch.randn_like(x)).requires_grad_()
+    assert torch.allclose(other(enhanced, x), plain(enhanced, x), rtol=.02)
+    other(enhanced, x).backward()
+    assert enhanced.grad.isfinite().all() and enhanced.grad.any() and other(x, x) == 0
+    drawn = CodecFeatures(made.to(kind), card=CARD, random_seed=1)
+    assert next(drawn.net.net.parameters()).dtype == kind
 
 
 class Gain(CodecNet):
@@ -78,7 +88,12 @@ def test_a_folder_and_what_can_be_wrong_with_it(tmp_path):
     (tmp_path/'good/codec.json').write_text(json.dumps(CARD))
     with pytest.raises(SpeechLossError, match='cannot be opened'): load_codec(tmp_path/'good')
     with pytest.raises(SpeechLossError, match='holds no codec.json'): CodecLoss(tmp_path)
-    with pytest.raises(SpeechLossError, match='has a skill of None'): CodecLoss(made)
+    for card, words in ((None, 'card of the network is None: give'), (dict(skill=.3), 'card of the network is'),
+                        (CARD | dict(scale=dict(down1=1.)), 'a number above 0 for each of down1, down2'),
+                        (CARD | dict(scale=dict.fromkeys(made.names, 0.)), 'a number above 0'),
+                        (dict(skill=dict(skill=float('nan'))), 'no better than the identity')):
+        with pytest.raises(SpeechLossError, match=words): CodecLoss(made, card=card)
+    with pytest.raises(ValueError, match='there must be a level'): CodecNet(widths=())
 
 
 def test_layers_and_their_scales():
@@ -90,7 +105,7 @@ def test_layers_and_their_scales():
     drawn = CodecFeatures(made, card=CARD, random_seed=1)
     same = CodecFeatures(made, card=CARD, random_seed=1)
     assert not torch.equal(drawn(x)[0], every(x)[0]) and torch.equal(drawn(x)[0], same(x)[0])
-    for wrong in 'deep', ['down1', 'down9'], []:
+    for wrong in 'deep', ['down1', 'down9'], [], None:
         with pytest.raises(SpeechLossError, match='choose all, inner, output'):
             CodecFeatures(made, card=CARD, layers=wrong)
     with pytest.raises(ValueError, match='above 0'): CodecLoss(made, card=CARD, weights=[0.] * len(made.names))
@@ -168,6 +183,27 @@ def test_training_goes_on_where_it_was_stopped(tmp_path):
     assert not (tmp_path/'a/model').exists()
     first, second = (train_codec(options, tmp_path/name) for name in 'ab')
     assert (first/'model.safetensors').read_bytes() == (second/'model.safetensors').read_bytes()
+    with pytest.raises(SpeechLossError, match='holds another run'):
+        train_codec(replace(options, bit_rate=32), tmp_path/'a')
     card = json.loads((first/'codec.json').read_text())
-    assert card['weights'] == sum(p.numel() for p in CodecNet(widths=WIDTHS).parameters())
+    assert card['speakers'] and card['weights'] == sum(p.numel() for p in CodecNet(widths=WIDTHS).parameters())
     assert all(v > 0 for v in card['scale'].values()) and card['seconds_of_speech'] > 10
+
+
+@pytest.mark.skipif(find_spec('lameenc') is None, reason='without lameenc')
+def test_a_corpus_of_pairs_is_coded_from_its_clean_side(tmp_path):
+    from speechloss.audio import save
+    from speechloss.codec_pairs import CodecPairs
+    from speechloss.codec_training import CodecTraining, train_codec
+    from speechloss.corpus import from_pairs
+    draw = torch.Generator().manual_seed(0)
+    for who in 'abc':
+        for side, level in dict(clean=.1, noisy=.3).items():
+            (tmp_path/side/who).mkdir(parents=True)
+            save(tmp_path/side/who/'1.wav', level * torch.randn(24_000, generator=draw), 16_000)
+    manifest = from_pairs(tmp_path/'clean', tmp_path/'noisy', valid=.34, test=.34)
+    assert {r.split for r in manifest.pairs()} == {'train', 'valid', 'test'} and not manifest.speech()
+    options = CodecTraining(corpus=str(manifest.save(tmp_path/'corpus.jsonl')), steps=1, batch_size=1, seconds=.5,
+                            valid_size=1, warmup=1, network=dict(widths=WIDTHS))
+    train_codec(options, tmp_path/'run')
+    assert abs(CodecPairs(tmp_path/'run/pairs', seconds=1.)[0]['clean'].std() - .1) < .01

@@ -1,5 +1,6 @@
 """MP3 pairs: in place to the sample, whole or not there, and one sentence for what cannot be coded."""
 import json
+import pickle
 import signal
 import subprocess
 import sys
@@ -156,6 +157,32 @@ def test_damage_and_change_are_mended(folder):
     assert second.pairs[0] == first.pairs[0] and second.pairs[1].mp3 != first.pairs[1].mp3
     (folder/'pairs/pairs.jsonl').write_text('{"half')
     with pytest.raises(SpeechLossError, match='delete it'): build_pairs(folder/'speech', folder/'pairs')
+
+
+def test_what_was_listed_before_stays_listed(folder):
+    few = build_pairs(folder/'speech', folder/'pairs').pairs
+    more = build_pairs(folder/'speech', folder/'pairs', bit_rates=[32]).pairs
+    listed = [json.loads(line)['mp3'] for line in (folder/'pairs/pairs.jsonl').read_text().splitlines()]
+    assert listed == [p.mp3 for p in (*few, *more)]
+    assert {p.bit_rate for p in CodecPairs(folder/'pairs', seconds=1., bit_rates=[32]).pairs} == {32}
+    (folder/'speech/1.wav').write_bytes(b'no audio')           # what cannot be coded any more is not listed
+    build_pairs(folder/'speech', folder/'pairs')
+    left = [json.loads(line) for line in (folder/'pairs/pairs.jsonl').read_text().splitlines()]
+    assert sorted((p['id'], p['bit_rate']) for p in left) == [('0', 16), ('0', 32), ('1', 32), ('2', 16), ('2', 32)]
+
+
+def test_a_file_that_has_changed_since_is_no_pair(folder):
+    build_pairs(folder/'speech', folder/'pairs')
+    for k in range(3): save(folder/f'speech/{k}.wav', torch.randn(6 * RATE) * .1, RATE)
+    with pytest.raises(AudioError, match='is not the file that was coded: build the pairs again'):
+        CodecPairs(folder/'pairs', seconds=1.)[0]
+
+
+def test_a_data_set_goes_to_another_process(folder):
+    build_pairs(folder/'speech', folder/'pairs')
+    data = CodecPairs(folder/'pairs', seconds=1.)
+    again = pickle.loads(pickle.dumps(data))
+    assert torch.equal(again[3]['coded'], data[3]['coded'])
 
 
 def test_crops_are_a_function_of_the_seed(folder):
