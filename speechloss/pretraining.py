@@ -21,6 +21,7 @@ from .audio import SAMPLE_RATE, load
 from .checkpoints import load_tensors, save_tensors, write_folder
 from .corpus import get
 from .loop import fit
+from .outputs import finished
 from .manifest import CorpusError, Recording
 from .recipe import Recipe, TrainingError
 from .ssl import SSLFeatures
@@ -208,9 +209,10 @@ def pretrain(
     *,
     progress: Callable | None = None,  # called with (label, steps done, steps in all)
 ) -> Path:                             # out / 'model', for `SSLFeatures` and transformers
-    "Train a small self-supervised model, or go on where that was stopped"
-    out = Path(out)
-    if (out / 'model').is_dir(): return out / 'model'
+    "Train a small self-supervised model, or go on where that was stopped; `TrainingError` when `out` holds another run"
+    out, about = Path(out), dict(corpus_hash=get(recipe.corpus, from_dir=recipe.corpus_dir).hash)
+    done = [finished(out / f'round-{k + 1}', recipe.round(k), about) for k in range(len(recipe.steps))]
+    if all(done) and (out / 'model').is_dir(): return out / 'model'
     manifest, waves = speech(recipe.corpus, recipe.corpus_dir)
     net = network(recipe.network, recipe.seed)
     for k in range(len(recipe.steps)):
@@ -223,7 +225,7 @@ def pretrain(
                               seed=recipe.seed, **size)
                         for split, size in (('train', {}), ('valid', dict(size=40))))
         final = fit(model, MaskedPredictionLoss(), train, valid, recipe.round(k), folder,
-                    progress=progress, judge=accuracy, about=dict(corpus_hash=manifest.hash))
+                    progress=progress, judge=accuracy, about=about)
         model.load_state_dict(load_tensors(final / 'model.safetensors'))
         net = model.net.cpu()
     return write_folder(out / 'model', lambda part: save_model(net, part))
