@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['METRICS', 'COLUMNS', 'DEFAULT', 'Metric', 'metric_table', 'cards_of', 'reason', 'no_score', 'score_one', 'composite',
-           'dnsmos', 'dnsmos_fast', 'estoi', 'llr', 'lsd', 'mcd', 'nmr', 'pesq_wb', 'seg_snr', 'si_sdr', 'snr', 'stoi',
-           'visqol', 'wss']
+           'dnsmos', 'dnsmos_fast', 'estoi', 'llr', 'lsd', 'mcd', 'nmr', 'pesq_wb', 'seg_snr', 'si_sdr', 'stoi',
+           'visqol', 'wave_snr', 'wss']
 
 # %% ../nbs/enhance/metrics.ipynb #a8dc8f87
 import importlib.util
@@ -15,11 +15,11 @@ from dataclasses import dataclass
 
 from .audio import SAMPLE_RATE, SpeechLossError, extra
 from .composite import composite, llr, seg_snr, wss
-from .distortion import lsd, mcd, nmr, si_sdr, snr
+from .distortion import lsd, mcd, nmr, si_sdr, wave_snr
 from .listeners import dnsmos, dnsmos_fast, estoi, pesq_wb, stoi, visqol
 
 _all_ = ['composite', 'dnsmos', 'dnsmos_fast', 'estoi', 'llr', 'lsd', 'mcd', 'nmr', 'pesq_wb', 'seg_snr', 'si_sdr',
-         'snr', 'stoi', 'visqol', 'wss']
+         'stoi', 'visqol', 'wave_snr', 'wss']
 
 # %% ../nbs/enhance/metrics.ipynb #9cc209bf
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ _PESQ_LOSSES = ('torch-pesq', 'PMSQE', 'MetricGAN')
 METRICS: dict[str, Metric] = {card.name: card for card in (
     Metric('si_sdr', ('si_sdr',), si_sdr, (-math.inf, 100), 'higher', 'dB',
            'Le Roux et al. 2019', sample_rate=None, optimised_by=('SISDRLoss', 'SNRLoss')),
-    Metric('snr', ('snr',), snr, (-math.inf, 100), 'higher', 'dB', 'textbook', sample_rate=None,
+    Metric('wave_snr', ('wave_snr',), wave_snr, (-math.inf, 100), 'higher', 'dB', 'textbook', sample_rate=None,
            optimised_by=('SNRLoss', 'WaveL2Loss')),
     Metric('seg_snr', ('seg_snr',), seg_snr, (-10, 35), 'higher', 'dB',
            'Hansen & Pellom 1998', sample_rate=None, optimised_by=('SNRLoss',)),
