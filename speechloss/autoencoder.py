@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .audio import SAMPLE_RATE, SpeechLossError, extra
-from .enhancer import SILENCE, check_waves, frame_total, spectrum
+from .enhancer import SILENCE, check_frame, check_waves, frame_total, spectrum
 from .spectral import frame_mask, istft
 
 try:
@@ -49,9 +49,7 @@ class SpectralAutoencoder(nn.Module, PyTorchModelHubMixin, library_name='speechl
         kind: str = 'autoencoder',      # for `models.enhancer`
     ):
         super().__init__()
-        if n_fft % 2 or not 0 < hop_length <= n_fft // 2:
-            raise SpeechLossError(f'n_fft is {n_fft} and hop_length {hop_length}: give an even n_fft and a '
-                                  'hop_length of at most half of it')
+        check_frame(n_fft, hop_length)
         if min(latents, channels, blocks) < 1 or kernel % 2 == 0 or not 0 < power <= 1:
             raise SpeechLossError(f'latents is {latents}, channels {channels}, blocks {blocks}, kernel {kernel}, '
                                   f'power {power}: give at least one of the first three, an odd kernel, a power '
@@ -72,7 +70,8 @@ class SpectralAutoencoder(nn.Module, PyTorchModelHubMixin, library_name='speechl
         level = (wave.square().sum(-1) / lengths + SILENCE).sqrt()[:, None, None]
         spec = spectrum(wave, self.n_fft, self.hop_length)
         mask = frame_mask(self.frame_lengths(lengths), spec.shape[1])[..., None].to(wave)
-        return spec / (level * (.375 * self.n_fft) ** .5), level, mask
+        level = level * (.375 * self.n_fft) ** .5     # of a bin: a Hann window of n samples has power 3n/8
+        return spec / level, level, mask
 
     def encode(
         self,
@@ -100,8 +99,7 @@ class SpectralAutoencoder(nn.Module, PyTorchModelHubMixin, library_name='speechl
         x = F.gelu(self.after(self._waist(spec, mask)))
         for block in self.up: x = block(x, mask)
         found = _scaled(torch.view_as_complex(self.out(x).unflatten(-1, (-1, 2))), 1 / self.power)
-        found = istft(found * mask * (level * (.375 * self.n_fft) ** .5), self.n_fft, self.hop_length,
-                      length=wave.shape[-1])
+        found = istft(found * mask * level, self.n_fft, self.hop_length, length=wave.shape[-1])
         return found if lengths is None else found * frame_mask(lengths, wave.shape[-1])
 
 

@@ -66,16 +66,15 @@ class Codebook(nn.Module):
             if not self.begun:
                 if not update: raise SpeechLossError('the codebook is empty: train it, or load its state')
                 self._begin(seen.float())
-            index, codes = self._nearest(vectors, lengths), self.codes
-            chosen = F.embedding(index.clamp_min(0), codes).to(vectors.dtype)
+            index = self._nearest(vectors, lengths)
+            chosen = F.embedding(index.clamp_min(0), self.codes).to(vectors.dtype)
             if update: self._follow(seen.float(), index[index >= 0])
         commitment = masked_mean((vectors - chosen).square().mean(-1), lengths)
         through = vectors + (chosen - vectors).detach()
         return Quantised(through * (index >= 0)[..., None], index, commitment)
 
     def _nearest(self, vectors: Tensor, lengths: Tensor | None = None) -> Tensor:
-        metric = 'squared' if self.metric == 'euclidean' else 'cosine'
-        return nearest_code(vectors.detach(), self.codes, metric=metric, lengths=lengths).index
+        return nearest_code(vectors.detach(), self.codes, metric=self.metric, lengths=lengths).index
 
     def _tally(self, seen: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
         "How many vectors each code stands for, and their sum, over all processes"

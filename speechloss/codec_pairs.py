@@ -177,7 +177,8 @@ def build_pairs(
     codecs = [Codec(rate, sample_rate, quality) for rate in sorted(set(bit_rates))]
     if not codecs: raise SpeechLossError('bit_rates is empty: name one or more, in kbit/s')
     out, table, made, skipped = Path(out), _table(sources), [], []
-    known = {pair.mp3: pair.mp3_sha256 for pair in _listed(out)}
+    before = _listed(out)
+    known = {pair.mp3: pair.mp3_sha256 for pair in before}
     for done, (name, path) in enumerate(table.items(), 1):
         try: made += _coded(name, Path(path), out, codecs, known)
         except SpeechLossError as error: skipped.append((str(path), str(error)))
@@ -185,7 +186,7 @@ def build_pairs(
     if not made:
         raise SpeechLossError(f'none of {len(table)} sources can be coded; the first one: {skipped[0][1]}')
     # what earlier calls have listed stays, but for what this call was asked to make
-    others = [pair for pair in _listed(out) if pair.id not in table or pair.codec not in codecs]
+    others = [pair for pair in before if pair.id not in table or pair.codec not in codecs]
     write_text(out / MANIFEST, ''.join(json.dumps(asdict(pair)) + '\n' for pair in others + made))
     return PairReport(tuple(made), tuple(skipped))
 
@@ -264,11 +265,13 @@ class CodecPairs(Dataset):
     def _read(self, index: int) -> tuple[Tensor, Tensor]:
         pair = self.pairs[index]
         info(pair.path)         # a missing or broken file says so before it is hashed
-        for path, wanted in (pair.path, pair.sha256), (self.folder / pair.mp3, pair.mp3_sha256):
-            if not Path(path).is_file() or sha256(path) != wanted:
-                raise AudioError(f'{path} is not the file that was coded: build the pairs again')
+        mp3 = self.folder / pair.mp3
+        data = mp3.read_bytes() if mp3.is_file() else b''
+        for path, there, wanted in ((pair.path, sha256(pair.path), pair.sha256),
+                                    (mp3, hashlib.sha256(data).hexdigest(), pair.mp3_sha256)):
+            if there != wanted: raise AudioError(f'{path} is not the file that was coded: build the pairs again')
         clean = source_wave(pair.path, pair.sample_rate)
-        return clean, pair.codec.decode((self.folder / pair.mp3).read_bytes(), len(clean))
+        return clean, pair.codec.decode(data, len(clean))
 
     def __getitem__(self, k: int) -> dict:
         rng = np.random.default_rng([self.seed, k])

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SILENCE', 'erb_bands', 'spectrum', 'frame_total', 'mean_so_far', 'Recurrent', 'SpectralEncoder', 'SpectralDecoder',
-           'check_waves', 'SpectralEnhancer']
+           'check_frame', 'check_waves', 'SpectralEnhancer']
 
 # %% ../nbs/enhance/enhancer.ipynb #1b92d48c
 import torch
@@ -150,6 +150,13 @@ class SpectralDecoder(nn.Module):
         return torch.cat([real * bound, imag * bound], -1)
 
 # %% ../nbs/enhance/enhancer.ipynb #eed7ec10
+def check_frame(n_fft: int, hop_length: int) -> None:
+    "Raise `SpeechLossError` unless n_fft is even and hop_length in 1..n_fft // 2"
+    if n_fft % 2 or not 0 < hop_length <= n_fft // 2:
+        raise SpeechLossError(f'n_fft is {n_fft} and hop_length {hop_length}: give an even '
+                              'n_fft and a hop_length of at most half of it')
+
+
 def check_waves(wave: Tensor, lengths: Tensor | None) -> None:
     "Raise `SpeechLossError` unless wave is a float `(B, T)`, T > 0, with lengths `(B,)` in 1..T"
     if wave.ndim != 2 or wave.shape[-1] == 0 or not wave.is_floating_point():
@@ -183,9 +190,7 @@ class SpectralEnhancer(nn.Module, PyTorchModelHubMixin,
         sample_rate: int = SAMPLE_RATE, # Hz
     ):
         super().__init__()
-        if n_fft % 2 or not 0 < hop_length <= n_fft // 2:
-            raise SpeechLossError(f'n_fft is {n_fft} and hop_length {hop_length}: give an even '
-                                  'n_fft and a hop_length of at most half of it')
+        check_frame(n_fft, hop_length)
         if channels < 2 or channels % 2 or layers < 1 or kernel < 1:
             raise SpeechLossError(f'channels is {channels}, layers {layers}, kernel {kernel}: '
                                   'give an even number of channels and at least one of the others')

@@ -91,7 +91,8 @@ class VQVAE(nn.Module):
 
     `recipe` is 'quality' or 'enhance'; options replace what it fixes: `widths` (of the pairs of
     convolutions, the last one that of the codes), `size` (codes), `hop_length`, `log`, `deviation`,
-    `blocks`, `metric`, and those of `Codebook`. Waves are `(B, T)` at 16 kHz, `lengths` `(B,)` samples.
+    `blocks`, `metric`; `codebook` holds further options of `Codebook`. Waves are
+    `(B, T)` at 16 kHz, `lengths` `(B,)` samples.
     """
     def __init__(self, recipe: str = 'quality', *, n_fft: int = 512, codebook: dict | None = None, **options):
         super().__init__()
