@@ -177,11 +177,16 @@ def first_copies(codes: Tensor) -> Tensor | None:
     Equal codes may score differently by one rounding, by where they lie in the tile: that is
     how the BLAS of a CPU is for float64. On a GPU they do not.
     """
-    if not codes.is_cpu or len(codes.sum(-1).unique()) == len(codes):
-        return None
-    copies = torch.unique(codes, dim=0, return_inverse=True)[1]
-    places = torch.arange(len(codes))
-    return torch.full_like(places, len(codes)).scatter_reduce(0, copies, places, 'amin')[copies]
+    if not codes.is_cpu: return None
+    # a number for each code, which two different ones hardly share: comparing all of them whole would cost more than
+    # the search itself
+    weights = torch.arange(1, codes.shape[1] + 1, dtype=torch.float64).sqrt()
+    _, group, count = (codes.double() * weights).sum(-1).unique(return_inverse=True, return_counts=True)
+    alike = (count[group] > 1).nonzero()[:, 0]
+    if not len(alike): return None
+    copies = torch.unique(codes[alike], dim=0, return_inverse=True)[1]
+    first = torch.full_like(alike, len(codes)).scatter_reduce(0, copies, alike, 'amin')[copies]
+    return torch.arange(len(codes)).index_copy(0, alike, first)
 
 
 # ---- arguments

@@ -16,7 +16,7 @@ from .audio import SAMPLE_RATE, SpeechLossError, resample
 from .masking import MaskingModel
 from .spectral import mel_filters, stft
 
-# %% ../nbs/enhance/distortion.ipynb #012a559f
+# %% ../nbs/enhance/distortion.ipynb #13895895
 #: Mean power under which a wave counts as silent: -120 dBFS
 SILENCE = 1e-12
 
@@ -59,12 +59,12 @@ def as_pair(
     rate: int | None = SAMPLE_RATE,  # Hz wanted; None keeps their own
 ) -> tuple[np.ndarray, np.ndarray]:  # float64 (T,) both
     "Enhanced and clean, each checked by `as_wave`, and of one length"
-    e = as_wave('enhanced', enhanced, sample_rate, rate=rate)
-    c = as_wave('clean', clean, sample_rate, rate=rate)
-    if len(e) != len(c):
+    e, c = as_wave('enhanced', enhanced, sample_rate, rate=None), as_wave('clean', clean, sample_rate, rate=None)
+    if len(e) != len(c):     # before they are resampled, which rounds
         raise SpeechLossError(f'enhanced has {len(e)} samples and clean has {len(c)}: '
                               'align and cut them to one length first')
-    return e, c
+    if rate in (None, sample_rate): return e, c
+    return tuple(resample(torch.from_numpy(w), sample_rate, rate).double().numpy() for w in (e, c))
 
 # %% ../nbs/enhance/distortion.ipynb #ba5b0b08
 def wave_snr(

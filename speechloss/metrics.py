@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['METRICS', 'COLUMNS', 'DEFAULT', 'Metric', 'metric_table', 'cards_of', 'reason', 'no_score', 'score_one', 'composite',
-           'dnsmos', 'dnsmos_fast', 'estoi', 'llr', 'lsd', 'mcd', 'nmr', 'pesq_wb', 'seg_snr', 'si_sdr', 'stoi',
-           'visqol', 'wave_snr', 'wss']
+           'dnsmos', 'dnsmos_fast', 'estoi', 'llr', 'lsd', 'mcd', 'nmr', 'pesq_nb', 'pesq_wb', 'seg_snr', 'si_sdr',
+           'stoi', 'visqol', 'vq_score', 'wave_snr', 'wss']
 
-# %% ../nbs/enhance/metrics.ipynb #a8dc8f87
+# %% ../nbs/enhance/metrics.ipynb #20cfc2c7
 import importlib.util
 import math
 from collections.abc import Callable, Iterable
@@ -16,12 +16,13 @@ from dataclasses import dataclass
 from .audio import SAMPLE_RATE, SpeechLossError, extra
 from .composite import composite, llr, seg_snr, wss
 from .distortion import lsd, mcd, nmr, si_sdr, wave_snr
-from .listeners import dnsmos, dnsmos_fast, estoi, pesq_wb, stoi, visqol
+from .listeners import dnsmos, dnsmos_fast, estoi, pesq_nb, pesq_wb, stoi, visqol
+from .vqscore import vq_score
 
-_all_ = ['composite', 'dnsmos', 'dnsmos_fast', 'estoi', 'llr', 'lsd', 'mcd', 'nmr', 'pesq_wb', 'seg_snr', 'si_sdr',
-         'stoi', 'visqol', 'wave_snr', 'wss']
+_all_ = ['composite', 'dnsmos', 'dnsmos_fast', 'estoi', 'llr', 'lsd', 'mcd', 'nmr', 'pesq_nb', 'pesq_wb', 'seg_snr', 'si_sdr',
+         'stoi', 'visqol', 'vq_score', 'wave_snr', 'wss']
 
-# %% ../nbs/enhance/metrics.ipynb #9cc209bf
+# %% ../nbs/enhance/metrics.ipynb #609c22d2
 @dataclass(frozen=True)
 class Metric:
     "How to compute a metric and how to read it"
@@ -55,6 +56,8 @@ METRICS: dict[str, Metric] = {card.name: card for card in (
            'Hansen & Pellom 1998', sample_rate=None, optimised_by=('SNRLoss',)),
     Metric('pesq', ('pesq',), pesq_wb, (.999, 4.645), 'higher', 'MOS-LQO',
            'ITU-T P.862.2; pesq', needs=('pesq',), optimised_by=_PESQ_LOSSES),
+    Metric('pesq_nb', ('pesq_nb',), pesq_nb, (.999, 4.549), 'higher', 'MOS-LQO',
+           'ITU-T P.862.1; pesq', sample_rate=8_000, needs=('pesq',), optimised_by=_PESQ_LOSSES),
     Metric('stoi', ('stoi',), stoi, (-1, 1), 'higher', 'correlation',
            'Taal et al. 2011; pystoi', needs=('pystoi',), optimised_by=('torch-stoi',)),
     Metric('estoi', ('estoi',), estoi, (-1, 1), 'higher', 'correlation',
@@ -73,6 +76,8 @@ METRICS: dict[str, Metric] = {card.name: card for card in (
            'Hu & Loizou 2008', needs=('pesq',), uses=('pesq', 'llr', 'wss', 'seg_snr'),
            optimised_by=_PESQ_LOSSES),
     Metric('dnsmos', tuple(f'dnsmos_{s}' for s in _SCORES), dnsmos, **_DNSMOS),
+    Metric('vqscore', ('vqscore',), vq_score, (-1, 1), 'higher', 'cosine', 'Fu et al. 2024', reference=False,
+           needs=('safetensors',), extra='metrics', optimised_by=('VQLoss', 'VQScore')),
     Metric('dnsmos_fast', tuple(f'dnsmos_fast_{s}' for s in _SCORES), dnsmos_fast, **_DNSMOS),
 )}
 COLUMNS: dict[str, Metric] = {c: card for card in METRICS.values() for c in card.columns}

@@ -22,7 +22,7 @@ from .shipped import folder_of
 class TrainingError(SpeechLossError):
     "A training that cannot start or cannot go on"
 
-# %% ../nbs/enhance/recipe.ipynb #0f329612
+# %% ../nbs/enhance/recipe.ipynb #7d20454c
 BASE = dict(terms=dict(spectrum=dict(name='compressed_complex', hop_length=256),
                        wave=dict(name='snr')),
             weights=dict(wave=.05))
@@ -133,7 +133,7 @@ def _is_range(value) -> bool:
         and all(isinstance(v, (int, float)) for v in value) and value[0] <= value[1]
 
 
-_DEFAULTS = dict(ssl='small', codec='mp3-16k')   # networks that losses look through when nobody names one
+_DEFAULTS = dict(ssl='small', codec='mp3-16k', vq='vq-speech')   # networks that losses look through when nobody names one
 
 
 def _contents(spec):
@@ -150,8 +150,9 @@ def _network(name, drawn_anew: bool) -> str:
     "What counts of a network that a loss looks through: its weights, or its shape alone"
     folder = folder_of(name)
     if drawn_anew and (folder / 'config.json').is_file(): return sha256(folder / 'config.json')
-    if drawn_anew and (folder / 'codec.json').is_file():    # which says how well it was trained as well
-        return json.dumps(json.loads((folder / 'codec.json').read_text(encoding='utf-8'))['options'], sort_keys=True)
+    for card in (folder / 'codec.json', folder / 'vqvae.json'):    # which say how well they were trained as well
+        if drawn_anew and card.is_file():
+            return json.dumps(json.loads(card.read_text(encoding='utf-8'))['options'], sort_keys=True)
     return _fingerprint(folder if folder.exists() else name, 'model')
 
 

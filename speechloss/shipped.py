@@ -10,11 +10,12 @@ from pathlib import Path
 
 import speechloss
 
-# %% ../nbs/signal/shipped.ipynb #e13ff2e9
+# %% ../nbs/signal/shipped.ipynb #7648bcc2
 _DATA = Path(speechloss.__file__).parent / 'data'
 #: name -> folder
 SHIPPED = {'small': _DATA / 'ssl_small',     # a speech network, for `SSLLoss`
-           'mp3-16k': _DATA / 'codec_16k'}   # an imitation of MP3 at 16 kbit/s, for `CodecLoss`
+           'mp3-16k': _DATA / 'codec_16k',   # an imitation of MP3 at 16 kbit/s, for `CodecLoss`
+           'vq-speech': _DATA / 'vq_speech'} # codes of clean speech, for `VQScore`
 
 
 def folder_of(name) -> Path:

@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['Balancer', 'CARDS', 'CodecLoss', 'CompressedComplexLoss', 'ConsistencyLoss', 'FeatureDistance', 'Loss', 'MaskingLoss',
            'MelLoss', 'ModelAsLoss', 'MultiResolutionSTFTLoss', 'Objective', 'PRESETS', 'SISDRLoss', 'SNRLoss',
-           'SSLLoss', 'STFTLoss', 'SpectralLoss', 'WaveL1Loss', 'WaveL2Loss', 'build', 'build_objective', 'cards',
-           'from_auraloss', 'preset']
+           'SSLLoss', 'STFTLoss', 'SpectralLoss', 'VQLoss', 'WaveL1Loss', 'WaveL2Loss', 'build', 'build_objective',
+           'cards', 'from_auraloss', 'preset']
 
-# %% ../../nbs/losses/losses.ipynb #48e45f05
+# %% ../../nbs/losses/losses.ipynb #c2626de3
 from .balance import Balancer
 from .base import Loss
 from .distance import FeatureDistance
@@ -21,7 +21,8 @@ from speechloss.losses.spectral import (
 from .codec import CodecLoss
 from .masking import MaskingLoss
 from .ssl import SSLLoss
+from .vq import VQLoss
 from .waveform import SISDRLoss, SNRLoss, WaveL1Loss, WaveL2Loss
 
-# %% ../../nbs/losses/losses.ipynb #b1481ebf
-_all_ = ['Balancer', 'CARDS', 'CodecLoss', 'CompressedComplexLoss', 'ConsistencyLoss', 'FeatureDistance', 'Loss', 'MaskingLoss', 'MelLoss', 'ModelAsLoss', 'MultiResolutionSTFTLoss', 'Objective', 'PRESETS', 'SISDRLoss', 'SNRLoss', 'SSLLoss', 'STFTLoss', 'SpectralLoss', 'WaveL1Loss', 'WaveL2Loss', 'build', 'build_objective', 'cards', 'from_auraloss', 'preset']
+# %% ../../nbs/losses/losses.ipynb #99e7dba0
+_all_ = ['Balancer', 'CARDS', 'CodecLoss', 'CompressedComplexLoss', 'ConsistencyLoss', 'FeatureDistance', 'Loss', 'MaskingLoss', 'MelLoss', 'ModelAsLoss', 'MultiResolutionSTFTLoss', 'Objective', 'PRESETS', 'SISDRLoss', 'SNRLoss', 'SSLLoss', 'STFTLoss', 'SpectralLoss', 'VQLoss', 'WaveL1Loss', 'WaveL2Loss', 'build', 'build_objective', 'cards', 'from_auraloss', 'preset']

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['CARDS', 'FEATURES', 'Card', 'cards', 'build_features', 'build', 'build_objective']
 
-# %% ../../nbs/losses/registry.ipynb #41e9ffc1
+# %% ../../nbs/losses/registry.ipynb #762f4920
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 
@@ -23,11 +23,13 @@ from .objective import Objective
 from .spectral import (
     PRESETS, CompressedComplexLoss, MelLoss, MultiResolutionSTFTLoss, STFTLoss, preset)
 from .ssl import SSLLoss
+from .vq import VQLoss
 from .waveform import SISDRLoss, SNRLoss, WaveL1Loss, WaveL2Loss
 from ..codec import CodecFeatures
 from ..ssl import SSLFeatures
+from ..vqvae import VQFeatures
 
-# %% ../../nbs/losses/registry.ipynb #ffc8bd77
+# %% ../../nbs/losses/registry.ipynb #82a337c6
 @dataclass(frozen=True)
 class Card:
     "What a user wants to know before choosing a loss"
@@ -65,6 +67,8 @@ CARDS = {card.name: card for card in (
          'Sato et al. 2023', 'https://arxiv.org/abs/2305.14723'),
     Card('codec', CodecLoss, 'a network that imitates MP3', '0', 'yes', 'no', 'Ananthabhotla et al. 2019',
          'https://hdl.handle.net/1721.1/137115'),
+    Card('vq', VQLoss, 'a vector-quantised autoencoder of clean speech', '0', 'no', 'no', 'Fu et al. 2024',
+         'https://arxiv.org/abs/2402.16321'),
 )}
 
 
@@ -72,9 +76,9 @@ def cards() -> list[dict]:
     "The cards as rows, for tables"
     return [asdict(card) | {'loss': card.loss.__name__} for card in CARDS.values()]
 
-# %% ../../nbs/losses/registry.ipynb #6f344536
+# %% ../../nbs/losses/registry.ipynb #3429f929
 FEATURES = dict(stft=STFTFeatures, mel=MelFeatures, gammatone=GammatoneFeatures, random=RandomFeatures,
-                ssl=SSLFeatures, codec=CodecFeatures)
+                ssl=SSLFeatures, codec=CodecFeatures, vq=VQFeatures)
 
 
 def _pick(what: str, name: str, choices: dict):
