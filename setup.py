@@ -11,7 +11,8 @@ cfg = config['DEFAULT']
 
 # The losses need these three alone.
 core = ['torch>=2.4', 'numpy', 'soundfile>=0.12']
-metrics = ['pesq>=0.0.4', 'pystoi>=0.4', 'speechmos>=0.0.1.1', 'onnxruntime', 'librosa', 'scipy', 'soxr', 'typer', 'rich']
+metrics = ['pesq>=0.0.4', 'pystoi>=0.4', 'speechmos>=0.0.1.1', 'onnxruntime', 'librosa', 'scipy', 'soxr', 'typer', 'rich',
+           'safetensors', 'torchmetrics', 'pyarrow', 'matplotlib']
 train = ['accelerate>=1.0', 'safetensors', 'huggingface_hub', 'tensorboard', 'pyroomacoustics', 'tqdm']
 ssl = ['transformers>=4.56', 'torchaudio']
 # Judges, each with its weights inside; resemblyzer reads pkg_resources, which setuptools 81 dropped.
@@ -19,7 +20,7 @@ downstream = [*ssl, 'jiwer', 'pocketsphinx>=5', 'resemblyzer', 'setuptools<81', 
               'torchcrepe', 'librosa<1', 'scikit-learn', 'soxr']
 codec = ['lameenc>=1.7', 'safetensors']
 visqol = ['visqol-python>=3.8', 'numba', 'soxr']   # a part of it is compiled as it is installed: not in any other extra
-reproduce = [*metrics, *train, *downstream, *codec, 'papermill>=2.6', 'ipykernel', 'matplotlib', 'pandas']
+reproduce = [*metrics, *train, *downstream, *codec, 'papermill>=2.6', 'ipykernel', 'pandas']
 docs = ['nbdev>=2.4.14,<3', 'execnb<0.2', 'fastcore<2', 'ghapi<2', 'pypandoc-binary']
 dev = [*reproduce, *docs, 'pytest', 'pytest-xdist', 'hypothesis', 'ruff', 'jupyterlab', 'auraloss', 'build',
        'triton; platform_system == "Linux"']   # a torch for GPUs brings it; for the CPU it runs the kernels' interpreter
@@ -39,7 +40,7 @@ setup(
     # The kernels and the paper notebooks live in folders of their own and install inside the package.
     packages=[*find_packages(include=['speechloss', 'speechloss.*']), 'speechloss.kernels', 'speechloss.papers'],
     package_dir={'speechloss.kernels': 'kernels', 'speechloss.papers': 'nbs/papers'},
-    package_data={'speechloss': ['data/*', 'data/ssl_small/*', 'data/codec_16k/*'], 'speechloss.papers': ['*.ipynb', '*.toml']},
+    package_data={'speechloss': ['data/*', 'data/*/*'], 'speechloss.papers': ['*.ipynb', '*.toml']},
     install_requires=core,
     extras_require=dict(metrics=metrics, reproduce=reproduce, ssl=ssl, downstream=downstream, codec=codec,
                         visqol=visqol, docs=docs, dev=dev),

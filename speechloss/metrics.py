@@ -7,7 +7,7 @@ __all__ = ['METRICS', 'COLUMNS', 'DEFAULT', 'Metric', 'metric_table', 'cards_of'
            'dnsmos', 'dnsmos_fast', 'estoi', 'llr', 'lsd', 'mcd', 'nmr', 'pesq_nb', 'pesq_wb', 'seg_snr', 'si_sdr',
            'stoi', 'visqol', 'vq_score', 'wave_snr', 'wss']
 
-# %% ../nbs/enhance/metrics.ipynb #20cfc2c7
+# %% ../nbs/enhance/metrics.ipynb #ab6b8716
 import importlib.util
 import math
 from collections.abc import Callable, Iterable
@@ -19,8 +19,8 @@ from .distortion import lsd, mcd, nmr, si_sdr, wave_snr
 from .listeners import dnsmos, dnsmos_fast, estoi, pesq_nb, pesq_wb, stoi, visqol
 from .vqscore import vq_score
 
-_all_ = ['composite', 'dnsmos', 'dnsmos_fast', 'estoi', 'llr', 'lsd', 'mcd', 'nmr', 'pesq_nb', 'pesq_wb', 'seg_snr', 'si_sdr',
-         'stoi', 'visqol', 'vq_score', 'wave_snr', 'wss']
+_all_ = ['composite', 'dnsmos', 'dnsmos_fast', 'estoi', 'llr', 'lsd', 'mcd', 'nmr', 'pesq_nb', 'pesq_wb', 'seg_snr',
+         'si_sdr', 'stoi', 'visqol', 'vq_score', 'wave_snr', 'wss']
 
 # %% ../nbs/enhance/metrics.ipynb #609c22d2
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from .shipped import folder_of
 class TrainingError(SpeechLossError):
     "A training that cannot start or cannot go on"
 
-# %% ../nbs/enhance/recipe.ipynb #7d20454c
+# %% ../nbs/enhance/recipe.ipynb #e8f4c479
 BASE = dict(terms=dict(spectrum=dict(name='compressed_complex', hop_length=256),
                        wave=dict(name='snr')),
             weights=dict(wave=.05))
@@ -133,7 +133,7 @@ def _is_range(value) -> bool:
         and all(isinstance(v, (int, float)) for v in value) and value[0] <= value[1]
 
 
-_DEFAULTS = dict(ssl='small', codec='mp3-16k', vq='vq-speech')   # networks that losses look through when nobody names one
+_DEFAULTS = dict(ssl='small', codec='mp3-16k', vq='vq-speech')   # networks of losses that name none
 
 
 def _contents(spec):

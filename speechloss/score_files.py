@@ -86,14 +86,15 @@ def _listed(path: Path, twin: Callable) -> list[Job]:
     if not found: raise SpeechLossError(f'{path} has no rows: name a file a row')
     return found
 
-# %% ../nbs/enhance/score_files.ipynb #fe3de014
+# %% ../nbs/enhance/score_files.ipynb #570b7eef
 def row_of(job: Job, scored: dict, columns: Iterable[str]) -> dict:
     "A row of the table: what the file is, its scores, and why some are missing"
     try: header = info(job.enhanced)
     except AudioError: about = dict(seconds=None, sample_rate=None)
     else: about = dict(seconds=round(header.frames / header.sample_rate, 3), sample_rate=header.sample_rate)
     row = dict(file=job.file) | (dict(clean=str(job.clean)) if job.clean else {}) | job.more | about
-    return row | {c: None if math.isnan(scored[c]) else scored[c] for c in columns} | dict(error=_why(scored['reasons']))
+    scores = {c: None if math.isnan(scored[c]) else scored[c] for c in columns}
+    return row | scores | dict(error=_why(scored['reasons']))
 
 
 def _why(reasons: dict[str, str]) -> str | None:
@@ -122,7 +123,7 @@ def score_files(
     say = progress or (lambda file, done, total: None)
     if out is None: return _scored(jobs, names, columns, {}, lambda key, row: None, workers, say)
     out = Path(out)
-    write_table([], out.with_name(f'.{out.name}.probe{out.suffix}')).unlink()      # wrong suffix, no room: now, not later
+    write_table([], out.with_name(f'.{out.name}.probe{out.suffix}')).unlink()      # what is wrong shows now
     part = out.with_name(out.name + '.part')
     if (out.exists() or part.exists()) and not (resume or overwrite):
         raise SpeechLossError(f'{out if out.exists() else part} is there: go on with it (--resume) or begin anew '
@@ -145,7 +146,7 @@ def _fresh(jobs: list[Job], out: Path, part: Path, journalled: dict, columns: li
     if out.exists():
         written = read_table(out)
         if written and (lost := [c for c in columns if c not in written[0]]):
-            raise SpeechLossError(f'{out} has no column {lost[0]}: it was made with other metrics, choose another output')
+            raise SpeechLossError(f'{out} has no column {lost[0]}: it is of other metrics, choose another output')
         by_file = {}
         for row in written: by_file.setdefault((row['file'], row.get('clean') or None), row)
         for job in jobs:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from .audio import SpeechLossError, atomic, optional
 
-# %% ../nbs/signal/tables.ipynb #2a1318d2
+# %% ../nbs/signal/tables.ipynb #3fac31dd
 FORMATS = ('.csv', '.jsonl', '.parquet')
 
 
@@ -69,7 +69,8 @@ def read_table(path) -> list[dict]:
         if not all(isinstance(row, dict) for row in rows): raise ValueError('a row is no object')
     except SpeechLossError: raise
     except Exception as error:
-        raise SpeechLossError(f'table {path} cannot be read ({type(error).__name__}: {str(error)[:80]}): mend it') from None
+        raise SpeechLossError(f'table {path} cannot be read ({type(error).__name__}: {str(error)[:80]}): '
+                              'mend it') from None
     return rows
 
 # %% ../nbs/signal/tables.ipynb #243411a2

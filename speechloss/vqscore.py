@@ -20,7 +20,7 @@ from .kernels.backends import check_floating
 from .spectral import frame_mask
 from .vqvae import VQVAE, load_vqvae
 
-# %% ../nbs/features/vqscore.ipynb #1a67f448
+# %% ../nbs/features/vqscore.ipynb #bb906aab
 SPACES, DISTANCES = ('code', 'signal'), ('cosine', 'l2')
 LEVEL = .05         # root mean square that waves are brought to
 SILENCE = 1e-6      # root mean square up to which a wave is silent
@@ -62,7 +62,8 @@ class VQScore(nn.Module):
 
     Fu et al., ICLR 2024, arXiv 2402.16321.
     """
-    def __init__(self, model='vq-speech', *, space: str = 'code', distance: str = 'cosine', level: float | None = LEVEL):
+    def __init__(self, model='vq-speech', *, space: str = 'code', distance: str = 'cosine',
+                 level: float | None = LEVEL):
         super().__init__()
         for name, value, known in (('space', space, SPACES), ('distance', distance, DISTANCES)):
             if value not in known: raise SpeechLossError(f'{name} is {value!r}: choose one of {", ".join(known)}')
@@ -77,7 +78,7 @@ class VQScore(nn.Module):
     def forward(self, wave: Tensor, lengths: Tensor | None = None) -> Tensor:   # () or (B,)
         check_floating('wave', wave)
         if wave.ndim not in (1, 2, 3) or not wave.numel():
-            raise ValueError(f'wave has shape {tuple(wave.shape)}: give (T,), (B, T) or (B, C, T) with a sample at least')
+            raise ValueError(f'wave has shape {tuple(wave.shape)}: give (T,), (B, T) or (B, C, T), not empty')
         folded = wave.reshape(-1, wave.shape[-1])
         if lengths is not None and wave.ndim == 3: lengths = lengths.repeat_interleave(wave.shape[1])
         found = self.details(folded, lengths).score.view(wave.shape[:-1])
@@ -117,7 +118,7 @@ class VQScore(nn.Module):
         if self.level is None: return wave, silent
         return wave * (self.level / torch.where(silent, 1., power).sqrt())[:, None], silent
 
-# %% ../nbs/features/vqscore.ipynb #e0619872
+# %% ../nbs/features/vqscore.ipynb #75446ef8
 @lru_cache(maxsize=4)
 def _scorer(model: str, space: str, distance: str) -> VQScore: return VQScore(model, space=space, distance=distance)
 
@@ -131,7 +132,7 @@ def vq_score(
     distance: str = 'cosine',        # or 'l2'
     seconds: float = 30.,            # longest piece
 ) -> float:
-    "VQScore of one recording, the mean over its channels; `SpeechLossError` for one that is silent, too short or not finite"
+    "VQScore of one recording, the mean over its channels; `SpeechLossError` when silent, too short or not finite"
     wave = torch.as_tensor(wave)
     if wave.ndim not in (1, 2) or not wave.is_floating_point():
         raise AudioError(f'wave is {wave.dtype} of shape {tuple(wave.shape)}: give floats (T,) or (C, T)')

@@ -194,7 +194,7 @@ def from_official(
                               'try the other one') from None
     return net.eval()
 
-# %% ../nbs/features/vqvae.ipynb #4283cbd8
+# %% ../nbs/features/vqvae.ipynb #4a40af71
 _CARD, _WEIGHTS = 'vqvae.json', 'model.safetensors'
 
 
@@ -207,7 +207,7 @@ def save_vqvae(
 ) -> Path:
     "Write a network for `load_vqvae`"
     def fill(part: Path):
-        kept = {k: v for k, v in net.state_dict().items() if k != 'codebook.sums'}   # codes times counts, see `load_vqvae`
+        kept = {k: v for k, v in net.state_dict().items() if k != 'codebook.sums'}   # see `load_vqvae`
         save_tensors({k: v.half() if half and v.is_floating_point() else v for k, v in kept.items()}, part / _WEIGHTS)
         text = json.dumps(dict(options=net.options) | card, indent=1) + '\n'
         (part / _CARD).write_text(text, encoding='utf-8')

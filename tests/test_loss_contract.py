@@ -11,12 +11,16 @@ from speechloss.features import (
     EncoderFeatures, GammatoneFeatures, MelFeatures, RandomFeatures, STFTFeatures)
 from speechloss.losses import (
     CARDS, CodecLoss, CompressedComplexLoss, FeatureDistance, MaskingLoss, MelLoss, ModelAsLoss,
-    MultiResolutionSTFTLoss, Objective, SISDRLoss, SNRLoss, SSLLoss, STFTLoss, WaveL1Loss, WaveL2Loss, preset)
+    MultiResolutionSTFTLoss, Objective, SISDRLoss, SNRLoss, SSLLoss, STFTLoss, VQLoss, WaveL1Loss,
+    WaveL2Loss, preset)
 from speechloss.models import enhancer
+from speechloss.vqvae import VQVAE
 from test_ssl import LARGE, hugging, whisper
 
 # A magnitude knows no direction at exact silence.
 MAGNITUDE = ('silent enhanced',)
+# The published floor under magnitudes is a step: below it nothing moves.
+FLOORED = ('silent enhanced', '-120 dBFS', '-120 dBFS enhanced')
 # SI-SDR looks for the clean wave in the enhanced one: either may be missing.
 SCALE_FREE = ('silent clean', 'silent enhanced', 'both silent')
 
@@ -55,6 +59,11 @@ def codec(reduction='mean', **options):
     net = CodecNet(widths=(4, 6, 8))
     card = dict(skill=dict(skill=.2), scale={name: .1 + .1 * k for k, name in enumerate(net.names)})
     return CodecLoss(net, card=card, reduction=reduction, **options)
+
+
+def vq(reduction='mean', **options):
+    torch.manual_seed(7)
+    return VQLoss(VQVAE(widths=(16, 8), size=32), reduction=reduction, **options)
 
 
 def objective(*names, reduction='mean', **options):
@@ -134,6 +143,8 @@ OWN = [
 NETWORKS = [
     Case('codec', codec, blind=MAGNITUDE),
     Case('codec-inner', partial(codec, layers='inner', distance='l2'), blind=MAGNITUDE),
+    Case('vq', vq, blind=FLOORED),
+    Case('vq-all-l2', partial(vq, layers='all', distance='l2'), blind=FLOORED),
     Case('ssl', lambda **options: SSLLoss(hugging('WavLM'), **options)),
     Case('standardised', lambda **options: SSLLoss(
         hugging('Hubert', LARGE), layers='all', distance='l1', **options)),

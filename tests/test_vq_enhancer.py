@@ -1,0 +1,171 @@
+"""The enhancer of VQScore: the attack within its range, the second stage against its formula, and what it must not touch."""
+import copy
+import json
+import math
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from speechloss.audio import SpeechLossError
+from speechloss.models import enhancer, load_enhancer
+from speechloss.recipe import TrainingError
+from speechloss.spectral import istft, stft
+from speechloss.vq_enhancer import SelfDistillation, VQEnhancer, adversarial, spectral_ratio
+from speechloss.vq_training import VQDistillation, VQTraining, mean_pesq, restores, train_vqvae
+from speechloss.vqvae import VQVAE, load_vqvae
+
+FEW = dict(corpus='mini', steps=4, batch_size=4, seconds=1., valid_size=2, warmup=1, eval_every=2)
+SHAPE = dict(recipe='enhance', widths=(24, 16), size=48, blocks=0)
+
+
+@pytest.fixture
+def net():
+    torch.manual_seed(0)
+    net = VQVAE(**SHAPE).train()
+    net(.1 * torch.randn(4, 8_000))
+    return net.eval()
+
+
+@pytest.fixture
+def wave(): return .1 * torch.randn(6, 8_000, generator=torch.Generator().manual_seed(1))
+
+
+# ---- the attack
+
+def test_attacks_lie_within_their_range_and_go_uphill(net, wave, monkeypatch):
+    distil, seen = SelfDistillation(net), []
+    def spy(clean, gradient, strength):
+        moved = adversarial(clean, gradient, strength)
+        seen.append((clean.detach(), gradient, moved))
+        return moved
+    monkeypatch.setattr('speechloss.vq_enhancer.adversarial', spy)
+    for seed in range(5):
+        torch.manual_seed(seed)
+        terms = distil(wave)
+        assert terms['tokens_attacked'] > terms['tokens']
+    for clean, gradient, moved in seen:
+        step = moved - clean
+        snr = 20 * torch.log10(clean.norm(dim=-1) / step.norm(dim=-1))
+        assert (snr >= 5.19).all() and (snr <= 30.46).all()
+        assert torch.allclose(F.cosine_similarity(step, gradient), torch.ones(6), atol=1e-4)
+    snrs = torch.cat([20 * torch.log10(c.norm(dim=-1) / (m - c).norm(dim=-1)) for c, _, m in seen])
+    assert snrs.min() < 8 and snrs.max() > 12                        # drawn, for each utterance
+
+
+def test_without_a_gradient_nothing_moves(wave):
+    gradient = torch.randn(6, 8_000)
+    gradient[1], gradient[2, 5] = 0, math.nan
+    moved = adversarial(wave, gradient, torch.full((6,), .3))
+    assert torch.equal(moved[1:3], wave[1:3]) and not torch.equal(moved[0], wave[0]) and moved.isfinite().all()
+    assert not adversarial(0 * wave, gradient, torch.full((6,), .3)).any()
+
+
+# ---- the second stage
+
+@pytest.mark.parametrize('lengths', [None, torch.tensor([8_000, 5_000, 6_000, 8_000, 700, 8_000])])
+def test_terms_are_their_formula(net, wave, lengths):
+    distil = SelfDistillation(net, attack=False)
+    with torch.no_grad(): distil.student.encoder.convs[0].weight.mul_(1.1)      # away from its teacher
+    terms = distil(wave, lengths)
+    tokens, decoder = [], [0., 0.]
+    for k, w in enumerate(wave):
+        w = w[None, :8_000 if lengths is None else int(lengths[k])]
+        spectrum, mask = net.spectrum(w)
+        z, teacher = net.encode(spectrum, mask)[0], distil.teacher.net
+        wanted = torch.cdist(teacher.encode(spectrum, mask)[0], teacher.codebook.codes).argmin(-1)
+        logits = -torch.cdist(z, net.codebook.codes)
+        tokens.append(F.cross_entropy(logits, wanted))
+        out = net.decode(net.codebook.codes[logits.argmax(-1)][None], mask)
+        decoder[0] += (out - spectrum).abs().sum()
+        decoder[1] += spectrum.sum()
+    assert torch.allclose(terms['tokens'], torch.stack(tokens).mean(), rtol=1e-4)
+    assert torch.allclose(terms['decoder'], 45 * decoder[0] / decoder[1], rtol=1e-3)
+
+
+def test_encoder_learns_from_tokens_and_decoder_from_codes_alone(net, wave):
+    distil = SelfDistillation(net)
+    teacher = copy.deepcopy(distil.teacher.net.state_dict())
+    for names, learner, still in ((('tokens', 'tokens_attacked'), net.encoder, net.decoder),
+                                  (('decoder', 'decoder_attacked'), net.decoder, net.encoder)):
+        distil.zero_grad()
+        terms = distil.train()(wave)
+        sum(terms[n] for n in names).backward()
+        assert all(p.grad is not None and p.grad.any() for p in learner.parameters())
+        assert all(p.grad is None for p in still.parameters())
+    assert all(torch.equal(v, distil.teacher.net.state_dict()[k]) for k, v in teacher.items())
+    assert torch.equal(net.codebook.codes, teacher['codebook.codes']) and torch.equal(net.codebook.counts,
+                                                                                      teacher['codebook.counts'])
+    assert not any('teacher' in name for name in distil.state_dict()) and not distil.teacher.net.training
+
+
+def test_mistakes_are_named(net, tmp_path):
+    for wrong in (dict(strength=(0., .5)), dict(strength=(.5, .1)), dict(net=VQVAE(**SHAPE | dict(size=0)))):
+        with pytest.raises(SpeechLossError, match='strength is'): SelfDistillation(**dict(net=net) | wrong)
+    with pytest.raises(SpeechLossError, match="synthesis is 'flat'"): VQEnhancer(synthesis='flat')
+    with pytest.raises(TrainingError, match="selection is 'best'"): VQTraining(selection='best')
+    with pytest.raises(SpeechLossError, match='holds no'):
+        train_vqvae(VQDistillation(**FEW, init=str(tmp_path)), tmp_path/'out')
+
+
+# ---- the enhancer
+
+def test_wave_to_wave(net, wave):
+    hann, hamming = VQEnhancer.of(net), VQEnhancer.of(net, synthesis='hamming')
+    with torch.no_grad():
+        spec = stft(wave, 512, 128)
+        found = net(wave).decoded.expm1() * torch.polar(torch.ones(()), spec.angle())
+        for model, window in ((hann, 'hann'), (hamming, 'hamming')):
+            assert torch.allclose(model(wave), istft(found, 512, 128, window=window, length=8_000), atol=1e-5)
+        assert not torch.allclose(hann(wave), hamming(wave), atol=1e-4)
+        for size in (1, 200, 512, 4_001): assert hann(wave[:, :size]).shape == (6, size)
+        assert hann(0 * wave).isfinite().all()
+        lengths = torch.tensor([8_000, 5_000, 300, 8_000, 8_000, 8_000])
+        together = hann(torch.where(torch.arange(8_000) < lengths[:, None], wave, math.nan).nan_to_num(9.), lengths)
+        assert torch.allclose(together[1, :4_600], hann(wave[1, :5_000])[:4_600], atol=1e-5)
+        assert not together[1, 5_000:].any() and not together[2, 300:].any()
+    assert hann.encode(wave).shape == (6, 63, 16)
+
+
+def test_saved_and_loaded_like_others(net, wave, tmp_path):
+    model = VQEnhancer.of(net, synthesis='hamming')
+    model.save_pretrained(tmp_path)
+    back = load_enhancer(tmp_path)
+    with torch.no_grad(): assert torch.equal(back(wave), model(wave)) and back.synthesis == 'hamming'
+    assert isinstance(enhancer(dict(kind='vq', widths=(8, 4), size=8, blocks=0)), VQEnhancer)
+    assert sum(p.numel() for p in VQEnhancer().parameters()) == 1_456_512 + 1_456_641       # the published one
+
+
+def test_both_stages_from_nothing(tmp_path):
+    first = train_vqvae(VQTraining(**FEW, network=SHAPE), tmp_path/'first')
+    runs = {}
+    for attack in (True, False):
+        runs[attack] = load_vqvae(train_vqvae(VQDistillation(**FEW, init=str(first), attack=attack),
+                                              tmp_path/f'second{attack}'))
+    assert runs[True][1]['weights'] == runs[False][1]['weights']
+    assert not torch.equal(runs[True][0].encoder.convs[0].weight, runs[False][0].encoder.convs[0].weight)
+    assert load_enhancer(tmp_path/'secondTrue')(.1 * torch.randn(4_000)).shape == (4_000,)
+    log = [json.loads(line) for line in open(tmp_path/'secondTrue/run/log.jsonl')]
+    assert all('restored' in row['valid'] for row in log)
+    again = train_vqvae(VQDistillation(**FEW, init=str(first)), tmp_path/'secondTrue')
+    assert again == tmp_path/'secondTrue/model'
+    with pytest.raises(TrainingError, match='another run'):
+        train_vqvae(VQDistillation(**FEW, init=str(first), strength=(.1, .2)), tmp_path/'secondTrue')
+
+
+def test_what_a_validation_measures(net, wave):
+    class Perfect(torch.nn.Module):
+        def spectrum(self, x): return net.spectrum(x)
+        def forward(self, x): return type('Found', (), dict(decoded=self.answer))
+    model = Perfect()
+    data = [dict(noisy=wave[0] + wave[1], clean=wave[0])]
+    spectrum, mask = net.spectrum(wave[:1])
+    for answer, want in ((spectrum, 1.), (net.spectrum(wave[:1] + wave[1:2])[0], 0.)):
+        model.answer = answer
+        assert restores(model, data)['restored'] == pytest.approx(want, abs=1e-6)
+    assert spectral_ratio(2 * spectrum, spectrum, mask).item() == pytest.approx(1.)
+    pytest.importorskip('pesq')
+    from speechloss.corpus import get
+    from speechloss.mixing import Mixtures
+    pairs = Mixtures.grid(get('mini'), 'valid', limit=2, seconds=2., extra_noise=('white',))
+    assert 1 <= mean_pesq(net, pairs)['pesq'] <= 4.7
