@@ -57,8 +57,8 @@ def test_a_bad_file_is_a_row_with_its_error(tmp_path):
     put(place/'5channel.wav', np.stack([wave(k) for k in range(5)], 1))
     put(place/'phone.wav', wave(2)[::2], 8_000)
     put(place/'float.wav', wave(3), subtype='DOUBLE')
-    bad = {'one.wav': '0.25 s', 'nan.wav': 'NaN', 'silent.wav': 'silent', 'empty.wav': 'empty.wav', 'text.wav': 'text.wav',
-           'cut.flac': 'cut', 'none.wav': 'none.wav'}
+    bad = {'one.wav': '0.25 s', 'nan.wav': 'NaN', 'silent.wav': 'silent', 'empty.wav': 'empty.wav',
+           'text.wav': 'text.wav', 'cut.flac': 'cut', 'none.wav': 'none.wav'}
     put(place/'one.wav', wave(4)[:1])
     put(place/'nan.wav', np.where(np.arange(RATE) == 99, math.nan, wave(5)), subtype='FLOAT')
     put(place/'silent.wav', 0 * wave(6))
@@ -133,7 +133,8 @@ def test_killed_at_any_moment_no_row_is_lost_or_doubled(tmp_path):
     while not out.exists() or part.exists():
         command = [sys.executable, '-m', 'speechloss', 'score', str(tmp_path/'in'), '--out', str(out), '--resume', '-q',
                    '--workers', str(1 + kills % 2)]
-        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+                                   start_new_session=True)
         if kills < 4:      # as soon as some rows more are there
             before = part.read_bytes().count(b'\n') if part.exists() else 0
             while process.poll() is None and not (
@@ -178,11 +179,13 @@ def test_resume_scores_what_is_new_changed_or_failed(folder):
 def test_output_for_people_and_programs(folder):
     code, out, err = run(folder/'in', '--workers', 1)
     lines = out.splitlines()
-    assert code == 0 and lines[0].split('\t') == ['file', 'seconds', 'sample_rate', 'vqscore', 'error'] and len(lines) == 6
+    assert code == 0 and len(lines) == 6
+    assert lines[0].split('\t') == ['file', 'seconds', 'sample_rate', 'vqscore', 'error']
     assert 'vqscore: mean' in err and 'over 5 files' in err
     rows = json.loads(run(folder/'in', '--workers', 1, '--json', '-q')[1])
     assert len(rows) == 5 and all(isinstance(row['vqscore'], float) for row in rows)
-    summary = json.loads(run(folder/'in', '--out', folder/'s.csv', '--json', '-q', '--metrics', 'vqscore, dnsmos_fast')[1])
+    summary = json.loads(run(folder/'in', '--out', folder/'s.csv', '--json', '-q',
+                             '--metrics', 'vqscore, dnsmos_fast')[1])
     assert [line['column'] for line in summary][:2] == ['vqscore', 'dnsmos_fast_ovrl']
     assert summary[0]['low'] <= summary[0]['mean'] <= summary[0]['high']
     assert summary[0]['mean'] == pytest.approx(np.mean([row['vqscore'] for row in rows]), abs=1e-6)
@@ -200,9 +203,11 @@ def test_pictures(folder):
 
 
 @pytest.mark.parametrize('args,words', [
-    (['nowhere'], 'nowhere does not exist'), (['*.opus'], 'matches no audio'), (['in', '--ref', 'nowhere'], 'reference'),
+    (['nowhere'], 'nowhere does not exist'), (['*.opus'], 'matches no audio'),
+    (['in', '--ref', 'nowhere'], 'reference'),
     (['in', '--metrics', 'best'], "metric 'best' is unknown"), (['in', '--out', 's.txt'], "ends in '.txt'"),
-    (['m.csv'], 'names no file'), (['gone.csv'], 'does not exist'), (['bad.jsonl'], 'cannot be read'), (['void.csv'], 'no rows'),
+    (['m.csv'], 'names no file'), (['gone.csv'], 'does not exist'), (['bad.jsonl'], 'cannot be read'),
+    (['void.csv'], 'no rows'),
     (['in', '--out', 'in/a/0.wav/s.csv'], 'cannot be written')])
 def test_mistakes_are_one_sentence(folder, monkeypatch, args, words):
     monkeypatch.chdir(folder)

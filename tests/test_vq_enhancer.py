@@ -1,4 +1,4 @@
-"""The enhancer of VQScore: the attack within its range, the second stage against its formula, and what it must not touch."""
+"""The enhancer of VQScore: its attack within range, the second stage against its formula, and what must not move."""
 import copy
 import json
 import math

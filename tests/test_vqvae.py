@@ -218,3 +218,37 @@ def test_mistakes_are_named():
     with pytest.raises(SpeechLossError, match="no option 'depth'"): VQVAE(depth=3)
     for options in (dict(metric='l1'), dict(size=0), dict(decay=1.)):
         with pytest.raises(SpeechLossError, match=f"{next(iter(options))} (is )?"): Codebook(**options)
+
+
+# ---- several processes
+
+def follow(rank: int, folder: str):
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group('gloo', init_method=f'file://{folder}/store', rank=rank, world_size=2)
+    book = Codebook(16, 8)
+    for step in range(3):       # the first begins the codes, from what the first process has
+        vectors = torch.randn(2, 90, 8, generator=torch.Generator().manual_seed(step))
+        torch.manual_seed(rank)
+        book(vectors[rank:rank + 1])
+    torch.save(book.state_dict(), f'{folder}/{rank}.pt')
+    torch.distributed.destroy_process_group()
+
+
+def test_two_processes_hold_the_codes_of_one(tmp_path):
+    torch.multiprocessing.spawn(follow, (str(tmp_path),), 2)
+    a, b = (torch.load(tmp_path/f'{rank}.pt') for rank in range(2))
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    one = Codebook(16, 8)
+    first = torch.randn(2, 90, 8, generator=torch.Generator().manual_seed(0))
+    torch.manual_seed(0)                                        # k-means over all, begun from the first half
+    one.codes.copy_(F.normalize(first[0], dim=-1)[torch.randperm(90)[:16]])
+    whole = F.normalize(first.flatten(0, 1), dim=-1)
+    for _ in range(10):
+        index = (whole @ one.codes.T).argmax(-1)
+        for k in range(16):
+            if (index == k).any(): one.codes[k] = F.normalize(whole[index == k].mean(0), dim=-1)
+    one.counts.copy_(torch.bincount(index, minlength=16))
+    one.sums.copy_(one.codes * one.counts[:, None])
+    one.begun.fill_(True)
+    for step in range(3): one(torch.randn(2, 90, 8, generator=torch.Generator().manual_seed(step)))
+    assert torch.allclose(a['codes'], one.codes, atol=1e-5) and torch.allclose(a['counts'], one.counts, atol=1e-4)
