@@ -73,7 +73,7 @@ class VQEnhancer(nn.Module, PyTorchModelHubMixin, library_name='speechloss', lic
         out = istft(found, net.n_fft, net.hop_length, window=self.synthesis, length=wave.shape[-1])[..., :size]
         return out if lengths is None else out * frame_mask(lengths, size)
 
-# %% ../nbs/enhance/vq_enhancer.ipynb #2c6301ce
+# %% ../nbs/enhance/vq_enhancer.ipynb #34ea8d57
 def spectral_ratio(
     decoded: Tensor,    # (B, frames, bins)
     spectrum: Tensor,   # what was wanted
@@ -123,12 +123,26 @@ class SelfDistillation(nn.Module):
         codes = self.student.codebook(vectors.detach(), mask.sum(-1), update=False).codes.detach()
         return 45 * spectral_ratio(self.student.decode(codes, mask), spectrum, mask)
 
+    @torch.no_grad()
+    def tokens(self, wave: Tensor, lengths: Tensor | None = None) -> Tensor:   # (B, frames), -1 where padded
+        "What the teacher hears"
+        teacher, shown = self.teacher.net, self.student.spectrum(wave, lengths)
+        return teacher.codebook(teacher.encode(*shown), shown[1].sum(-1), update=False).index
+
+    def attacked(
+        self,
+        wave: Tensor,                   # (B, T)
+        strength: Tensor,               # (B,), norm of the step over that of the wave
+        lengths: Tensor | None = None,  # (B,) valid samples
+    ) -> Tensor:                        # (B, T)
+        "Waves moved to where the student loses the tokens of its teacher"
+        asked = wave.detach().requires_grad_()
+        _, mask, vectors = self._frames(asked, lengths)
+        entropy = self._cross_entropy(vectors, self.tokens(wave, lengths), mask)
+        return adversarial(wave, torch.autograd.grad(entropy.sum(), asked)[0], strength)
+
     def forward(self, wave: Tensor, lengths: Tensor | None = None) -> dict[str, Tensor]:
-        teacher = self.teacher.net
-        with torch.no_grad():
-            shown = teacher.spectrum(wave, lengths)
-            tokens = teacher.codebook(teacher.encode(*shown), shown[1].sum(-1), update=False).index
-        wave = wave.detach().requires_grad_(self.attack)
+        tokens, wave = self.tokens(wave, lengths), wave.detach().requires_grad_(self.attack)
         spectrum, mask, vectors = self._frames(wave, lengths)
         entropy = self._cross_entropy(vectors, tokens, mask)
         target = spectrum.detach()

@@ -6,7 +6,8 @@
 __all__ = ['LADDER', 'VQTraining', 'VQDistillation', 'Given', 'VQObjective', 'ladder_of', 'restores', 'mean_pesq', 'ranks',
            'train_vqvae']
 
-# %% ../nbs/enhance/vq_training.ipynb #421c4e71
+# %% ../nbs/enhance/vq_training.ipynb #57647652
+import json
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -140,7 +141,7 @@ def ranks(model: VQVAE, data, *, device='cpu') -> dict[str, float]:
     return dict(rank=float(spearmanr(found, snr).statistic),
                 spread=float(np.polyfit(snr, found, 1)[0]) * 10)     # of the score, per 10 dB
 
-# %% ../nbs/enhance/vq_training.ipynb #71ec2adc
+# %% ../nbs/enhance/vq_training.ipynb #58648f04
 def _begun(training: VQTraining) -> tuple[nn.Module, nn.Module]:
     "A model to be trained, and its objective"
     if isinstance(training, VQDistillation):
@@ -180,4 +181,5 @@ def train_vqvae(
     return save_vqvae(net, out / 'model', dict(
         corpus=training.corpus, corpus_hash=manifest.hash, speakers=sorted({r.speaker for r in spoken}),
         seconds_of_speech=round(sum(r.frames / r.sample_rate for r in spoken)), steps=training.steps,
-        seed=training.seed, weights=sum(p.numel() for p in net.parameters())))
+        seed=training.seed, weights=sum(p.numel() for p in net.parameters()),
+        chosen=json.loads((out / 'run/best/summary.json').read_text(encoding='utf-8'))))

@@ -194,7 +194,7 @@ def from_official(
                               'try the other one') from None
     return net.eval()
 
-# %% ../nbs/features/vqvae.ipynb #4a40af71
+# %% ../nbs/features/vqvae.ipynb #3788bcae
 _CARD, _WEIGHTS = 'vqvae.json', 'model.safetensors'
 
 
@@ -216,7 +216,7 @@ def save_vqvae(
 
 def load_vqvae(model='vq-speech') -> tuple[VQVAE, dict]:
     "A network in eval mode and its card; `SpeechLossError` when neither a shipped name nor a folder that holds one"
-    optional('safetensors', 'a saved network', 'codec')
+    optional('safetensors', 'a saved network', 'metrics')
     folder = folder_of(model)
     if not (folder / _CARD).is_file():
         raise SpeechLossError(f'{folder} holds no {_CARD}: give a folder that save_vqvae has written, or vq-speech')
