@@ -13,7 +13,7 @@ import typer
 
 from .console import Json, Quiet, complain, show
 
-# %% ../nbs/reproduce/cli_score.ipynb #e3464a8c
+# %% ../nbs/reproduce/cli_score.ipynb #2d93089e
 def score(
     sources: Annotated[list[str], typer.Argument(
         help='Folders, audio files, globs in quotes, or manifests (.csv, .jsonl, .parquet).')],
@@ -31,20 +31,22 @@ def score(
     as_json: Json = False,
     quiet: Quiet = False,
 ):
-    """Score recordings of any rate and length; by default without a reference.
+    """Score recordings of any rate and length, channels averaged; by default without a reference.
 
     Rows go to OUT and a summary to stdout; without --out the rows go to stdout. A file that cannot be scored is a row
     with its error. Exits with 1 when there are such rows.
     """
     from speechloss.progress import bar
-    from speechloss.score_files import FREE, REFERENCED, jobs_of, plot_scores, score_files, summary_of
+    from speechloss.metrics import cards_of
+    from speechloss.score_files import FREE, REFERENCED, check_plot, jobs_of, plot_scores, score_files, summary_of
     jobs = jobs_of(sources, ref)
-    usual = REFERENCED if any(job.clean for job in jobs) else FREE
-    names = _names(metrics) or usual
+    names = _names(metrics) or (REFERENCED if any(job.clean for job in jobs) else FREE)
+    drawn = _names(columns) or [cards_of(names)[0].columns[0]]
+    if plot: check_plot(plot, drawn, names)
     with bar('score', hide=quiet) as draw:
         rows = score_files(jobs, names, out, resume=resume, overwrite=overwrite, workers=workers, progress=draw)
-    _report(rows, summary_of(rows), out, as_json, quiet)
-    if plot: print(plot_scores(rows, _names(columns) or [line['column'] for line in summary_of(rows)][:1], plot))
+    _report(rows, summary_of(rows, names), out, as_json, quiet)
+    if plot: print(plot_scores(rows, drawn, plot))
     failed = [row for row in rows if row['error']]
     for row in failed[:5]: complain(f'{row["file"]}: {row["error"]}')
     if failed:
@@ -58,8 +60,8 @@ def _names(text: str | None) -> list[str]: return [n for n in map(str.strip, (te
 def _report(rows: list[dict], summary: list[dict], out: Path | None, as_json: bool, quiet: bool) -> None:
     if out is None:
         from speechloss.tables import columns_of
-        every = columns_of(rows)
-        show([{c: _short(row.get(c)) for c in every} if not as_json else row for row in rows], tuple(every), as_json)
+        seen = tuple(c for c in columns_of(rows) if c != 'fingerprint')
+        show(rows if as_json else [{c: _short(row.get(c)) for c in seen} for row in rows], seen, as_json)
         if not quiet:
             for line in summary: complain(_sentence(line))
         return

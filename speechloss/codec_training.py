@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['CodecTraining', 'CodecImitation', 'judge_skill', 'train_codec']
 
-# %% ../nbs/enhance/codec_training.ipynb #4565583c
+# %% ../nbs/enhance/codec_training.ipynb #836c932d
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,11 +19,11 @@ from .checkpoints import load_tensors
 from .codec import CodecNet, layer_scales, log_power, save_codec, skill
 from .codec_pairs import CodecPairs, build_pairs
 from .corpus import get
-from .loop import fit
+from .loop import fit, once
 from .outputs import finished
 from .recipe import Recipe
 
-# %% ../nbs/enhance/codec_training.ipynb #47a6cdab
+# %% ../nbs/enhance/codec_training.ipynb #619ffb45
 @dataclass(frozen=True, kw_only=True)
 class CodecTraining:
     "Everything that determines a network that imitates a codec"
@@ -72,8 +72,7 @@ def judge_skill(model, data: Dataset, *, device='cpu') -> dict[str, float]:
     "Skill over a finite data set, as a validation of the loop"
     return skill(model, ((item['noisy'], item['clean']) for item in (data[k] for k in range(len(data)))))
 
-
-# %% ../nbs/enhance/codec_training.ipynb #edd957d4
+# %% ../nbs/enhance/codec_training.ipynb #f9db293c
 def train_codec(
     training: CodecTraining,
     out,                               # folder of the run; where it goes on when it was stopped
@@ -109,4 +108,5 @@ def train_codec(
         speakers=sorted({r.speaker for r in clean['train']}), steps=training.steps, seed=training.seed,
         seconds_of_speech=round(sum(p.samples for p in report.pairs if p.id in set(splits['train'])) / SAMPLE_RATE),
         weights=sum(p.numel() for p in net.parameters()))
-    return save_codec(net, out / 'model', card)
+    once(lambda: save_codec(net, out / 'model', card))
+    return out / 'model'

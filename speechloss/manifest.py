@@ -47,7 +47,7 @@ class Recording:
     @property
     def seconds(self) -> float: return self.frames / self.sample_rate if self.sample_rate else 0.
 
-# %% ../nbs/signal/manifest.ipynb #b20003a6
+# %% ../nbs/signal/manifest.ipynb #bcf87280
 PLACE = ('path', 'clean_path')  # differs between machines, so not in the hash
 
 
@@ -89,6 +89,12 @@ class Manifest:
     def pairs(self, split: str | None = None) -> list[Recording]:
         "Noisy recordings with their clean twin"
         return self.of('pair', split)
+
+    def clean_side(self) -> 'Manifest':
+        "Pairs as the clean speech that they hold, beside the speech and the noise that are there"
+        rows = [r if r.kind != 'pair' else replace(r, kind='speech', path=r.clean_path, sha256=r.clean_sha256,
+                                                   noise='', clean_path='', clean_sha256='') for r in self]
+        return Manifest(rows, self.name, self.skipped, self.note)
 
     @cached_property
     def hash(self) -> str:

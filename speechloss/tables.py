@@ -15,7 +15,7 @@ from pathlib import Path
 
 from .audio import SpeechLossError, atomic, optional
 
-# %% ../nbs/signal/tables.ipynb #3fac31dd
+# %% ../nbs/signal/tables.ipynb #c7e1f6f8
 FORMATS = ('.csv', '.jsonl', '.parquet')
 
 
@@ -33,6 +33,12 @@ def columns_of(rows: list[dict]) -> list[str]:
 def _missing(value) -> bool: return value is None or isinstance(value, float) and math.isnan(value)
 
 
+def _of_one_kind(values: list) -> list:
+    "What a column of Parquet can hold: text where kinds are mixed"
+    kinds = {type(v) for v in values if v is not None}
+    return values if len(kinds) < 2 or kinds == {int, float} else [None if v is None else str(v) for v in values]
+
+
 def write_table(
     rows: list[dict],
     path,               # its suffix is the format
@@ -48,11 +54,12 @@ def write_table(
                 table.writeheader()
                 table.writerows(whole)
         elif kind == '.jsonl':
-            part.write_text(''.join(json.dumps(row, ensure_ascii=False) + '\n' for row in whole), encoding='utf-8')
+            lines = (json.dumps(row, ensure_ascii=False, default=str) + '\n' for row in whole)
+            part.write_text(''.join(lines), encoding='utf-8')
         else:
             arrow = optional('pyarrow', 'Parquet', 'metrics')
             parquet = optional('pyarrow.parquet', 'Parquet', 'metrics')
-            parquet.write_table(arrow.table({c: [row[c] for row in whole] for c in columns}), part)
+            parquet.write_table(arrow.table({c: _of_one_kind([row[c] for row in whole]) for c in columns}), part)
     return path
 
 
@@ -66,14 +73,16 @@ def read_table(path) -> list[dict]:
         text = path.read_text(encoding='utf-8-sig')      # spreadsheets put a mark in front
         rows = list(csv.DictReader(io.StringIO(text, newline=''))) if kind == '.csv' else \
             [json.loads(line) for line in text.split('\n') if line.strip()]
-        if not all(isinstance(row, dict) for row in rows): raise ValueError('a row is no object')
+        for k, row in enumerate(rows, 1):
+            if not isinstance(row, dict): raise ValueError(f'row {k} is no object')
+            if None in row: raise ValueError(f'row {k} has more fields than the header')
     except SpeechLossError: raise
     except Exception as error:
         raise SpeechLossError(f'table {path} cannot be read ({type(error).__name__}: {str(error)[:80]}): '
                               'mend it') from None
     return rows
 
-# %% ../nbs/signal/tables.ipynb #243411a2
+# %% ../nbs/signal/tables.ipynb #79e12bd3
 class Journal:
     "Rows by key in a file that grows; `SpeechLossError` when it is of another job, or another process has it"
     def __init__(
@@ -116,7 +125,7 @@ class Journal:
         if not good: self._write(about)
 
     def _write(self, record) -> None:
-        self.file.write(json.dumps(record, ensure_ascii=False).encode() + b'\n')
+        self.file.write(json.dumps(record, default=str).encode() + b'\n')
         self.file.flush()                          # from here on a kill of this process cannot take it
 
     def add(self, key: str, row: dict) -> None:

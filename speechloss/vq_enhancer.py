@@ -25,7 +25,11 @@ except ImportError:
     raise ImportError(f'models need huggingface_hub: {extra("reproduce")}',
                       name='huggingface_hub') from None
 
-# %% ../nbs/enhance/vq_enhancer.ipynb #0730aedc
+# %% ../nbs/enhance/vq_enhancer.ipynb #2efeaf3c
+def _valid(wave: Tensor, lengths: Tensor | None) -> Tensor:    # what lies beyond counts as silence
+    return wave if lengths is None else torch.where(frame_mask(lengths, wave.shape[-1]), wave, 0)
+
+
 class VQEnhancer(nn.Module, PyTorchModelHubMixin, library_name='speechloss', license='apache-2.0'):
     """Wave to wave through codes of clean speech.
 
@@ -65,15 +69,14 @@ class VQEnhancer(nn.Module, PyTorchModelHubMixin, library_name='speechloss', lic
         if wave.ndim == 1: return self(wave[None], lengths)[0]
         check_waves(wave, lengths)
         size, net = wave.shape[-1], self.net
-        if lengths is not None: wave = wave * frame_mask(lengths, size)
-        wave = F.pad(wave, (0, max(net.n_fft - size, 0)))     # there is a frame even of one sample
+        wave = F.pad(_valid(wave, lengths), (0, max(net.n_fft - size, 0)))     # there is a frame even of one sample
         valid = None if lengths is None else lengths.clamp_min(net.n_fft)
         spec, found = stft(wave, net.n_fft, net.hop_length, lengths=valid), net(wave, valid).decoded
         found = (found.expm1() if net.log else found) * spec.sgn()
         out = istft(found, net.n_fft, net.hop_length, window=self.synthesis, length=wave.shape[-1])[..., :size]
         return out if lengths is None else out * frame_mask(lengths, size)
 
-# %% ../nbs/enhance/vq_enhancer.ipynb #34ea8d57
+# %% ../nbs/enhance/vq_enhancer.ipynb #0180023e
 def spectral_ratio(
     decoded: Tensor,    # (B, frames, bins)
     spectrum: Tensor,   # what was wanted
@@ -99,15 +102,17 @@ def adversarial(
 class SelfDistillation(nn.Module):
     """The second stage: a student learns to keep the codes of its teacher under attack.
 
-    `forward(wave, lengths=None)` gives the terms of the loss, `{name: ()}`. `adversarial=False` leaves the attack out
-    (and its terms), the control. The teacher is the network as given; only the `student` learns.
+    `forward(wave, lengths=None)` gives the terms of the loss, `{name: ()}`. `attack=False` leaves the attack out (and
+    its terms), the control. The teacher is the network as given, or `teacher`; only the `student` learns.
     """
-    def __init__(self, net: VQVAE, *, strength: tuple[float, float] = (.03, .55), attack: bool = True):
+    def __init__(self, net: VQVAE, *, strength: tuple[float, float] = (.03, .55), attack: bool = True,
+                 teacher: VQVAE | None = None):
         super().__init__()
         if net.codebook is None or not 0 < strength[0] <= strength[1]:
             raise SpeechLossError(f'strength is {strength} and the codebook {net.codebook}: give a low and a high end '
                                   'above zero, and a network with a codebook')
-        self.student, self.teacher, self.strength, self.attack = net, Frozen(deepcopy(net)), strength, attack
+        self.student, self.strength, self.attack = net, strength, attack
+        self.teacher = Frozen(deepcopy(net if teacher is None else teacher))
 
     def _frames(self, wave: Tensor, lengths: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         spectrum, mask = self.student.spectrum(wave, lengths)
@@ -136,12 +141,14 @@ class SelfDistillation(nn.Module):
         lengths: Tensor | None = None,  # (B,) valid samples
     ) -> Tensor:                        # (B, T)
         "Waves moved to where the student loses the tokens of its teacher"
+        wave = _valid(wave, lengths)
         asked = wave.detach().requires_grad_()
         _, mask, vectors = self._frames(asked, lengths)
         entropy = self._cross_entropy(vectors, self.tokens(wave, lengths), mask)
         return adversarial(wave, torch.autograd.grad(entropy.sum(), asked)[0], strength)
 
     def forward(self, wave: Tensor, lengths: Tensor | None = None) -> dict[str, Tensor]:
+        wave = _valid(wave, lengths)
         tokens, wave = self.tokens(wave, lengths), wave.detach().requires_grad_(self.attack)
         spectrum, mask, vectors = self._frames(wave, lengths)
         entropy = self._cross_entropy(vectors, tokens, mask)

@@ -5,10 +5,12 @@
 # %% auto #0
 __all__ = ['SPACES', 'DISTANCES', 'LEVEL', 'SILENCE', 'SHORTEST', 'cosine', 'Scores', 'VQScore', 'vq_score']
 
-# %% ../nbs/features/vqscore.ipynb #790b172e
+# %% ../nbs/features/vqscore.ipynb #dcd9569f
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import lru_cache
+from numbers import Integral
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -17,10 +19,11 @@ from torch.nn import functional as F
 from .audio import SAMPLE_RATE, AudioError, SpeechLossError, resample
 from .features import Frozen
 from .kernels.backends import check_floating
+from .shipped import folder_of
 from .spectral import frame_mask
 from .vqvae import VQVAE, load_vqvae
 
-# %% ../nbs/features/vqscore.ipynb #bb906aab
+# %% ../nbs/features/vqscore.ipynb #d90af50c
 SPACES, DISTANCES = ('code', 'signal'), ('cosine', 'l2')
 LEVEL = .05         # root mean square that waves are brought to
 SILENCE = 1e-6      # root mean square up to which a wave is silent
@@ -34,6 +37,16 @@ def cosine(a: Tensor, b: Tensor, eps: float = 1e-5) -> Tensor:   # (..., dim) ->
 
 def _norm(x: Tensor) -> Tensor:    # with a gradient at zero
     return (x.square().sum(-1) + 1e-20).sqrt()
+
+
+def _check_lengths(lengths: Tensor | None, wave: Tensor) -> None:
+    if lengths is None: return
+    if lengths.shape != wave.shape[:1] or lengths.is_floating_point():
+        raise ValueError(f'lengths is {lengths.dtype} of shape {tuple(lengths.shape)}: give {len(wave)} integers, '
+                         'one a wave')
+    if int(lengths.min()) < 1 or int(lengths.max()) > wave.shape[-1]:
+        raise ValueError(f'lengths go from {int(lengths.min())} to {int(lengths.max())}: they must lie in '
+                         f'1..{wave.shape[-1]}, the samples of the batch')
 
 
 def _closeness(wanted: Tensor, found: Tensor, distance: str) -> Tensor:   # (..., dim) -> (...)
@@ -56,9 +69,10 @@ class VQScore(nn.Module):
 
     `model` is 'vq-speech' (ours, in the package), a folder of `save_vqvae`, or a `VQVAE`. `space` is 'code' or
     'signal', `distance` 'cosine' or 'l2' (minus the relative squared error, at most 0). Waves are `(T,)`, `(B, T)` or
-    `(B, C, T)` (mean over channels) at 16 kHz, of at least 257 samples; the result is `()` or `(B,)` and carries a
-    gradient to the wave. Any gain of a wave gives the same score; a silent wave gives 0. Raises `SpeechLossError`
-    when the network has no codebook, and ValueError or TypeError for a wave of a wrong shape or kind.
+    `(B, C, T)` (mean over the channels that are not silent) at 16 kHz, of at least 257 samples; the result is `()` or
+    `(B,)`, in float64 for float64, and carries a gradient to the wave. Any gain of a wave gives the same score; a
+    silent wave gives 0. Raises `SpeechLossError` when the network has no codebook, and ValueError or TypeError for a
+    wave or lengths of a wrong shape or kind.
 
     Fu et al., ICLR 2024, arXiv 2402.16321.
     """
@@ -67,6 +81,8 @@ class VQScore(nn.Module):
         super().__init__()
         for name, value, known in (('space', space, SPACES), ('distance', distance, DISTANCES)):
             if value not in known: raise SpeechLossError(f'{name} is {value!r}: choose one of {", ".join(known)}')
+        if level is not None and not level > 0:
+            raise SpeechLossError(f'level is {level}: give a level above 0, or None')
         net = deepcopy(model) if isinstance(model, VQVAE) else load_vqvae(model)[0]
         if space == 'code' and net.codebook is None:
             raise SpeechLossError("the network has no codebook: take space='signal'")
@@ -76,13 +92,18 @@ class VQScore(nn.Module):
     def extra_repr(self) -> str: return f'space={self.space!r}, distance={self.distance!r}'
 
     def forward(self, wave: Tensor, lengths: Tensor | None = None) -> Tensor:   # () or (B,)
+        return self.heard(wave, lengths)[0]
+
+    def heard(self, wave: Tensor, lengths: Tensor | None = None) -> tuple[Tensor, Tensor]:   # () or (B,) each
+        "Scores, and which waves have one because not all of their channels are silent"
         check_floating('wave', wave)
         if wave.ndim not in (1, 2, 3) or not wave.numel():
             raise ValueError(f'wave has shape {tuple(wave.shape)}: give (T,), (B, T) or (B, C, T), not empty')
-        folded = wave.reshape(-1, wave.shape[-1])
         if lengths is not None and wave.ndim == 3: lengths = lengths.repeat_interleave(wave.shape[1])
-        found = self.details(folded, lengths).score.view(wave.shape[:-1])
-        return found.mean(-1) if wave.ndim == 3 else found
+        found = self.details(wave.reshape(-1, wave.shape[-1]), lengths)
+        score, heard = found.score.view(wave.shape[:-1]), ~found.silent.view(wave.shape[:-1])
+        if wave.ndim < 3: return score, heard
+        return score.sum(-1) / heard.sum(-1).clamp_min(1), heard.any(-1)
 
     def details(
         self,
@@ -90,8 +111,9 @@ class VQScore(nn.Module):
         lengths: Tensor | None = None,  # (B,) valid samples
     ) -> Scores:
         "Frame by frame"
+        _check_lengths(lengths, wave)
         with torch.autocast(wave.device.type, enabled=False):
-            net = self.net.net
+            net, kind = self.net.net, torch.float64 if wave.dtype == torch.float64 else torch.float32
             wave = wave.to(next(net.parameters()).dtype)
             wave, silent = self._levelled(wave, lengths)
             spectrum, mask = net.spectrum(wave, lengths)
@@ -104,7 +126,7 @@ class VQScore(nn.Module):
             else:
                 decoded = net.decode(vectors if found is None else found.codes, mask)
                 frames = _closeness(spectrum, decoded, self.distance)
-            frames = torch.where(mask & ~silent[:, None], frames, 0)
+            frames = torch.where(mask & ~silent[:, None], frames, 0).to(kind)
         return Scores(frames.sum(-1) / mask.sum(-1), frames, mask, silent, None if found is None else found.index)
 
     def _levelled(self, wave: Tensor, lengths: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -118,30 +140,39 @@ class VQScore(nn.Module):
         if self.level is None: return wave, silent
         return wave * (self.level / torch.where(silent, 1., power).sqrt())[:, None], silent
 
-# %% ../nbs/features/vqscore.ipynb #75446ef8
+# %% ../nbs/features/vqscore.ipynb #0cc16ce6
 @lru_cache(maxsize=4)
-def _scorer(model: str, space: str, distance: str) -> VQScore: return VQScore(model, space=space, distance=distance)
+def _kept(folder: Path, changed: int, space: str, distance: str) -> VQScore:
+    return VQScore(folder, space=space, distance=distance)
+
+
+def _scorer(model, space: str, distance: str) -> VQScore:
+    "A scorer, kept until the weights of its folder change"
+    if isinstance(model, VQVAE): return VQScore(model, space=space, distance=distance)
+    weights = (folder := folder_of(model)) / 'model.safetensors'
+    return _kept(folder, weights.stat().st_mtime_ns if weights.is_file() else 0, space, distance)
 
 
 def vq_score(
     wave,                            # (T,) or (C, T), finite, a quarter of a second at least
     sample_rate: int = SAMPLE_RATE,  # Hz
     *,
-    model: str = 'vq-speech',        # shipped name, or folder of `save_vqvae`
+    model='vq-speech',               # shipped name, folder of `save_vqvae`, or a VQVAE
     space: str = 'code',             # or 'signal'
     distance: str = 'cosine',        # or 'l2'
     seconds: float = 30.,            # longest piece
 ) -> float:
-    "VQScore of one recording, the mean over its channels; `SpeechLossError` when silent, too short or not finite"
+    "VQScore of one recording, the mean over channels that are not silent; `SpeechLossError` for what has no score"
     wave = torch.as_tensor(wave)
     if wave.ndim not in (1, 2) or not wave.is_floating_point():
         raise AudioError(f'wave is {wave.dtype} of shape {tuple(wave.shape)}: give floats (T,) or (C, T)')
-    if not isinstance(sample_rate, int) or sample_rate <= 0:
+    if seconds < SHORTEST: raise AudioError(f'seconds is {seconds}: give a piece of at least {SHORTEST} s')
+    if not isinstance(sample_rate, Integral) or sample_rate <= 0:
         raise AudioError(f'sample_rate is {sample_rate!r}: give the rate in Hz as a positive whole number')
     if wave.shape[-1] < SHORTEST * sample_rate:
         raise AudioError(f'wave lasts {wave.shape[-1] / sample_rate:.3g} s: give at least {SHORTEST} s to be scored')
     if not wave.isfinite().all(): raise AudioError('wave holds NaN or infinite samples: repair or remove it')
-    scorer = _scorer(str(model), space, distance)
+    scorer = _scorer(model, space, distance)
     wave = torch.atleast_2d(resample(wave.detach().float().cpu(), sample_rate, scorer.sample_rate))
     total, heard, size = 0., 0, wave.shape[-1]
     count = -(-size // round(seconds * scorer.sample_rate))

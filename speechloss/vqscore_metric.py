@@ -17,7 +17,7 @@ try:
 except ImportError:
     raise ImportError(f'metric objects need torchmetrics: {extra("metrics")}', name='torchmetrics') from None
 
-# %% ../nbs/enhance/vqscore_metric.ipynb #65e76bcc
+# %% ../nbs/enhance/vqscore_metric.ipynb #9effbd99
 class MeanVQScore(Metric):
     """Mean VQScore of utterances, higher is cleaner; NaN before the first.
 
@@ -31,6 +31,8 @@ class MeanVQScore(Metric):
     def __init__(self, model='vq-speech', *, space: str = 'code', distance: str = 'cosine',
                  sample_rate: int = SAMPLE_RATE, **options):
         super().__init__(**options)
+        if not isinstance(sample_rate, int) or sample_rate <= 0:
+            raise SpeechLossError(f'sample_rate is {sample_rate!r}: give the rate in Hz as a positive whole number')
         self.score, self.sample_rate = VQScore(model, space=space, distance=distance), sample_rate
         for name, zero in (('total', torch.tensor(0., dtype=torch.float64)), ('count', torch.tensor(0)),
                            ('silent', torch.tensor(0))):
@@ -45,17 +47,11 @@ class MeanVQScore(Metric):
             size = wave.shape
             wave = resample(wave.reshape(-1, size[-1]), self.sample_rate, self.score.sample_rate)
             wave = wave.reshape(*size[:-1], -1).to(self.total.device)
-        if wave.ndim == 3:
-            lengths = None if lengths is None else lengths.repeat_interleave(wave.shape[1])
-            channels, wave = wave.shape[1], wave.flatten(0, 1)
-        else: channels = 1
-        found = self.score.details(wave, lengths)
-        if not found.score.isfinite().all():
+        score, heard = self.score.heard(wave, lengths)
+        if not score.isfinite().all():
             raise SpeechLossError('wave holds NaN or infinite samples: repair the model or the data')
-        heard = ~found.silent.view(-1, channels)
-        each = (found.score.view(-1, channels) * heard).sum(-1) / heard.sum(-1).clamp_min(1)
-        self.total += each[heard.any(-1)].double().sum()
-        self.count += heard.any(-1).sum()
-        self.silent += (~heard.any(-1)).sum()
+        self.total += score[heard].double().sum()
+        self.count += heard.sum()
+        self.silent += (~heard).sum()
 
     def compute(self) -> Tensor: return (self.total / self.count).float()

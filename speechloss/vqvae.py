@@ -194,7 +194,7 @@ def from_official(
                               'try the other one') from None
     return net.eval()
 
-# %% ../nbs/features/vqvae.ipynb #3788bcae
+# %% ../nbs/features/vqvae.ipynb #792cb4c0
 _CARD, _WEIGHTS = 'vqvae.json', 'model.safetensors'
 
 
@@ -205,7 +205,7 @@ def save_vqvae(
     *,
     half: bool = True,
 ) -> Path:
-    "Write a network for `load_vqvae`"
+    "Write a network for `load_vqvae`; what follows from the rest is left out"
     def fill(part: Path):
         kept = {k: v for k, v in net.state_dict().items() if k != 'codebook.sums'}   # see `load_vqvae`
         save_tensors({k: v.half() if half and v.is_floating_point() else v for k, v in kept.items()}, part / _WEIGHTS)

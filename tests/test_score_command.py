@@ -87,7 +87,8 @@ def test_with_references_everything_that_is_usual(tmp_path):
     code, _, _ = run(tmp_path/'enhanced', '--ref', tmp_path/'clean', '--out', tmp_path/'s.csv')
     rows = {Path(row['file']).stem: row for row in read_table(tmp_path/'s.csv')}
     columns = [c for name in REFERENCED for c in METRICS[name].columns]
-    assert code == 1 and list(rows['0']) == ['file', 'clean', 'seconds', 'sample_rate', *columns, 'error']
+    assert code == 1
+    assert list(rows['0']) == ['file', 'clean', 'seconds', 'sample_rate', *columns, 'error', 'fingerprint']
     e, c = (soundfile.read(tmp_path/p)[0] for p in ('enhanced/0.wav', 'clean/0.flac'))
     want, _ = score_one(e, c, REFERENCED)
     assert {n: float(rows['0'][n]) for n in columns} == pytest.approx(want, rel=1e-6)
@@ -105,13 +106,56 @@ def test_manifests_globs_and_single_files(folder):
     want = [job.enhanced for job in jobs_of([folder/'in'])]
     for source in ('m.jsonl', 'm.csv', 'in/**/*.wav'):
         assert [job.enhanced for job in jobs_of([folder/source])] == want, source
-    assert len(jobs_of([folder/'in', folder/'in/a', *want])) == 5          # each once
+    assert len(jobs_of([folder/'in', folder/'in/a', *want, folder/'in/../in'])) == 5          # each once
     rows = score_files(jobs_of([folder/'m.jsonl']), workers=1)
     assert [row['speaker'] for row in rows] == list('aaabb') and rows[0]['take'] == 1 and rows[0]['file'] == names[0]
     (folder/'clean.csv').write_text(f'path,clean\n{names[0]},{names[1]}\n{names[0]},{names[2]}\n')
     assert [job.clean for job in jobs_of([folder/'clean.csv'])] == [folder/names[1], folder/names[2]]
     one = jobs_of([want[0]], reference=want[1])
     assert one[0].clean == want[1]
+
+
+def test_a_manifest_finds_its_clean_files(folder):
+    "Not itself: that would be a perfect score"
+    for k in range(5): put(folder/f'clean/{"ab"[k % 2]}/{k}.flac', wave(k))
+    put(folder/'clean/other/0.wav', wave(9))                 # so the name 0 alone says nothing
+    inside = [f'in/{"ab"[k % 2]}/{k}.wav' for k in range(5)]
+    (folder/'lists').mkdir()
+    (folder/'in/here.csv').write_text('\n'.join(['file', *(n[3:] for n in inside)]))
+    (folder/'lists/up.csv').write_text('\n'.join(['file', *(f'../{n}' for n in inside)]))
+    (folder/'lists/whole.csv').write_text('\n'.join(['file', *(str(folder/n) for n in inside)]))
+    for name in ('in/here.csv', 'lists/up.csv', 'lists/whole.csv'):
+        jobs = jobs_of([folder/name], folder/'clean')
+        assert all(job.clean.is_relative_to(folder/'clean') for job in jobs)
+        known = [job.clean for job in jobs if job.clean.exists()]
+        assert known == [folder/f'clean/{"ab"[k % 2]}/{k}.flac' for k in range(name != 'in/here.csv', 5)]
+    rows = score_files(jobs, ['si_sdr', 'vqscore'], workers=1)
+    assert rows[0]['si_sdr'] is None and '0.wav' in rows[0]['error'] and rows[0]['vqscore']
+
+
+def test_odd_manifests(tmp_path):
+    put(tmp_path/'1.wav', wave(1))
+    put(tmp_path/'2.wav', wave(2))
+    (tmp_path/'m.jsonl').write_text('{"enhanced": "1.wav", "file": "hello", "error": "x", "vqscore": 9, '
+                                    '"pesq": 4, "n": 1}\n'
+                                    '{"enhanced": "2.wav", "n": "two"}\n{"enhanced": 5}\n')
+    for kind in ('csv', 'jsonl', 'parquet'):
+        rows = score_files(jobs_of([tmp_path/'m.jsonl']), out=tmp_path/f's.{kind}', workers=1)
+        assert [row['file'] for row in rows] == ['1.wav', '2.wav', '5'] and rows[0]['pesq'] == 4 and rows[0]['n'] == 1
+        assert -1 <= rows[0]['vqscore'] <= 1 and rows[0]['error'] is None and '/5 is not a file' in rows[2]['error']
+        assert summary_of(rows, ['vqscore'])[0]['files'] == 2
+    again = jobs_of([tmp_path/'s.csv'])          # a table of scores is a manifest
+    assert [job.enhanced for job in again] == [tmp_path/n for n in ('1.wav', '2.wav', '5')]
+
+
+def test_a_name_of_any_bytes_is_a_row(tmp_path):
+    put(tmp_path/'in/good.wav', wave(1))
+    odd = os.fsencode(tmp_path/'in') + b'/\xff.wav'
+    with open(odd, 'wb') as file: file.write((tmp_path/'in/good.wav').read_bytes())
+    for kind in ('csv', 'jsonl', 'parquet'):
+        rows = score_files(jobs_of([tmp_path/'in']), out=tmp_path/f's.{kind}', workers=1)
+        assert len(rows) == len(read_table(tmp_path/f's.{kind}')) == 2 and rows[0]['vqscore']
+        assert rows[1]['file'].endswith('in/\\xff.wav')
 
 
 @pytest.mark.parametrize('suffix', ['csv', 'jsonl', 'parquet'])
@@ -168,10 +212,49 @@ def test_resume_scores_what_is_new_changed_or_failed(folder):
     fresh = score_files(jobs_of([folder/'in']), out=folder/'t.csv', workers=1)
     assert [row['vqscore'] for row in rows] == [row['vqscore'] for row in fresh]
     assert out.read_bytes() == (folder/'t.csv').read_bytes()
-    with pytest.raises(SpeechLossError, match='no column lsd'):
-        score_files(jobs_of([folder/'in']), ['lsd'], out, resume=True, workers=1)
-    score_files(jobs_of([folder/'in']), ['si_sdr'], out, overwrite=True, workers=1)
-    assert 'vqscore' not in read_table(out)[0]
+    with pytest.raises(SpeechLossError, match='no column dnsmos_fast_ovrl'):
+        score_files(jobs_of([folder/'in']), ['dnsmos_fast'], out, resume=True, workers=1)
+    assert score_files(jobs_of([folder/'in']), out=out, resume=True, workers=1) == fresh      # and that is no obstacle
+
+
+def test_what_changed_is_scored_anew_whenever_it_changed(folder, monkeypatch):
+    jobs, out = jobs_of([folder/'in']), folder/'s.csv'
+    def replaced(label, done, total):       # while the others are scored, and with the time of the old one
+        if done != 3: return
+        old = (folder/'in/a/0.wav').stat()
+        put(folder/'in/a/0.wav', wave(77, 1.5))
+        os.utime(folder/'in/a/0.wav', ns=(old.st_atime_ns, old.st_mtime_ns))
+    first = score_files(jobs, out=out, workers=1, progress=replaced)
+    done = []
+    again = score_files(jobs, out=out, resume=True, workers=1, progress=lambda *a: done.append(a))
+    assert done[0] == ('scoring', 4, 5) and again[0]['vqscore'] != first[0]['vqscore'] and again[1:] == first[1:]
+    monkeypatch.setattr('speechloss.score_files._weights', lambda: 'of another network')
+    score_files(jobs, out=out, resume=True, workers=1, progress=lambda *a: done.append(a))
+    assert ('scoring', 0, 5) in done
+
+
+def test_begun_anew_and_stopped_it_goes_on_anew(folder):
+    jobs, out = jobs_of([folder/'in']), folder/'s.csv'
+    want = score_files(jobs, out=out, workers=1)
+    before = out.read_text()
+    out.write_text(before.replace(str(want[3]['vqscore']), '0.123'))        # a value that a new run would not give
+    def stop(label, done, total):
+        if done == 2: raise KeyboardInterrupt
+    with pytest.raises(KeyboardInterrupt): score_files(jobs, out=out, overwrite=True, workers=1, progress=stop)
+    assert '0.123' in out.read_text() and (folder/'s.csv.part').exists()    # the old one stands until the new is whole
+    assert score_files(jobs, out=out, resume=True, workers=1) == want
+    assert out.read_text() == before and not (folder/'s.csv.part').exists()
+
+
+def test_resume_with_fewer_metrics_keeps_those_asked_for(folder):
+    put(folder/'clean.wav', wave(0))
+    jobs, out = jobs_of([folder/'in'], folder/'clean.wav'), folder/'s.csv'
+    both = score_files(jobs, ['lsd', 'vqscore'], out, workers=1)
+    code, shown, _ = run(folder/'in', '--ref', folder/'clean.wav', '--metrics', 'vqscore', '--out', out, '--resume',
+                         '-q')
+    assert code == 0 and shown.splitlines()[1].startswith('vqscore\t5\t0')
+    assert [float(row['vqscore']) for row in read_table(out)] == [row['vqscore'] for row in both]
+    assert 'lsd' not in read_table(out)[0]
 
 
 # ---- manners
@@ -198,22 +281,26 @@ def test_pictures(folder):
                        '--columns', 'vqscore,lsd', '-q', '--out', folder/'t.csv')
     assert code == 0 and out.strip().endswith('s.svg') and '<svg' in (folder/'s.svg').read_text()
     assert (folder/'h.png').read_bytes().startswith(b'\x89PNG')
-    code, _, err = run(folder/'in', '--plot', folder/'h.png', '--columns', 'pesq', '-q')
-    assert code == 2 and 'give one or two of vqscore' in err
+    for wrong, words in ((['h.png', '--columns', 'pesq'], 'give one or two of vqscore'),
+                         (['h.abc'], "ends in '.abc'")):
+        code, out, err = run(folder/'in', '--plot', folder/wrong[0], *wrong[1:], '-q')
+        assert code == 2 and words in err and not out      # before anything is scored
 
 
 @pytest.mark.parametrize('args,words', [
     (['nowhere'], 'nowhere does not exist'), (['*.opus'], 'matches no audio'),
     (['in', '--ref', 'nowhere'], 'reference'),
     (['in', '--metrics', 'best'], "metric 'best' is unknown"), (['in', '--out', 's.txt'], "ends in '.txt'"),
+    (['in', '--metrics', 'vqscore,pesq'], 'give a reference'),
     (['m.csv'], 'names no file'), (['gone.csv'], 'does not exist'), (['bad.jsonl'], 'cannot be read'),
-    (['void.csv'], 'no rows'),
+    (['void.csv'], 'no rows'), (['long.csv'], 'row 1 has more fields'),
     (['in', '--out', 'in/a/0.wav/s.csv'], 'cannot be written')])
 def test_mistakes_are_one_sentence(folder, monkeypatch, args, words):
     monkeypatch.chdir(folder)
     Path('m.csv').write_text('name\nx.wav\n')
     Path('bad.jsonl').write_text('{"file": ')
     Path('void.csv').write_text('file\n')
+    Path('long.csv').write_text('file\nin/a/0.wav,1\n')
     code, out, err = run(*args)
     said = [line for line in err.splitlines() if line.startswith('speechloss: ')]
     assert code == 2 and out == '' and len(said) == 1 and words in said[0], err
@@ -232,8 +319,8 @@ def test_a_summary_is_over_speakers_where_they_are_named():
     rng = np.random.default_rng(0)
     rows = [dict(file=str(k), vqscore=float(rng.normal() * .01 + s), speaker=str(s), error=None)
             for s in range(10) for k in range(20)]
-    by_speaker, = summary_of(rows)
-    by_file, = summary_of([{k: v for k, v in row.items() if k != 'speaker'} for row in rows])
+    by_speaker, = summary_of(rows, ['vqscore'])
+    by_file, = summary_of([{k: v for k, v in row.items() if k != 'speaker'} for row in rows], ['vqscore'])
     assert by_speaker['high'] - by_speaker['low'] > 3 * (by_file['high'] - by_file['low'])
     rows[0]['vqscore'] = None
-    assert summary_of(rows)[0]['failed'] == 1 and summary_of([]) == []
+    assert summary_of(rows, ['vqscore'])[0]['failed'] == 1 and summary_of([], ['vqscore'])[0]['mean'] is None

@@ -2,12 +2,19 @@
 import copy
 import json
 import math
+import os
+import subprocess
+import sys
+from dataclasses import replace
 
 import pytest
 import torch
 from torch.nn import functional as F
 
-from speechloss.audio import SpeechLossError
+from speechloss.audio import SpeechLossError, load, save
+from speechloss.corpus import get
+from speechloss.manifest import Manifest
+from speechloss.mixing import Mixtures
 from speechloss.models import enhancer, load_enhancer
 from speechloss.recipe import TrainingError
 from speechloss.spectral import istft, stft
@@ -59,6 +66,20 @@ def test_without_a_gradient_nothing_moves(wave):
     moved = adversarial(wave, gradient, torch.full((6,), .3))
     assert torch.equal(moved[1:3], wave[1:3]) and not torch.equal(moved[0], wave[0]) and moved.isfinite().all()
     assert not adversarial(0 * wave, gradient, torch.full((6,), .3)).any()
+
+
+def test_padding_has_no_part_in_an_attack(net, wave):
+    lengths = torch.tensor([8_000, 5_000, 6_000, 8_000, 700, 8_000])
+    beyond = torch.arange(8_000) >= lengths[:, None]
+    distil, terms = SelfDistillation(net), []
+    for fill in (0., math.nan, 50.):
+        torch.manual_seed(0)
+        terms.append(distil(torch.where(beyond, fill, wave), lengths))
+        moved = distil.attacked(torch.where(beyond, fill, wave), torch.full((6,), .3), lengths)
+        clean = torch.where(beyond, 0., wave)
+        assert torch.allclose((moved - clean).norm(dim=-1) / clean.norm(dim=-1), torch.full((6,), .3), atol=1e-4)
+        assert not (moved - clean)[beyond].any()
+    for other in terms[1:]: assert all(torch.equal(terms[0][name], other[name]) for name in terms[0])
 
 
 # ---- the second stage
@@ -165,7 +186,69 @@ def test_what_a_validation_measures(net, wave):
         assert restores(model, data)['restored'] == pytest.approx(want, abs=1e-6)
     assert spectral_ratio(2 * spectrum, spectrum, mask).item() == pytest.approx(1.)
     pytest.importorskip('pesq')
-    from speechloss.corpus import get
-    from speechloss.mixing import Mixtures
     pairs = Mixtures.grid(get('mini'), 'valid', limit=2, seconds=2., extra_noise=('white',))
-    assert 1 <= mean_pesq(net, pairs)['pesq'] <= 4.7
+    from pesq import pesq
+    with torch.no_grad(): made = [VQEnhancer.of(net)(pairs[k]['noisy']).numpy() for k in range(2)]
+    want = sum(pesq(16_000, pairs[k]['clean'].numpy(), made[k], 'wb') for k in range(2)) / 2
+    assert mean_pesq(net, pairs)['pesq'] == pytest.approx(want, abs=1e-4)
+
+
+# ---- training
+
+@pytest.mark.parametrize('stage', ['quality', 'first', 'second'])
+def test_stopped_and_started_again_it_ends_with_the_same_bits(stage, tmp_path):
+    training = VQTraining(**FEW | dict(steps=7), network=dict(widths=(16, 8), size=32) if stage == 'quality' else SHAPE)
+    if stage == 'second':
+        first = train_vqvae(training, tmp_path/'first')
+        training = VQDistillation(**FEW | dict(steps=7), init=str(first))
+    training = replace(training, eval_every=3)
+    def stop_at(step):
+        def progress(label, done, total):
+            if done == step: raise KeyboardInterrupt
+        return progress
+    def run(name, *stops):
+        for step in stops:
+            with pytest.raises(KeyboardInterrupt): train_vqvae(training, tmp_path/name, progress=stop_at(step))
+        train_vqvae(training, tmp_path/name)
+        return {p.relative_to(tmp_path/name): p.read_bytes() for p in (tmp_path/name).rglob('*.safetensors')
+                if 'checkpoints' not in p.parts}
+    whole = run('whole')
+    assert whole == run('again', 2, 5) and len(whole) == 3 + (stage != 'quality')
+
+
+def test_of_pairs_the_clean_side_is_heard(tmp_path):
+    speech = [r for split in ('train', 'valid') for r in get('mini').speech(split)[:3]]
+    rows = []
+    for k, r in enumerate(speech):
+        wave = load(r.path)[0]
+        save(tmp_path/f'{k}.wav', (wave + .3 * torch.randn(len(wave))).clamp(-1, 1), 16_000)
+        rows.append(replace(r, kind='pair', path=str(tmp_path/f'{k}.wav'), clean_path=r.path, clean_sha256=r.sha256,
+                            sha256=''))
+    corpus = Manifest(rows, 'pairs').save(tmp_path/'pairs.jsonl')
+    alone = Manifest([*speech], 'speech').save(tmp_path/'speech.jsonl')
+    few = FEW | dict(network=dict(widths=(16, 8), size=32))
+    a, b = (load_vqvae(train_vqvae(VQTraining(**few | dict(corpus=str(path))), tmp_path/path.stem))
+            for path in (corpus, alone))
+    assert all(torch.equal(v, b[0].state_dict()[k]) for k, v in a[0].state_dict().items())
+    assert a[1]['speakers'] == b[1]['speakers'] != [] and a[1]['seconds_of_speech'] == b[1]['seconds_of_speech'] > 0
+    pytest.importorskip('pesq')
+    chosen = train_vqvae(VQTraining(**FEW | dict(corpus=str(corpus), selection='pesq'), network=SHAPE), tmp_path/'pesq')
+    assert load_vqvae(chosen)[1]['chosen']['valid']['pesq'] >= 1       # on the noisy twins
+
+
+def test_the_second_stage_is_that_of_an_enhancer(tmp_path):
+    quality = train_vqvae(VQTraining(**FEW, network=dict(widths=(16, 8), size=32)), tmp_path/'q')
+    with pytest.raises(TrainingError, match="is of the recipe 'quality'"):
+        train_vqvae(VQDistillation(**FEW, init=str(quality)), tmp_path/'second')
+
+
+def test_two_processes_write_one_network(tmp_path):
+    script = tmp_path/'train.py'
+    script.write_text('from speechloss.vq_training import VQTraining, train_vqvae\n'
+                      f'few = dict({", ".join(f"{k}={v!r}" for k, v in FEW.items())})\n'
+                      f'print(train_vqvae(VQTraining(**few, network={SHAPE}), {str(tmp_path/"out")!r}))\n')
+    done = subprocess.run([sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', '2',
+                           str(script)], capture_output=True, text=True, timeout=300,
+                          env=os.environ | dict(ACCELERATE_USE_CPU='true', OMP_NUM_THREADS='1'))
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert load_vqvae(tmp_path/'out/model')[0].codebook.begun and load_enhancer(tmp_path/'out').sample_rate == 16_000

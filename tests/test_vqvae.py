@@ -106,9 +106,11 @@ def test_a_dead_code_is_revived_where_it_is_asked_for():
 def test_kmeans_finds_what_is_there():
     torch.manual_seed(1)
     centres = 10 * torch.randn(3, 4)
+    data = centres.repeat(20, 1) + torch.randn(60, 4)
     book = Codebook(3, 4, metric='euclidean', iterations=20)
-    book(centres.repeat(20, 1)[None] + .01 * torch.randn(1, 60, 4))
-    assert torch.cdist(book.codes, book.codes).fill_diagonal_(9).min() > 0 and book.begun
+    found = book(data[None]).index[0]
+    assert torch.cdist(centres, book.codes).amin(1).max() < 1 and book.begun       # each centre has its code,
+    for k in range(3): assert torch.allclose(book.codes[k], data[found == k].mean(0), atol=1e-3)    # a mean
     few = Codebook(50, 4)
     few(torch.randn(1, 10, 4))                      # fewer vectors than codes
     assert few.codes.isfinite().all()
@@ -217,7 +219,8 @@ def test_mistakes_are_named():
     with pytest.raises(SpeechLossError, match='recipe is'): VQVAE('score')
     with pytest.raises(SpeechLossError, match="no option 'depth'"): VQVAE(depth=3)
     for options in (dict(metric='l1'), dict(size=0), dict(decay=1.)):
-        with pytest.raises(SpeechLossError, match=f"{next(iter(options))} (is )?"): Codebook(**options)
+        (name, value), = options.items()
+        with pytest.raises(SpeechLossError, match=rf"\b{name} (is )?{value!r}"): Codebook(**options)
 
 
 # ---- several processes
