@@ -56,6 +56,27 @@ def test_moving_averages_by_closed_form(metric):
     torch.testing.assert_close(book.codes.double(), codes, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize('metric', ['cosine', 'euclidean'])
+def test_the_library_that_others_keep_makes_the_same_codes(metric):
+    library = pytest.importorskip('vector_quantize_pytorch')
+    torch.manual_seed(0)
+    ours, draw = Codebook(64, 8, metric=metric), torch.randn(64, 8)
+    theirs = library.VectorQuantize(dim=8, codebook_size=64, decay=.8, kmeans_init=False, commitment_weight=1.,
+                                    use_cosine_sim=metric == 'cosine', threshold_ema_dead_code=0)
+    book, counts = theirs._codebook, 1 + 5 * torch.rand(64)
+    draw = ours.unit(draw)
+    for mine, other, value in ((ours.codes, book.embed, draw), (ours.counts, book.cluster_size, counts),
+                               (ours.sums, book.embed_avg, draw * counts[:, None])):
+        mine.copy_(value)
+        other.data.copy_(value[None])
+    for flag in (ours.begun, book.initted): flag.fill_(True)
+    for _ in range(3):
+        x = torch.randn(2, 50, 8)
+        found, (codes, index, commitment) = ours(x), theirs(x)
+        assert found.index.equal(index) and torch.allclose(found.codes, codes, atol=1e-6)
+        assert torch.allclose(found.commitment.mean(), commitment) and torch.allclose(ours.codes, book.embed[0], atol=1e-6)
+
+
 def test_gradient_goes_straight_through():
     book, x = filled(metric='euclidean').eval(), torch.randn(1, 20, 8, requires_grad=True)
     weight = torch.randn(1, 20, 8)
