@@ -74,7 +74,8 @@ def test_the_library_that_others_keep_makes_the_same_codes(metric):
         x = torch.randn(2, 50, 8)
         found, (codes, index, commitment) = ours(x), theirs(x)
         assert found.index.equal(index) and torch.allclose(found.codes, codes, atol=1e-6)
-        assert torch.allclose(found.commitment.mean(), commitment) and torch.allclose(ours.codes, book.embed[0], atol=1e-6)
+        assert torch.allclose(found.commitment.mean(), commitment)
+        assert torch.allclose(ours.codes, book.embed[0], atol=1e-6)
 
 
 def test_gradient_goes_straight_through():
