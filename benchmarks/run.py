@@ -1,6 +1,7 @@
 """Run benchmarks and append their rows to the table.
 
-    python -m benchmarks.run [stft|contrastive|info_nce|nearest_code|ssl|codec ...] [--repeats N] [--threads N] [--dry]
+    python -m benchmarks.run [stft|contrastive|info_nce|nearest_code|ssl|codec|vq ...]
+                             [--repeats N] [--threads N] [--dry]
 
 The table, `benchmarks/rows.csv`, is append-only; --dry prints and leaves it alone.
 """
@@ -13,7 +14,7 @@ import torch
 
 from .common import COLUMNS, ROOT, measure, own_peak
 
-MODULES = ('stft', 'contrastive', 'info_nce', 'nearest_code', 'ssl', 'codec')
+MODULES = ('stft', 'contrastive', 'info_nce', 'nearest_code', 'ssl', 'codec', 'vq')
 TABLE = ROOT / 'benchmarks' / 'rows.csv'
 
 

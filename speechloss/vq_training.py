@@ -28,7 +28,7 @@ from .vq_enhancer import SelfDistillation, VQEnhancer, spectral_ratio
 from .vqscore import VQScore, cosine
 from .vqvae import VQVAE, load_vqvae, save_vqvae
 
-# %% ../nbs/enhance/vq_training.ipynb #935e6e01
+# %% ../nbs/enhance/vq_training.ipynb #15fc04ef
 LADDER = (-5., 0., 5., 10., 15., 20., 25.)   # dB
 
 
@@ -115,20 +115,24 @@ def ladder_of(manifest: Manifest, split: str, levels=LADDER, *, limit: int | Non
 
 def restores(model, data, *, device='cpu') -> dict[str, float]:
     "Share of the distance to the clean spectra that an enhancer takes away: a validation of the loop"
-    net, before, after = getattr(model, 'student', model), 0., 0.
+    net, before, after, used = getattr(model, 'student', model), 0., 0., set()
     with torch.no_grad():
         for k in range(len(data)):
-            noisy, (clean, mask) = data[k]['noisy'][None].to(device), net.spectrum(data[k]['clean'][None].to(device))
+            item = data[k]
+            noisy, (clean, mask) = item['noisy'][None].to(device), net.spectrum(item['clean'][None].to(device))
             before += float(spectral_ratio(net.spectrum(noisy)[0], clean, mask))
-            after += float(spectral_ratio(net(noisy).decoded, clean, mask))
-    return dict(restored=1 - after / before)
+            found = net(noisy)
+            after += float(spectral_ratio(found.decoded, clean, mask))
+            if found.quantised is not None: used |= set(found.quantised.index.unique().tolist())
+    return dict(restored=1 - after / before, codes=float(len(used)))
 
 
 def mean_pesq(model, data, *, device='cpu') -> dict[str, float]:
     "Mean PESQ of what is enhanced, against its clean twin: the paper's choice"
     enhancer = VQEnhancer.of(getattr(model, 'student', model)).to(device)
     with torch.no_grad():
-        pairs = [dict(enhanced=enhancer(data[k]['noisy'].to(device)), clean=data[k]['clean']) for k in range(len(data))]
+        pairs = [dict(enhanced=enhancer(item['noisy'].to(device)), clean=item['clean'])
+                 for item in map(data.__getitem__, range(len(data)))]
     found = [row['pesq'] for row in score(pairs, 'pesq', workers=1)]
     heard = [x for x in found if x == x]
     return dict(pesq=float(np.mean(heard)) if heard else 1.)      # the lowest where nothing can be scored
@@ -138,15 +142,18 @@ def ranks(model: VQVAE, data, *, device='cpu') -> dict[str, float]:
     "How well scores order mixtures by their signal-to-noise ratio: a validation of the loop"
     from scipy.stats import spearmanr
     scorer = VQScore(model, space='code' if model.codebook is not None else 'signal').to(device)
-    found, snr = [], []
+    found, snr, used = [], [], set()
     with torch.no_grad():
         for k in range(len(data)):
             item = data[k]
-            found.append(float(scorer(item['noisy'].to(device))))
+            said = scorer.details(item['noisy'][None].to(device))
+            found.append(float(said.score))
             snr.append(item['snr'])
+            if said.index is not None: used |= set(said.index.unique().tolist())
     rank = float(spearmanr(found, snr).statistic)
     return dict(rank=rank if rank == rank else -1.,      # where all scores are the same
-                spread=float(np.polyfit(snr, found, 1)[0]) * 10)     # of the score, per 10 dB
+                spread=float(np.polyfit(snr, found, 1)[0]) * 10,     # of the score, per 10 dB
+                codes=float(len(used)))                              # that occur in the mixtures
 
 # %% ../nbs/enhance/vq_training.ipynb #b90dc55a
 def _begun(training: VQTraining) -> tuple[nn.Module, nn.Module]:
