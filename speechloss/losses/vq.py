@@ -9,15 +9,14 @@ __all__ = ['VQLoss']
 from .distance import FeatureDistance
 from ..vqvae import VQFeatures
 
-# %% ../../nbs/losses/vq_loss.ipynb #fae4d7f8
+# %% ../../nbs/losses/vq_loss.ipynb #58692093
 class VQLoss(FeatureDistance):
     """Mean distance over layers of a vector-quantised autoencoder of clean speech; 0 at identity.
 
     `model`, `layers` and `random_seed` as in `VQFeatures`: 'vq-speech', which comes along, a folder that `save_vqvae`
     or `train_vqvae` has written, or a `VQVAE`; and 'vectors', 'all' or names. `distance` is 'l1', 'l2' or 'cosine';
-    `weights` by layer, relative to one another; `balance` as in `FeatureDistance`. Level, phase and fixed filters do
-    not count; no gradient where the enhanced wave is silent, or lies below the floor that the paper puts under
-    magnitudes (a wave of about -100 dB against full scale).
+    `weights` by layer, relative to one another; `balance` as in `FeatureDistance`. Level and phase do not count; no
+    gradient where the enhanced wave is silent (below -140 dB against full scale).
 
     The network is that of Fu et al., ICLR 2024, arXiv 2402.16321; as a loss between two waves it is our use of it.
     """
