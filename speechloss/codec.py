@@ -6,7 +6,7 @@
 __all__ = ['FLOOR', 'BANDS', 'log_power', 'CodecNet', 'with_gain', 'skill', 'save_codec', 'load_codec', 'layer_scales',
            'CodecFeatures']
 
-# %% ../nbs/features/codec.ipynb #a1ed2fb3
+# %% ../nbs/features/codec.ipynb #e3ddb39b
 import json
 import math
 from copy import deepcopy
@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from .audio import SAMPLE_RATE, SpeechLossError, optional
 from .checkpoints import load_tensors, save_tensors, write_folder
-from .features import Features, Frozen
+from .features import Features, Frozen, chosen_layers
 from .masking import full_scale_power
 from .shipped import folder_of
 from .spectral import frame_count, frame_mask, istft, stft
@@ -155,7 +155,7 @@ def skill(
 
 def _ratio(own: Tensor, identity: Tensor) -> float: return float(1 - own / identity) if identity else 0.
 
-# %% ../nbs/features/codec.ipynb #19a90965
+# %% ../nbs/features/codec.ipynb #d76f5557
 _CARD, _WEIGHTS = 'codec.json', 'model.safetensors'
 
 
@@ -252,7 +252,7 @@ class CodecFeatures(Features):
         scale = card.get('scale') or layer_scales(net)
         self.net, self.card = Frozen(net), card
         self.sample_rate, self.hop_length = net.options['sample_rate'], net.options['hop_length']
-        self.names = _chosen(layers, net.names)
+        self.names = chosen_layers(layers, net.names, inner=net.names[:-1], output=net.names[-1:])
         self.scale = {name: float(scale[name]) for name in self.names}
 
     def forward(self, wave, lengths=None):
@@ -261,14 +261,6 @@ class CodecFeatures(Features):
         return [_rows(found[name]).to(wave.dtype) / self.scale[name] for name in self.names]
 
     def frame_lengths(self, lengths): return [frame_count(lengths, self.hop_length)] * len(self.names)
-
-
-def _chosen(layers, names: tuple[str, ...]) -> tuple[str, ...]:
-    groups = dict(all=names, inner=names[:-1], output=names[-1:])
-    wanted = groups.get(layers, (layers,)) if isinstance(layers, str) else tuple(layers or ())
-    if lost := [n for n in wanted if n not in names] or (not wanted and ['none']):
-        raise SpeechLossError(f'layers has {lost[0]!r}: choose all, inner, output, or some of {", ".join(names)}')
-    return tuple(n for n in names if n in wanted)
 
 
 def _rows(x: Tensor) -> Tensor:   # (B, channels, frames, bins) or (B, frames, bins) -> (B, frames, dim)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['VQEnhancer', 'spectral_ratio', 'adversarial', 'SelfDistillation']
 
-# %% ../nbs/enhance/vq_enhancer.ipynb #bf264500
+# %% ../nbs/enhance/vq_enhancer.ipynb #e5a82744
 from copy import deepcopy
 
 import torch
@@ -16,7 +16,7 @@ from .audio import SpeechLossError, extra
 from .enhancer import check_waves
 from .features import Frozen
 from .kernels import token_cross_entropy
-from .spectral import frame_mask, istft, stft
+from .spectral import frame_mask, istft, stft, valid_part
 from .vqvae import VQVAE
 
 try:
@@ -25,11 +25,7 @@ except ImportError:
     raise ImportError(f'models need huggingface_hub: {extra("reproduce")}',
                       name='huggingface_hub') from None
 
-# %% ../nbs/enhance/vq_enhancer.ipynb #2efeaf3c
-def _valid(wave: Tensor, lengths: Tensor | None) -> Tensor:    # what lies beyond counts as silence
-    return wave if lengths is None else torch.where(frame_mask(lengths, wave.shape[-1]), wave, 0)
-
-
+# %% ../nbs/enhance/vq_enhancer.ipynb #23f6d330
 class VQEnhancer(nn.Module, PyTorchModelHubMixin, library_name='speechloss', license='apache-2.0'):
     """Wave to wave through codes of clean speech.
 
@@ -69,14 +65,14 @@ class VQEnhancer(nn.Module, PyTorchModelHubMixin, library_name='speechloss', lic
         if wave.ndim == 1: return self(wave[None], lengths)[0]
         check_waves(wave, lengths)
         size, net = wave.shape[-1], self.net
-        wave = F.pad(_valid(wave, lengths), (0, max(net.n_fft - size, 0)))     # there is a frame even of one sample
+        wave = F.pad(valid_part(wave, lengths), (0, max(net.n_fft - size, 0)))     # there is a frame even of one sample
         valid = None if lengths is None else lengths.clamp_min(net.n_fft)
         spec, found = stft(wave, net.n_fft, net.hop_length, lengths=valid), net(wave, valid).decoded
         found = (found.expm1() if net.log else found) * spec.sgn()
         out = istft(found, net.n_fft, net.hop_length, window=self.synthesis, length=wave.shape[-1])[..., :size]
         return out if lengths is None else out * frame_mask(lengths, size)
 
-# %% ../nbs/enhance/vq_enhancer.ipynb #0180023e
+# %% ../nbs/enhance/vq_enhancer.ipynb #d359ab2f
 def spectral_ratio(
     decoded: Tensor,    # (B, frames, bins)
     spectrum: Tensor,   # what was wanted
@@ -141,14 +137,14 @@ class SelfDistillation(nn.Module):
         lengths: Tensor | None = None,  # (B,) valid samples
     ) -> Tensor:                        # (B, T)
         "Waves moved to where the student loses the tokens of its teacher"
-        wave = _valid(wave, lengths)
+        wave = valid_part(wave, lengths)
         asked = wave.detach().requires_grad_()
         _, mask, vectors = self._frames(asked, lengths)
         entropy = self._cross_entropy(vectors, self.tokens(wave, lengths), mask)
         return adversarial(wave, torch.autograd.grad(entropy.sum(), asked)[0], strength)
 
     def forward(self, wave: Tensor, lengths: Tensor | None = None) -> dict[str, Tensor]:
-        wave = _valid(wave, lengths)
+        wave = valid_part(wave, lengths)
         tokens, wave = self.tokens(wave, lengths), wave.detach().requires_grad_(self.attack)
         spectrum, mask, vectors = self._frames(wave, lengths)
         entropy = self._cross_entropy(vectors, tokens, mask)

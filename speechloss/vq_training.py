@@ -28,7 +28,7 @@ from .vq_enhancer import SelfDistillation, VQEnhancer, spectral_ratio
 from .vqscore import VQScore, cosine
 from .vqvae import VQVAE, load_vqvae, save_vqvae
 
-# %% ../nbs/enhance/vq_training.ipynb #15fc04ef
+# %% ../nbs/enhance/vq_training.ipynb #94fd5817
 LADDER = (-5., 0., 5., 10., 15., 20., 25.)   # dB
 
 
@@ -120,8 +120,8 @@ def restores(model, data, *, device='cpu') -> dict[str, float]:
         for k in range(len(data)):
             item = data[k]
             noisy, (clean, mask) = item['noisy'][None].to(device), net.spectrum(item['clean'][None].to(device))
-            before += float(spectral_ratio(net.spectrum(noisy)[0], clean, mask))
             found = net(noisy)
+            before += float(spectral_ratio(found.spectrum, clean, mask))
             after += float(spectral_ratio(found.decoded, clean, mask))
             if found.quantised is not None: used |= set(found.quantised.index.unique().tolist())
     return dict(restored=1 - after / before, codes=float(len(used)))

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SPACES', 'DISTANCES', 'SHORTEST', 'cosine', 'Scores', 'VQScore', 'vq_score']
 
-# %% ../nbs/features/vqscore.ipynb #aa7a92cf
+# %% ../nbs/features/vqscore.ipynb #94282879
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import lru_cache
@@ -20,9 +20,10 @@ from .audio import SAMPLE_RATE, AudioError, SpeechLossError, resample
 from .features import Frozen
 from .kernels.backends import check_floating
 from .shipped import folder_of
+from .spectral import check_lengths
 from .vqvae import LEVEL, VQVAE, at_level, load_vqvae
 
-# %% ../nbs/features/vqscore.ipynb #9a5f099b
+# %% ../nbs/features/vqscore.ipynb #ba2e5fa3
 SPACES, DISTANCES = ('code', 'signal'), ('cosine', 'l2')
 SHORTEST = .25      # s, of what can be scored
 
@@ -34,16 +35,6 @@ def cosine(a: Tensor, b: Tensor, eps: float = 1e-5) -> Tensor:   # (..., dim) ->
 
 def _norm(x: Tensor) -> Tensor:    # with a gradient at zero
     return (x.square().sum(-1) + 1e-20).sqrt()
-
-
-def _check_lengths(lengths: Tensor | None, wave: Tensor) -> None:
-    if lengths is None: return
-    if lengths.shape != wave.shape[:1] or lengths.is_floating_point():
-        raise ValueError(f'lengths is {lengths.dtype} of shape {tuple(lengths.shape)}: give {len(wave)} integers, '
-                         'one a wave')
-    if int(lengths.min()) < 1 or int(lengths.max()) > wave.shape[-1]:
-        raise ValueError(f'lengths go from {int(lengths.min())} to {int(lengths.max())}: they must lie in '
-                         f'1..{wave.shape[-1]}, the samples of the batch')
 
 
 def _closeness(wanted: Tensor, found: Tensor, distance: str) -> Tensor:   # (..., dim) -> (...)
@@ -108,7 +99,7 @@ class VQScore(nn.Module):
         lengths: Tensor | None = None,  # (B,) valid samples
     ) -> Scores:
         "Frame by frame"
-        _check_lengths(lengths, wave)
+        if lengths is not None: lengths = check_lengths(lengths, *wave.shape, wave.device)
         with torch.autocast(wave.device.type, enabled=False):
             net, kind = self.net.net, torch.float64 if wave.dtype == torch.float64 else torch.float32
             wave = wave.to(next(net.parameters()).dtype)

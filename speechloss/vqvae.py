@@ -6,7 +6,7 @@
 __all__ = ['RECIPES', 'LEVEL', 'SILENCE', 'Encoder', 'Decoder', 'Reconstruction', 'VQVAE', 'from_official', 'at_level',
            'save_vqvae', 'load_vqvae', 'VQFeatures']
 
-# %% ../nbs/features/vqvae.ipynb #1d42c1a8
+# %% ../nbs/features/vqvae.ipynb #36031f82
 import json
 from copy import deepcopy
 from dataclasses import dataclass
@@ -19,9 +19,9 @@ from torch.nn import functional as F
 from .audio import SAMPLE_RATE, SpeechLossError, optional, sha256
 from .checkpoints import load_tensors, save_tensors, write_folder
 from .codebook import Codebook, Quantised
-from .features import Features, Frozen, randomized
+from .features import Features, Frozen, chosen_layers, randomized
 from .shipped import folder_of
-from .spectral import frame_count, frame_mask, stft
+from .spectral import frame_count, frame_mask, stft, valid_part
 
 # %% ../nbs/features/vqvae.ipynb #9860f27d
 RECIPES = {
@@ -195,7 +195,7 @@ def from_official(
                               'try the other one') from None
     return net.eval()
 
-# %% ../nbs/features/vqvae.ipynb #cea521e1
+# %% ../nbs/features/vqvae.ipynb #8d830481
 _CARD, _WEIGHTS = 'vqvae.json', 'model.safetensors'
 LEVEL = .05         # root mean square that waves are brought to
 SILENCE = 1e-7      # root mean square up to which a wave is silent
@@ -207,9 +207,8 @@ def at_level(
     level: float | None = LEVEL,    # root mean square; None: as they are
 ) -> tuple[Tensor, Tensor]:         # (B, T), zero beyond `lengths`; (B,) which are silent, and left alone
     "Waves at one level"
-    if lengths is None: size = wave.shape[-1]
-    else: size, wave = lengths, torch.where(frame_mask(lengths, wave.shape[-1]), wave, 0)   # padding may hold anything
-    power = wave.square().sum(-1) / size
+    wave = valid_part(wave, lengths)
+    power = wave.square().sum(-1) / (wave.shape[-1] if lengths is None else lengths)
     silent = power.detach() <= SILENCE ** 2
     if level is None: return wave, silent
     return wave * torch.where(silent, 1., level / torch.where(silent, 1., power).sqrt())[:, None], silent
@@ -264,12 +263,9 @@ class VQFeatures(Features):
         net = deepcopy(model) if isinstance(model, VQVAE) else load_vqvae(model)[0]
         if random_seed is not None: net = randomized(net, seed=random_seed)
         self.net, self.sample_rate, self.hop_length = Frozen(net), net.sample_rate, net.hop_length
-        whole = (*(f'pair{k + 1}' for k in range(len(net.encoder.convs) // 2)), 'blocks')
-        whole = (*whole[:-2 if net.encoder.blocks is None else -1], 'vectors')
-        wanted = dict(all=whole).get(layers, (layers,)) if isinstance(layers, str) else tuple(layers or ())
-        if lost := [n for n in wanted if n not in whole] or (not wanted and ['none']):
-            raise SpeechLossError(f'layers has {lost[0]!r}: choose all, or some of {", ".join(whole)}')
-        self.names, self._whole = tuple(n for n in whole if n in wanted), whole
+        pairs = len(net.encoder.convs) // 2 - (net.encoder.blocks is None)     # else the last one gives the vectors
+        self._whole = (*(f'pair{k + 1}' for k in range(pairs)), 'vectors')
+        self.names = chosen_layers(layers, self._whole)
 
     def forward(self, wave, lengths=None):
         net = self.net.net

@@ -177,7 +177,8 @@ def test_both_stages_from_nothing(tmp_path):
 def test_what_a_validation_measures(net, wave):
     class Perfect(torch.nn.Module):
         def spectrum(self, x): return net.spectrum(x)
-        def forward(self, x): return type('Found', (), dict(decoded=self.answer, quantised=None))
+        def forward(self, x):
+            return type('Found', (), dict(spectrum=net.spectrum(x)[0], decoded=self.answer, quantised=None))
     model = Perfect()
     data = [dict(noisy=wave[0] + wave[1], clean=wave[0])]
     spectrum, mask = net.spectrum(wave[:1])

@@ -5,16 +5,16 @@
 # %% auto #0
 __all__ = ['REDUCTIONS', 'Waves', 'prepare', 'mean_over', 'masked_mean', 'Loss']
 
-# %% ../../nbs/losses/base.ipynb #6933f911
+# %% ../../nbs/losses/base.ipynb #af6667d8
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from ..kernels.backends import check_floating
-from ..spectral import frame_mask
+from ..spectral import check_lengths, frame_mask
 
-# %% ../../nbs/losses/base.ipynb #3c2e60e6
+# %% ../../nbs/losses/base.ipynb #4a4788a8
 class Waves(NamedTuple):
     "Checked waves, folded to `(N, T)`; only `enhanced` carries a gradient"
     enhanced: Tensor         # (N, T)
@@ -43,19 +43,6 @@ def _check(name: str, wave: Tensor, like: Tensor | None = None):
                          'move them to one device')
 
 
-def _check_lengths(lengths: Tensor, batch: int, size: int, device) -> Tensor:
-    lengths = torch.as_tensor(lengths, device=device)
-    if lengths.shape != (batch,) or lengths.is_floating_point():
-        raise ValueError(f'lengths is {lengths.dtype} of shape {tuple(lengths.shape)}: '
-                         f'give {batch} integers, one per utterance')
-    if not torch.compiler.is_compiling():
-        low, high = int(lengths.min()), int(lengths.max())
-        if low < 1 or high > size:
-            raise ValueError(f'lengths go from {low} to {high}: '
-                             f'they must lie in 1..{size}, the samples of the batch')
-    return lengths
-
-
 def prepare(
     enhanced: Tensor,               # (T,), (B, T) or (B, C, T), nominally in [-1, 1]
     clean: Tensor,                  # same shape
@@ -79,7 +66,7 @@ def prepare(
     mask = None
     if lengths is not None:
         batch = shape[0] if shape else 1
-        lengths = _check_lengths(lengths, batch, size, enhanced.device)
+        lengths = check_lengths(lengths, batch, size, enhanced.device)
         if len(shape) == 2:
             lengths = lengths.repeat_interleave(shape[1])
         mask = frame_mask(lengths, size)
