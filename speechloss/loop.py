@@ -77,7 +77,7 @@ def validate(
     score = float(torch.cat(scores).double().mean())
     return dict(si_sdr=score, gain=score - float(torch.cat(before).double().mean()))
 
-# %% ../nbs/enhance/loop.ipynb #c35187f8
+# %% ../nbs/enhance/loop.ipynb #63c3fc1f
 HEALTH_CLIPS = 8   # validation clips on which the objective's own state is watched
 
 
@@ -208,7 +208,12 @@ class _Loop:
         if (state.step + 1) % recipe.log_every: return {}
         return dict(
             loss=float(loss.detach()), terms={k: float(v.detach()) for k, v in terms.items()},
-            lr=recipe.rate(state.step), grad_norm=float(norm), skipped=state.skipped)
+            lr=recipe.rate(state.step), grad_norm=float(norm), skipped=state.skipped, **self._observed())
+
+    def _observed(self) -> dict:
+        "What the objective saw since the last row that was logged"
+        seen = self.state.objective.observed() if hasattr(self.state.objective, 'observed') else {}
+        return dict(observed=seen) if seen else {}
 
     def _keep(self, row: dict, valid_data) -> None:
         "Score, log and save what is due after this step"

@@ -22,7 +22,7 @@ from .shipped import folder_of
 class TrainingError(SpeechLossError):
     "A training that cannot start or cannot go on"
 
-# %% ../nbs/enhance/recipe.ipynb #e8f4c479
+# %% ../nbs/enhance/recipe.ipynb #3cdbd117
 BASE = dict(terms=dict(spectrum=dict(name='compressed_complex', hop_length=256),
                        wave=dict(name='snr')),
             weights=dict(wave=.05))
@@ -133,17 +133,26 @@ def _is_range(value) -> bool:
         and all(isinstance(v, (int, float)) for v in value) and value[0] <= value[1]
 
 
-_DEFAULTS = dict(ssl='small', codec='mp3-16k', vq='vq-speech')   # networks of losses that name none
+#: What counts of losses that leave it out: networks, and features with one
+_DEFAULTS = dict(ssl=dict(model='small'), codec=dict(model='mp3-16k'), vq=dict(model='vq-speech'),
+                 contrastive=dict(features='ssl'))
 
 
 def _contents(spec):
     "An objective with the paths of its networks replaced by what lies there"
     if not isinstance(spec, dict): return spec
-    if spec.get('name') in _DEFAULTS: spec = dict(model=_DEFAULTS[spec['name']]) | spec    # its default counts too
+    spec = _DEFAULTS.get(spec.get('name'), {}) | spec
     drawn_anew = spec.get('random_seed') is not None
-    return {name: _fingerprint(value) if name == 'encoder' and value not in ('own', 'random')
-            else _network(value, drawn_anew) if name == 'model'
-            else _contents(value) for name, value in spec.items()}
+
+    def content(name, value):
+        if name == 'encoder' and value not in ('own', 'random'): return _fingerprint(value)
+        if name == 'model': return _network(value, drawn_anew)
+        if name == 'earlier' and isinstance(value, dict): return {n: _fingerprint(v, name) for n, v in value.items()}
+        if name == 'earlier' and value: return _fingerprint(value, name)
+        if name == 'features' and isinstance(value, str) and value in _DEFAULTS: value = dict(name=value)
+        return _contents(value)
+
+    return {name: content(name, value) for name, value in spec.items()}
 
 
 def _network(name, drawn_anew: bool) -> str:

@@ -10,8 +10,8 @@ from speechloss.codec import CodecNet
 from speechloss.features import (
     EncoderFeatures, GammatoneFeatures, MelFeatures, RandomFeatures, STFTFeatures)
 from speechloss.losses import (
-    CARDS, CodecLoss, CompressedComplexLoss, FeatureDistance, MaskingLoss, MelLoss, ModelAsLoss,
-    MultiResolutionSTFTLoss, Objective, SISDRLoss, SNRLoss, SSLLoss, STFTLoss, VQLoss, WaveL1Loss,
+    CARDS, CodecLoss, CompressedComplexLoss, ContrastiveRegularization, FeatureDistance, MaskingLoss, MelLoss,
+    ModelAsLoss, MultiResolutionSTFTLoss, Objective, SISDRLoss, SNRLoss, SSLLoss, STFTLoss, VQLoss, WaveL1Loss,
     WaveL2Loss, preset)
 from speechloss.models import enhancer
 from speechloss.vqvae import VQVAE
@@ -38,6 +38,15 @@ class TinyModel(nn.Module):
         return [x, bottleneck] if skips else bottleneck
 
 
+class Half(nn.Module):
+    "The earlier model of a contrastive loss: half of what it hears, a little smeared"
+    def __init__(self):
+        super().__init__()
+        self.register_parameter('taps', nn.Parameter(torch.tensor([[[.1, .5, .1]]])))
+
+    def forward(self, wave): return nn.functional.conv1d(wave[:, None], self.taps, padding=1)[:, 0]
+
+
 TWO = ((512, 128), (256, 64))
 CAUSAL = dict(preset='small', causal=True)
 RUNNING = ('balancer.running', 'balancer.steps')
@@ -62,6 +71,10 @@ def codec(reduction='mean', **options):
 def vq(reduction='mean', **options):
     torch.manual_seed(7)
     return VQLoss(VQVAE(widths=(16, 8), size=32), reduction=reduction, **options)
+
+
+def contrastive(reduction='mean', features=RandomFeatures, earlier=True, **options):
+    return ContrastiveRegularization(features(), earlier=Half() if earlier else None, reduction=reduction, **options)
 
 
 def objective(*names, reduction='mean', **options):
@@ -151,6 +164,18 @@ NETWORKS = [
          blind=MAGNITUDE + ('-120 dBFS', '-120 dBFS enhanced')),   # its mel is cut off below -100 dB
 ]
 
+RATIOS = [
+    Case('contrastive', partial(contrastive, earlier=False), noisy=True),
+    Case('two negatives', partial(contrastive, curriculum={}, distance='l2', weights=[1., 0., 2., .5]), noisy=True),
+    Case('smooth', partial(contrastive, curriculum=dict(rule='smooth'), distance='cosine', clamp=1.), noisy=True),
+    Case('spectra', partial(contrastive, features=partial(STFTFeatures, resolutions=TWO), curriculum={}, cache=9),
+         noisy=True, blind=MAGNITUDE),
+    Case('data set', partial(contrastive, curriculum=dict(level='dataset')), noisy=True,
+         state=('curriculum.margins', 'curriculum.steps')),
+    Case('encoder', partial(contrastive, features=partial(EncoderFeatures, TinyModel()), clamp=None), noisy=True),
+    Case('info_nce', partial(contrastive, form='info_nce', curriculum={}), noisy=True, atol=1e-5),
+]
+
 OBJECTIVES = [
     Case('sum', partial(objective, 'l1', 'cc', 'snr'), -100., compiles='aot_eager', atol=1e-5),
     Case('weights', partial(objective, 'snr', 'own', weights=dict(snr=.1, own=2.)), -10.,
@@ -168,17 +193,18 @@ class TestDistances(LossContract): cases = DISTANCES
 class TestBalanced(LossContract): cases = BALANCED
 class TestModelAsLoss(LossContract): cases = OWN
 class TestNetworks(LossContract): cases = NETWORKS
+class TestRatios(LossContract): cases = RATIOS
 class TestObjective(LossContract): cases = OBJECTIVES
 
 
 def test_every_card_is_tested():
     tested = {type(case.make(reduction='none'))
-              for case in WAVES + SPECTRA + DISTANCES + OWN + NETWORKS}
+              for case in WAVES + SPECTRA + DISTANCES + OWN + NETWORKS + RATIOS}
     assert {card.loss for card in CARDS.values()} <= tested
 
 
 @pytest.mark.parametrize('card', CARDS.values(), ids=lambda card: card.name)
 def test_identity_of_the_cards(card):
-    case = next(c for c in WAVES + SPECTRA + DISTANCES + OWN + NETWORKS
+    case = next(c for c in WAVES + SPECTRA + DISTANCES + OWN + NETWORKS + RATIOS
                 if type(c.make(reduction='none')) is card.loss)
     assert card.identity == {0.: '0', -100.: '-max_db'}[case.identity]

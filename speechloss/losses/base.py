@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ..kernels.backends import check_floating
 from ..spectral import check_lengths, frame_mask
 
-# %% ../../nbs/losses/base.ipynb #4a4788a8
+# %% ../../nbs/losses/base.ipynb #3b8b6dd9
 class Waves(NamedTuple):
     "Checked waves, folded to `(N, T)`; only `enhanced` carries a gradient"
     enhanced: Tensor         # (N, T)
@@ -22,6 +22,7 @@ class Waves(NamedTuple):
     noisy: Tensor | None     # (N, T)
     lengths: Tensor | None   # (N,) valid samples
     shape: tuple             # leading shape before folding: (), (B,) or (B, C)
+    negatives: dict[str, Tensor]   # (N, T) each: what a contrastive loss pushes away from
 
     def unfold(self, values: Tensor) -> Tensor:
         "Values `(N,)` to `(B,)`, or `()` for a single wave: the mean over channels"
@@ -49,6 +50,7 @@ def prepare(
     *,
     noisy: Tensor | None = None,    # same shape
     lengths: Tensor | None = None,  # (B,) valid samples, integers
+    negatives: dict[str, Tensor] | None = None,   # same shape each
 ) -> Waves:
     """Check, fold, cast and mask the waves of a loss.
 
@@ -56,11 +58,10 @@ def prepare(
     shapes, unequal devices, or lengths outside of 1..T.
     """
     _check('enhanced', enhanced)
-    others = [w for w in (clean, noisy) if w is not None]
-    for name, wave in (('clean', clean), ('noisy', noisy)):
-        if wave is not None or name == 'clean':
-            _check(name, wave, enhanced)
-    dtype = torch.float64 if any(w.dtype == torch.float64 for w in (enhanced, *others)) \
+    others = dict(clean=clean) | ({} if noisy is None else dict(noisy=noisy)) \
+        | {f'negatives[{name!r}]': wave for name, wave in (negatives or {}).items()}
+    for name, wave in others.items(): _check(name, wave, enhanced)
+    dtype = torch.float64 if any(w.dtype == torch.float64 for w in (enhanced, *others.values())) \
         else torch.float32
     size, shape = enhanced.shape[-1], tuple(enhanced.shape[:-1])
     mask = None
@@ -77,7 +78,8 @@ def prepare(
         return wave if mask is None else torch.where(mask, wave, 0)
 
     return Waves(fold(enhanced), fold(clean.detach()),
-                 None if noisy is None else fold(noisy.detach()), lengths, shape)
+                 None if noisy is None else fold(noisy.detach()), lengths, shape,
+                 {name: fold(wave.detach()) for name, wave in (negatives or {}).items()})
 
 # %% ../../nbs/losses/base.ipynb #928f4ed7
 def mean_over(
@@ -101,7 +103,7 @@ def masked_mean(
     mask = frame_mask(count, values.shape[1])
     return mean_over(torch.where(mask.view(*mask.shape, *[1] * (values.ndim - 2)), values, 0), count)
 
-# %% ../../nbs/losses/base.ipynb #2d434513
+# %% ../../nbs/losses/base.ipynb #800c936d
 REDUCTIONS = ('mean', 'sum', 'none')
 
 
@@ -131,18 +133,19 @@ class Loss(nn.Module):
     def terms(self, enhanced: Tensor, clean: Tensor, *, noisy: Tensor | None = None,
               lengths: Tensor | None = None) -> dict[str, Tensor]:
         "The named parts, reduced like the loss; they add up to it"
-        def parts(waves):
-            return {name: self._reduce(waves.unfold(value)) for name, value in self.values(waves).items()}
-
-        return self._apply_to(parts, enhanced, clean, noisy, lengths)
+        return self._apply_to(self._parts, enhanced, clean, noisy=noisy, lengths=lengths)
 
     def forward(self, enhanced: Tensor, clean: Tensor, *, noisy: Tensor | None = None,
                 lengths: Tensor | None = None) -> Tensor:
-        def whole(waves): return self._reduce(waves.unfold(self.total(waves)))
+        return self._apply_to(self._whole, enhanced, clean, noisy=noisy, lengths=lengths)
 
-        return self._apply_to(whole, enhanced, clean, noisy, lengths)
+    def _parts(self, waves: Waves) -> dict[str, Tensor]:
+        return {name: self._reduce(waves.unfold(value)) for name, value in self.values(waves).items()}
 
-    def _apply_to(self, function, enhanced, clean, noisy, lengths):
+    def _whole(self, waves: Waves) -> Tensor:
+        return self._reduce(waves.unfold(self.total(waves)))
+
+    def _apply_to(self, function, enhanced, clean, **others):
         _check('enhanced', enhanced)
         with torch.autocast(enhanced.device.type, enabled=False):
-            return function(prepare(enhanced, clean, noisy=noisy, lengths=lengths))
+            return function(prepare(enhanced, clean, **others))

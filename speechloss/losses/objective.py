@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from .balance import Balancer
 from .base import Loss
 
-# %% ../../nbs/losses/objective.ipynb #1e6a7b76
+# %% ../../nbs/losses/objective.ipynb #42a708ce
 class Objective(Loss):
     """A weighted, balanced sum of losses with the call of a single one.
 
@@ -55,6 +55,11 @@ class Objective(Loss):
         return {f'{name}.{key}': value for name, loss in self.losses.items()
                 if hasattr(loss, 'health')
                 for key, value in loss.health(clean, noisy=noisy, lengths=lengths).items()}
+
+    def observed(self) -> dict[str, float]:
+        "What the losses saw in training since they were last asked, as 'loss.number'; often nothing"
+        return {f'{name}.{key}': value for name, loss in self.losses.items()
+                if hasattr(loss, 'observed') for key, value in loss.observed().items()}
 
     def resume_state(self) -> dict[str, Tensor]:
         "Tensors that an exact resume needs and `state_dict()` leaves out, such as a snapshot"

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['CARDS', 'FEATURES', 'Card', 'cards', 'build_features', 'build', 'build_objective']
 
-# %% ../../nbs/losses/registry.ipynb #762f4920
+# %% ../../nbs/losses/registry.ipynb #714a93d2
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 
@@ -16,6 +16,7 @@ from ..features import (
     Features, GammatoneFeatures, MelFeatures, RandomFeatures, STFTFeatures, randomized)
 from .base import Loss
 from .codec import CodecLoss
+from .contrastive import ContrastiveRegularization
 from .distance import FeatureDistance
 from .masking import MaskingLoss
 from .model_as_loss import ModelAsLoss
@@ -29,7 +30,7 @@ from ..codec import CodecFeatures
 from ..ssl import SSLFeatures
 from ..vqvae import VQFeatures
 
-# %% ../../nbs/losses/registry.ipynb #82a337c6
+# %% ../../nbs/losses/registry.ipynb #78fef444
 @dataclass(frozen=True)
 class Card:
     "What a user wants to know before choosing a loss"
@@ -69,6 +70,8 @@ CARDS = {card.name: card for card in (
          'https://hdl.handle.net/1721.1/137115'),
     Card('vq', VQLoss, 'a vector-quantised autoencoder of clean speech', '0', 'no', 'no', 'Fu et al. 2024',
          'https://arxiv.org/abs/2402.16321'),
+    Card('contrastive', ContrastiveRegularization, 'any features, with negatives', '0', 'depends', 'depends',
+         'Xu et al. 2024', 'https://ieeexplore.ieee.org/document/10445912'),
 )}
 
 
@@ -76,7 +79,7 @@ def cards() -> list[dict]:
     "The cards as rows, for tables"
     return [asdict(card) | {'loss': card.loss.__name__} for card in CARDS.values()]
 
-# %% ../../nbs/losses/registry.ipynb #3429f929
+# %% ../../nbs/losses/registry.ipynb #6e138c0e
 FEATURES = dict(stft=STFTFeatures, mel=MelFeatures, gammatone=GammatoneFeatures, random=RandomFeatures,
                 ssl=SSLFeatures, codec=CodecFeatures, vq=VQFeatures)
 
@@ -104,6 +107,14 @@ def _encoder(spec: dict, model: nn.Module | None, load: Callable | None) -> nn.M
     return randomized(model, seed=seed) if which == 'random' else model
 
 
+def _earlier(where, load: Callable | None):
+    "The models that make negatives, from a path or from paths by name; a model stays as it is"
+    if isinstance(where, dict): return {name: _earlier(path, load) for name, path in where.items()}
+    if not isinstance(where, str): return where
+    if load is None: raise SpeechLossError(f'earlier is {where!r}: give load=, which opens such a model')
+    return load(where)
+
+
 def build(
     spec: str | dict,               # name, or {'name': ..., **options}
     *,
@@ -125,6 +136,9 @@ def build(
             return ModelAsLoss(_encoder(spec, model, load), **spec)
         if kind is FeatureDistance:
             return FeatureDistance(build_features(spec.pop('features', 'stft')), **spec)
+        if kind is ContrastiveRegularization:
+            return ContrastiveRegularization(build_features(spec.pop('features', 'ssl')),
+                                             earlier=_earlier(spec.pop('earlier', None), load), **spec)
         return kind(**spec)
     except (TypeError, ValueError) as error:
         raise SpeechLossError(f'{kind.__name__} cannot be built from {spec}: {error}') from None

@@ -1,0 +1,439 @@
+"""Contrastive regularisation: the formula, the curriculum, and what goes wrong elsewhere."""
+import math
+import subprocess
+import sys
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from loss_contract import close_grad, waves
+from test_loss_contract import Half
+from test_training import corpus, recipe, stop_at, untimed, weights  # noqa: F401 (fixtures)
+from torch import nn
+
+from speechloss.features import Features, RandomFeatures, STFTFeatures
+from speechloss.kernels import contrastive as kernel
+from speechloss.losses import (
+    ContrastiveRegularization, Curriculum, CompressedComplexLoss, FeatureDistance, Objective, build, curriculum_weights,
+    plot_curriculum, pull_and_push)
+from speechloss.losses.contrastive import Earlier, frame_info_nce
+from speechloss.models import load_enhancer
+from speechloss.training import read_log, train
+
+
+class Frames(Features):
+    "The wave cut into frames of 4 and of 2 samples: features that one can compute by hand"
+    names = ('fours', 'twos')
+    def forward(self, wave, lengths=None): return [wave.unfold(-1, n, n) for n in (4, 2)]
+    def frame_lengths(self, lengths): return [lengths // 4, lengths // 2]
+
+
+def ccr(features=RandomFeatures, **options):
+    return ContrastiveRegularization(features(), reduction='none', **options)
+
+
+def gradient(loss, enhanced, clean, noisy, **options):
+    leaf = enhanced.detach().clone().requires_grad_()
+    value = loss(leaf, clean, noisy=noisy, **options)
+    return value.detach(), torch.autograd.grad(value.sum(), leaf)[0]
+
+
+# --- the formula ---
+
+@pytest.mark.parametrize('distance', ['l1', 'l2', 'cosine'])
+@pytest.mark.parametrize('negatives', [1, 2, 3, 6])
+def test_ratio_against_numpy(distance, negatives):
+    "Layer by layer, utterance by utterance, in float64 without a line of ours"
+    draw = np.random.default_rng(negatives)
+    e, s, x, *more = draw.normal(size=(2 + negatives, 3, 40))
+    apart = dict(
+        l1=lambda a, b: np.abs(a - b).mean(), l2=lambda a, b: ((a - b) ** 2).mean(),
+        cosine=lambda a, b: np.mean([1 - u @ v / np.linalg.norm(u) / np.linalg.norm(v) for u, v in zip(a, b)])
+    )[distance]
+    # without a curriculum the noisy wave counts as much as all others together
+    shares = np.array([max(len(more), 1), *np.ones(len(more))]) / (max(len(more), 1) + len(more))
+    layer_weights, eps, clamp = {4: 1 / 3, 2: 2 / 3}, .05, 2.
+    wanted = []
+    for b in range(3):
+        ratio = 0
+        for size, weight in layer_weights.items():
+            cut = [w[b].reshape(-1, size) for w in (e, s, x, *more)]
+            far = sum(w * apart(cut[0], n) for w, n in zip(shares, cut[2:]))
+            scale = 1 if distance == 'cosine' else apart(cut[1], np.zeros_like(cut[1]))
+            ratio += weight * apart(cut[0], cut[1]) / (far + eps * scale)
+        wanted.append(ratio / (1 + ratio / clamp))
+    loss = ccr(Frames, distance=distance, eps=eps, clamp=clamp)
+    given = {f'n{k}': torch.from_numpy(w) for k, w in enumerate(more)}
+    found = loss(*map(torch.from_numpy, (e, s)), noisy=torch.from_numpy(x), negatives=given)
+    torch.testing.assert_close(found, torch.tensor(wanted, dtype=torch.float64), rtol=1e-6, atol=1e-8)
+
+
+def test_loss_equals_the_reference_of_the_kernel():
+    enhanced, clean, noisy = waves(dtype=torch.float64)
+    loss = ccr(earlier=Half(), clamp=None, eps=.01).double()
+    leaf = enhanced.clone().requires_grad_()
+    views = [loss.features(w) for w in (leaf, clean, noisy, loss.earlier['earlier'](noisy))]
+    wanted = kernel.contrastive_ratio(views[0], views[1], views[2:], layer_weights=loss.weights, eps=.01,
+                                      backend='reference')
+    value, grad = gradient(loss, enhanced, clean, noisy)
+    torch.testing.assert_close(value, wanted)
+    close_grad(grad, torch.autograd.grad(wanted.sum(), leaf)[0], 1e-10)
+
+
+def test_layer_weights_double_with_depth_and_add_up_to_one():
+    assert ccr().weights == pytest.approx([1 / 15, 2 / 15, 4 / 15, 8 / 15])
+    assert ccr(weights=dict(conv3=3., conv0=1.)).weights == [.25, 0, 0, .75]
+    for wrong in ([1.], [0.] * 4, [-1., 1., 1., 1.], dict(conv9=1.)):
+        with pytest.raises(ValueError, match='weights .*conv0'): ccr(weights=wrong)
+
+
+def test_info_nce_is_cross_entropy():
+    "torch's own cross-entropy of the right answer among 1 + K, for equal weights"
+    e, s, x, n = torch.randn(4, 2, 5, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    def entropy(e):
+        scores = torch.stack([nn.functional.cosine_similarity(e, o, dim=-1) for o in (s, x, n)], -1) / .2
+        return nn.functional.cross_entropy(scores.flatten(0, 1), torch.zeros(10, dtype=torch.long),
+                                           reduction='none').reshape(2, 5)
+    even = torch.full((2, 2), .5, dtype=torch.float64)
+    found = frame_info_nce(e, s, [x, n], even, temperature=.2)
+    torch.testing.assert_close(found, (entropy(e) - entropy(s)).mean(1), rtol=1e-6, atol=1e-8)
+    ragged = frame_info_nce(e, s, [x, n], even, temperature=.2, frames=torch.tensor([5, 2]))
+    torch.testing.assert_close(ragged[1], (entropy(e) - entropy(s))[1, :2].mean(), rtol=1e-6, atol=1e-8)
+
+
+# --- the curriculum ---
+
+@pytest.mark.parametrize('scores', [[17.], [17., 19., 31., 32., 36., 40.]], ids=['one negative', 'six negatives'])
+@pytest.mark.parametrize('best', [10., 18., 31.5, 36., 50.])
+def test_two_states_are_those_of_the_ancestor(scores, best):
+    "C2PNet: 1 + g for a negative that scores less than the best validation, 1 - g else; the input gets their number"
+    raw = [len(scores), *(1.25 if best > score else .75 for score in scores)]
+    found = curriculum_weights(best - torch.tensor(scores, dtype=torch.float64))
+    assert found.tolist() == pytest.approx([w / sum(raw) for w in raw])
+
+
+def test_published_weights():
+    assert curriculum_weights(torch.tensor([-1.])).tolist() == pytest.approx([.571, .429], abs=5e-4)
+    assert curriculum_weights(torch.tensor([1.])).tolist() == pytest.approx([.444, .556], abs=5e-4)
+    assert curriculum_weights(-torch.ones(6))[0] == pytest.approx(.571, abs=5e-4)
+    assert curriculum_weights(torch.ones(6))[0] == pytest.approx(.444, abs=5e-4)
+
+
+def test_smooth_rule_becomes_the_two_states_and_never_jumps():
+    margins = torch.linspace(-1, 1, 401)[:, None]
+    smooth = curriculum_weights(margins, softness=.1)
+    torch.testing.assert_close(smooth[[0, -1]], curriculum_weights(margins[[0, -1]]), rtol=1e-5, atol=0)
+    assert (smooth[1:, 1] > smooth[:-1, 1] - 1e-6).all() and (smooth[1:] - smooth[:-1]).abs().max() < .01
+    assert (smooth.sum(-1) - 1).abs().max() < 1e-6 and (smooth > 0).all()
+
+
+def test_each_utterance_switches_when_it_overtakes():
+    "The enhanced wave walks from noisy to clean, past the earlier output at half-way"
+    _, clean, noisy = waves(1)
+    walk = torch.linspace(0, .9, 10)[:, None]
+    enhanced, earlier = noisy + walk * (clean - noisy), noisy + .5 * (clean - noisy)
+    loss = ccr(curriculum={}, distance='l2')
+    loss.curriculum = Spy(loss.curriculum)
+    loss(enhanced, clean.expand(10, -1), noisy=noisy.expand(10, -1), negatives=dict(earlier=earlier.expand(10, -1)))
+    margins, shares = loss.curriculum.seen
+    assert (margins[1:] > margins[:-1]).all()
+    assert margins[5].abs() < 1e-4      # at the earlier output itself
+    assert shares[:5, 1].tolist() == pytest.approx([3 / 7] * 5) and shares[6:, 1].tolist() == pytest.approx([5 / 9] * 4)
+
+
+class Spy(nn.Module):
+    "Another module, and what last went in and out of it"
+    def __init__(self, inner): super().__init__(); self.inner = inner
+    def forward(self, x):
+        self.seen = x, self.inner(x)
+        return self.seen[1]
+
+
+def test_margins_are_free_of_the_scale_of_layers():
+    class Louder(RandomFeatures):
+        def forward(self, wave, lengths=None):
+            return [1000 ** k * f for k, f in enumerate(super().forward(wave, lengths))]
+
+    given = waves()
+    found = []
+    for features in (RandomFeatures, Louder):
+        loss = ccr(features, earlier=Half(), curriculum=dict(rule='smooth'))
+        loss.curriculum = Spy(loss.curriculum)
+        loss(given[0], given[1], noisy=given[2])
+        found.append(loss.curriculum.seen[0])
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-5)
+
+
+def test_state_of_the_data_set_survives_and_eval_does_not_move_it():
+    loss, given = ccr(earlier=Half(), curriculum=dict(level='dataset', momentum=.5)), waves()
+    for seed in range(3):
+        e, s, x = waves(seed=seed)
+        loss(e, s, noisy=x)
+    state = loss.state_dict()
+    assert set(state) == {'curriculum.margins', 'curriculum.steps'} and state['curriculum.steps'] == 3
+    other = ccr(earlier=Half(), curriculum=dict(level='dataset', momentum=.5))
+    other.load_state_dict(state)
+    for each in (loss, other): each.eval()
+    assert other(given[0], given[1], noisy=given[2]).equal(loss(given[0], given[1], noisy=given[2]))
+    assert all(other.state_dict()[name].equal(state[name]) for name in state)
+
+
+# --- gradients ---
+
+@pytest.mark.parametrize('form', ['ratio', 'info_nce'])
+@pytest.mark.parametrize('curriculum', [None, {}, dict(rule='smooth'), dict(level='dataset')],
+                         ids=['fixed', 'two-state', 'smooth', 'data set'])
+@pytest.mark.parametrize('at', ['noisy', 'clean', 'earlier', 'all equal'])
+def test_gradient_is_finite_at(form, curriculum, at):
+    _, clean, noisy = waves()
+    loss = ccr(earlier=Half(), form=form, curriculum=curriculum)
+    if at == 'all equal': noisy = clean
+    enhanced = dict(noisy=noisy, clean=clean, earlier=loss.earlier['earlier'](noisy)).get(at, clean)
+    value, grad = gradient(loss, enhanced, clean, noisy)
+    assert value.isfinite().all() and grad.isfinite().all()
+    if at == 'clean': assert not value.any()
+    if form == 'ratio': assert (value < loss.clamp).all()
+
+
+def test_no_gradient_to_clean_noisy_negatives_or_models():
+    enhanced, clean, noisy = (w.requires_grad_() for w in waves())
+    other = (.3 * clean).detach().requires_grad_()
+    model = Half()
+    for form in ('ratio', 'info_nce'):
+        loss = ccr(earlier=model, form=form, curriculum=dict(level='dataset', others=2))
+        loss(enhanced, clean, noisy=noisy, negatives=dict(other=other)).sum().backward()
+    assert enhanced.grad.abs().sum() > 0
+    assert all(w.grad is None for w in (clean, noisy, other, model.taps))
+
+
+def test_it_explodes_without_the_clamp_and_not_with_it():
+    "On the way from clean to noisy, with the epsilon of the public ports"
+    _, clean, noisy = waves()
+    def largest(**options):
+        loss = ccr(**options)
+        return max(float(gradient(loss, clean + at * (noisy - clean), clean, noisy)[1].norm())
+                   for at in (.5, .9, .99, .999, .9999))
+    usual, halfway = largest(eps=1e-7, clamp=None), float(gradient(
+        ccr(eps=1e-7, clamp=None), clean + .5 * (noisy - clean), clean, noisy)[1].norm())
+    assert usual > 1e5 * halfway and largest() < 1e-3 * usual
+
+
+# --- the bugs of public ports ---
+
+def ported(a, b):
+    "What two ports to speech call the distance of two batches: that between the rows of their difference"
+    return torch.pdist((a - b).flatten(1), p=1).mean()
+
+
+def test_the_ported_distance_fails_where_ours_holds():
+    enhanced, clean, noisy = waves()
+    ratio = lambda e, s, x: ported(e, s) / (ported(e, x) + 1e-7)    # noqa: E731
+    mate = torch.cat([enhanced[:1], 5 * enhanced[1:]])
+    # ours: an utterance has its value, whoever is beside it
+    ours = ccr()
+    assert torch.allclose(ours(enhanced, clean, noisy=noisy)[0], ours(mate, clean, noisy=noisy)[0])
+    assert torch.allclose(ours(enhanced, clean, noisy=noisy)[:1], ours(enhanced[:1], clean[:1], noisy=noisy[:1]))
+    # theirs: no value alone, no distance for an error that all share, and the mates decide the gradient
+    assert ratio(enhanced[:1], clean[:1], noisy[:1]).isnan()
+    offset = torch.linspace(0, 1, clean.shape[1])
+    assert ported(clean + offset, clean) < 1e-4 and (ours(clean + offset, clean, noisy=noisy) > .1).all()
+    def grad(batch):
+        leaf = batch.clone().requires_grad_()
+        return torch.autograd.grad(ratio(leaf, clean, noisy), leaf)[0][0]
+    assert (grad(enhanced) - grad(mate)).norm() > .1 * grad(enhanced).norm()
+
+
+def test_a_ratio_of_batch_means_is_not_ours():
+    "The ancestors divide means over the batch: one utterance far from clean drowns the others"
+    enhanced, clean, noisy = waves()
+    enhanced = torch.cat([enhanced[:1], 50 * enhanced[1:]])
+    def batch_mean(rows):
+        leaf = enhanced[rows].clone().requires_grad_()
+        d = [(leaf - o[rows]).abs().mean() for o in (clean, noisy)]
+        return torch.autograd.grad(d[0] / d[1], leaf)[0][0]
+    alone, among = batch_mean(slice(0, 1)), batch_mean(slice(0, 3))
+    assert among.norm() < .1 * alone.norm()
+    ours = [gradient(ccr(), enhanced[rows], clean[rows], noisy[rows])[1][0] for rows in (slice(0, 1), slice(0, 3))]
+    close_grad(ours[1], ours[0])
+
+
+# --- pull and push ---
+
+@pytest.mark.parametrize('options', [dict(), dict(earlier=Half(), curriculum={}, distance='l2', clamp=1.),
+                                     dict(distance='cosine', clamp=None)], ids=['l1', 'l2', 'cosine'])
+@pytest.mark.parametrize('lengths', [None, [3001, 1877, 2500]])
+def test_pull_and_push_add_up_to_the_gradient(options, lengths):
+    given, loss = waves(), ccr(**options)
+    pull, push = pull_and_push(loss, given[0], given[1], noisy=given[2], lengths=lengths)
+    assert loss.training and pull.norm() > 0 and push.norm() > 0 and not loss.observed()
+    close_grad(pull + push, gradient(loss, *given, lengths=lengths)[1], 1e-5)
+    # pull is the gradient of a distance to clean: what is left of it, layer by layer, when negatives stand still
+    far = ccr(eps=1e6, clamp=None, distance=loss.distance)
+    pull, push = pull_and_push(far, given[0], given[1], noisy=given[2])
+    assert push.norm() < 1e-4 * pull.norm()
+    with pytest.raises(ValueError, match='form ratio'):
+        pull_and_push(ccr(form='info_nce'), given[0], given[1], noisy=given[2])
+
+
+# --- the earlier model ---
+
+def test_kept_outputs_are_those_computed_anew():
+    class Counts(Half):
+        asked = 0
+        def forward(self, wave):
+            Counts.asked += len(wave)
+            return super().forward(wave)
+
+    _, _, noisy = waves()
+    fresh, kept = Earlier(Counts()), Earlier(Counts(), cache=4)
+    wanted = fresh(noisy)
+    assert Counts.asked == 3
+    for _ in range(2): torch.testing.assert_close(kept(noisy), wanted)
+    assert Counts.asked == 6 and kept(noisy[:1]).equal(kept(noisy)[:1])
+    cut = torch.tensor([2000, 900, 1500])     # other cuts are other utterances, and what lies behind does not count
+    for model in (fresh, kept):
+        found = model(noisy, cut)
+        assert found.shape == noisy.shape
+        for row, n, wave in zip(found, cut, noisy):
+            torch.testing.assert_close(row[:n], fresh(wave[None, :n])[0])
+            assert not row[n:].any()
+    assert not kept.state_dict() and not list(kept.parameters())
+
+
+def test_the_model_may_train_on(tmp_path):
+    "A negative is what the model was when the loss was made, and in eval mode"
+    model = nn.Sequential(nn.Unflatten(1, (1, -1)), nn.Conv1d(1, 1, 3, padding=1), nn.Dropout(.5), nn.Flatten())
+    loss, (enhanced, clean, noisy) = ccr(earlier=model), waves()
+    before = loss(enhanced, clean, noisy=noisy)
+    with torch.no_grad(): model[1].weight.fill_(3.)
+    assert loss.train()(enhanced, clean, noisy=noisy).equal(before)
+
+
+def test_several_models_by_name():
+    loss, (enhanced, clean, noisy) = ccr(earlier=dict(a=Half(), b=nn.Identity()), curriculum={}), waves()
+    loss(enhanced, clean, noisy=noisy)
+    assert [n for n in loss.observed() if n.startswith('weight.')] == ['weight.noisy', 'weight.a', 'weight.b']
+
+
+@pytest.mark.parametrize('model,got', [(nn.AvgPool1d(2, 1), r'\(3, 3000\)'), (nn.GRU(3001, 4), 'tuple')])
+def test_a_model_of_another_kind(model, got):
+    enhanced, clean, noisy = waves()
+    with pytest.raises(ValueError, match=f'earlier gives {got}.*shape of its input'):
+        ccr(earlier=model)(enhanced, clean, noisy=noisy)
+
+
+# --- in a training ---
+
+def objective(first, **options):
+    term = dict(name='contrastive', features='random', earlier=str(first)) | options
+    return dict(terms=dict(base='compressed_complex', extra=term), weights=dict(extra=.3), balance='grad')
+
+
+@pytest.fixture
+def first(recipe, tmp_path):    # noqa: F811
+    "The model of stage 1, which makes the second negative"
+    return train(replace(recipe, seed=3), tmp_path / 'first')
+
+
+@pytest.mark.parametrize('options', [
+    dict(curriculum=dict(level='dataset', rule='smooth')), dict(curriculum={}, cache=8), dict(form='info_nce')],
+    ids=['data set', 'kept outputs', 'info_nce'])
+def test_stopped_and_resumed(recipe, first, tmp_path, options):    # noqa: F811
+    recipe = replace(recipe, objective=objective(first, **options), init=str(first), log_every=2)
+    train(recipe, tmp_path / 'whole')
+    for step in (2, 5, 10):
+        with pytest.raises(KeyboardInterrupt): train(recipe, tmp_path / 'parts', progress=stop_at(step))
+    train(recipe, tmp_path / 'parts')
+    assert weights(tmp_path / 'parts/final') == weights(tmp_path / 'whole/final')
+    assert untimed(tmp_path / 'parts/log.jsonl') == untimed(tmp_path / 'whole/log.jsonl')
+
+
+def test_log_and_plot(recipe, first, tmp_path):    # noqa: F811
+    recipe = replace(recipe, objective=objective(first, curriculum={}), init=str(first))
+    train(recipe, tmp_path / 'run')
+    rows = read_log(tmp_path / 'run/log.jsonl')
+    assert len(rows) == 12 and all(list(row['observed']) == [
+        'extra.margin.earlier', 'extra.weight.noisy', 'extra.weight.earlier', 'extra.distance.clean',
+        'extra.distance.noisy', 'extra.distance.earlier'] for row in rows)
+    seen = rows[0]['observed']
+    # the training goes on from the model that makes the negative: no distance, no margin, not overtaken
+    assert seen['extra.distance.earlier'] < 1e-6 and abs(seen['extra.margin.earlier']) < 1e-5
+    assert seen['extra.weight.earlier'] == pytest.approx(3 / 7)
+    assert rows[-1]['observed']['extra.distance.earlier'] > 0
+    figure = plot_curriculum(rows, 'extra')
+    assert [ax.get_title() for ax in figure.axes] == ['distance in feature space', 'margin over', 'weight of']
+    figure.savefig(tmp_path / 'curriculum.png')
+    with pytest.raises(ValueError, match="'base'"): plot_curriculum(rows, 'base')
+
+
+def test_key_follows_the_earlier_model_and_the_default_features(recipe, first, tmp_path, monkeypatch):    # noqa: F811
+    from speechloss.shipped import SHIPPED
+    second = train(replace(recipe, seed=4), tmp_path / 'second')
+    def key(**options): return replace(recipe, objective=dict(terms=dict(a=dict(name='contrastive') | options))).key
+
+    assert len({key(earlier=str(first)), key(earlier=str(second)), key()}) == 3
+    assert key(earlier=dict(a=str(first))) != key(earlier=dict(a=str(second)))
+    assert key() == key(features='ssl') == key(features=dict(name='ssl', model='small')) != key(features='stft')
+    before = key()
+    monkeypatch.setitem(SHIPPED, 'small', first)
+    assert key() != before
+
+
+def test_built_from_plain_data(first):
+    spec = dict(name='contrastive', features='stft', earlier=str(first), curriculum=dict(rule='smooth', softness=.2))
+    loss, (enhanced, clean, noisy) = build(spec, load=load_enhancer), waves()
+    same = ContrastiveRegularization(STFTFeatures(), earlier=load_enhancer(first),
+                                     curriculum=Curriculum(rule='smooth', softness=.2))
+    assert loss(enhanced, clean, noisy=noisy) == same(enhanced, clean, noisy=noisy)
+
+
+def test_without_reconstruction_quality_collapses():
+    "From noisy speech on, the ratio alone trades the wave away; beside a reconstruction loss it does not"
+    _, clean, noisy = waves(2, 6000)
+    def climb(objective):
+        leaf = noisy.clone().requires_grad_()
+        optimizer = torch.optim.Adam([leaf], lr=2e-3)
+        for _ in range(150):
+            optimizer.zero_grad()
+            objective(leaf, clean, noisy=noisy).backward()
+            optimizer.step()
+        return (CompressedComplexLoss()(leaf, clean) / CompressedComplexLoss()(noisy, clean)).item()
+
+    def extra(): return ContrastiveRegularization(STFTFeatures(kind='log'))
+    alone = climb(extra())
+    beside = climb(Objective(dict(base=CompressedComplexLoss(), extra=extra()), weights=dict(extra=.3), balance='grad'))
+    pulled = climb(Objective(dict(base=CompressedComplexLoss(), extra=FeatureDistance(STFTFeatures(kind='log'))),
+                             weights=dict(extra=.3), balance='grad'))
+    print(f'error left: alone {alone:.2f}, beside {beside:.2f}, pull alone beside {pulled:.2f}')
+    assert alone > 2 * beside
+
+
+# --- two processes ---
+
+TWO = '''
+import sys, torch
+from speechloss.losses import Curriculum
+torch.distributed.init_process_group('gloo')
+rank = torch.distributed.get_rank()
+curriculum = Curriculum(level='dataset', momentum=.9)
+margins = torch.linspace(-1, 1.5, 12).reshape(3, 4, 1)
+found = [curriculum(step[2 * rank:2 * rank + 2]) for step in margins]
+torch.save([found, curriculum.state_dict()], f'{sys.argv[1]}/{rank}.pt')
+'''
+
+
+@pytest.mark.slow
+def test_two_processes_have_one_curriculum(tmp_path):
+    script = tmp_path / 'script.py'
+    script.write_text(TWO)
+    subprocess.run([sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', '2',
+                    str(script), str(tmp_path)], check=True, capture_output=True)
+    (found, state), (others, other_state) = (torch.load(tmp_path / f'{rank}.pt') for rank in range(2))
+    whole = Curriculum(level='dataset', momentum=.9)
+    wanted = [whole(step) for step in torch.linspace(-1, 1.5, 12).reshape(3, 4, 1)]
+    for mine, yours, both in zip(found, others, wanted):
+        assert mine.equal(yours)
+        torch.testing.assert_close(mine, both[:2])
+    assert state['margins'].equal(other_state['margins']) and state['steps'] == 3
+    assert math.isclose(state['margins'], whole.margins, rel_tol=1e-6)
