@@ -5,8 +5,10 @@
 # %% auto #0
 __all__ = ['FORMS', 'TINY', 'Earlier', 'Views', 'frame_info_nce', 'ContrastiveRegularization', 'pull_and_push']
 
-# %% ../../nbs/losses/contrastive_loss.ipynb #f2490b52
+# %% ../../nbs/losses/contrastive_loss.ipynb #64181573
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -98,7 +100,7 @@ def frame_info_nce(
 
     return masked_mean(entropy(enhanced) - entropy(clean), frames)
 
-# %% ../../nbs/losses/contrastive_loss.ipynb #7864072d
+# %% ../../nbs/losses/contrastive_loss.ipynb #e84e819e
 FORMS = ('ratio', 'info_nce')
 #: In place of a distance of zero, where a logarithm is taken
 TINY = 1e-30
@@ -154,7 +156,9 @@ class ContrastiveRegularization(Loss):
 
     def values(self, waves):
         negatives = self._negatives(waves)
-        return {self.form: self._values(self.views(waves, negatives), list(negatives))}
+        value, seen = self._values(self.views(waves, negatives), list(negatives))
+        if self.training: self._count(seen)
+        return {self.form: value}
 
     def _negatives(self, waves: Waves) -> dict[str, Tensor]:
         if waves.noisy is None:
@@ -172,30 +176,30 @@ class ContrastiveRegularization(Loss):
         frames = None if waves.lengths is None else list(self.features.frame_lengths(waves.lengths))
         return Views(self.features(waves.enhanced, waves.lengths), clean, others, frames)
 
-    def _values(self, views: Views, names: list[str]) -> Tensor:   # (B,)
-        weights = self._negative_weights(views, names)
+    def _values(self, views: Views, names: list[str]) -> tuple[Tensor, dict[str, Tensor]]:
+        "(B,), and what there is to see of each utterance"
+        weights, seen = self.weigh(views, names)
         if self.form == 'info_nce':
             counts = views.frames or [None] * len(views.clean)
             each = (frame_info_nce(e, s, list(n), weights, temperature=self.temperature, frames=count)
                     for e, s, n, count in zip(views.enhanced, views.clean, zip(*views.negatives), counts))
-            return sum(w * value for w, value in zip(self.weights, each))
+            return sum(w * value for w, value in zip(self.weights, each)), seen
         terms = self.ratio(views, weights)
-        self._observe('distance', ['clean', *names], self._over_layers(terms.distances))
-        return terms.values if self.clamp is None else terms.values / (1 + terms.values / self.clamp)
+        seen |= _named('distance', ['clean', *names], self._over_layers(terms.distances))
+        return terms.values if self.clamp is None else terms.values / (1 + terms.values / self.clamp), seen
 
     def ratio(self, views: Views, weights: Tensor) -> ContrastiveTerms:
         "The ratio before it is clamped, and its parts, for weights `(B, K)` of the negatives"
         return contrastive_terms(views.enhanced, views.clean, views.negatives, weights=weights, frames=views.frames,
                                  layer_weights=self.weights, distance=self.distance, eps=self.eps)
 
-    def _negative_weights(self, views: Views, names: list[str]) -> Tensor:   # (B, K)
+    def weigh(self, views: Views, names: list[str]) -> tuple[Tensor, dict[str, Tensor]]:
+        "Weights of the negatives `(B, K)`, and what they follow from, by name"
         if self.curriculum is None:
-            return curriculum_weights(views.clean[0].new_zeros(len(views.clean[0]), len(names) - 1), gain=0.)
+            return curriculum_weights(views.clean[0].new_zeros(len(views.clean[0]), len(names) - 1), gain=0.), {}
         margins = self._margins(views)
         weights = self.curriculum(margins)
-        self._observe('margin', names[1:], margins)
-        self._observe('weight', names, weights)
-        return weights
+        return weights, _named('margin', names[1:], margins) | _named('weight', names, weights)
 
     @torch.no_grad()
     def _margins(self, views: Views) -> Tensor:   # (B, K - 1)
@@ -208,19 +212,30 @@ class ContrastiveRegularization(Loss):
     def _over_layers(self, values: Tensor) -> Tensor:   # (B, layers, n) -> (B, n)
         return (values * values.new_tensor(self.weights)[:, None]).sum(1)
 
-    # --- what a log should have of it
+    # --- what there is to see
 
     @torch.no_grad()
-    def _observe(self, what: str, names: list[str], values: Tensor) -> None:   # (B, len(names))
-        if not self.training: return
-        for name, column in zip(names, values.unbind(-1)):
+    def inspect(self, enhanced: Tensor, clean: Tensor, *, noisy: Tensor | None = None, lengths: Tensor | None = None,
+                negatives: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
+        """Of each utterance, `(B,)`: with the ratio `distance.clean` and `distance` of each negative from enhanced;
+        with a curriculum `margin` and `weight` of each negative. Changes nothing."""
+        def seen(waves):
+            found = self._negatives(waves)
+            return {name: waves.unfold(column) for name, column in
+                    self._values(self.views(waves, found), list(found))[1].items()}
+
+        with _evaluated(self): return self._apply_to(seen, enhanced, clean, noisy=noisy, lengths=lengths,
+                                                     negatives=negatives)
+
+    @torch.no_grad()
+    def _count(self, seen: dict[str, Tensor]) -> None:
+        for name, column in seen.items():
             good = column.isfinite()     # no selection by it, which would wait for a GPU
             now = torch.stack([torch.where(good, column, 0).sum(dtype=torch.float64), good.sum()])
-            self._seen[f'{what}.{name}'] = self._seen.get(f'{what}.{name}', 0) + now
+            self._seen[name] = self._seen.get(name, 0) + now
 
     def observed(self) -> dict[str, float]:
-        """Means over the utterances met in training mode since the last call: `distance.clean` and of each negative
-        from enhanced, and with a curriculum `margin` and `weight` of each negative."""
+        "Means of `inspect` over the utterances met in training mode since the last call"
         seen, self._seen = self._seen, {}
         return {name: float(total / count) for name, (total, count) in seen.items()}
 
@@ -231,6 +246,20 @@ class ContrastiveRegularization(Loss):
     def load_resume_state(self, state: dict[str, Tensor]):
         "Restore what `resume_state()` gave"
         self._seen = dict(state)
+
+
+@contextmanager
+def _evaluated(module: nn.Module) -> Iterator[None]:
+    "Eval mode for a while"
+    mode = module.training
+    try:
+        module.eval()
+        yield
+    finally: module.train(mode)
+
+
+def _named(what: str, names: list[str], values: Tensor) -> dict[str, Tensor]:   # (B, len(names)) -> (B,) each
+    return {f'{what}.{name}': column for name, column in zip(names, values.detach().unbind(-1))}
 
 
 def _layer_weights(weights, names: tuple[str, ...]) -> list[float]:
@@ -245,7 +274,7 @@ def _layer_weights(weights, names: tuple[str, ...]) -> list[float]:
                          'not all of them 0')
     return [w / sum(weights) for w in weights]
 
-# %% ../../nbs/losses/contrastive_loss.ipynb #138c32d4
+# %% ../../nbs/losses/contrastive_loss.ipynb #a41abedd
 def pull_and_push(
     loss: ContrastiveRegularization,   # of the form 'ratio'
     enhanced: Tensor,                  # (B, T)
@@ -256,16 +285,15 @@ def pull_and_push(
 ) -> tuple[Tensor, Tensor]:            # (B, T) each
     "Gradients of each utterance's loss at the enhanced wave: towards clean, and away from the negatives"
     if loss.form != 'ratio': raise ValueError(f'loss has the form {loss.form!r}: give one of the form ratio')
-    mode, leaf = loss.training, enhanced.detach().requires_grad_()
+    leaf = enhanced.detach().requires_grad_()
     waves = prepare(leaf, clean, noisy=noisy, lengths=lengths)
-    try: return _pull_and_push(loss.eval(), leaf, waves)
-    finally: loss.train(mode)
+    with _evaluated(loss): return _pull_and_push(loss, leaf, waves)
 
 
 def _pull_and_push(loss, leaf: Tensor, waves: Waves) -> tuple[Tensor, Tensor]:
     negatives = loss._negatives(waves)
     views = loss.views(waves, negatives)
-    terms = loss.ratio(views, loss._negative_weights(views, list(negatives)))
+    terms = loss.ratio(views, loss.weigh(views, list(negatives))[0])
     slope = 1. if loss.clamp is None else (1 + terms.values.detach() / loss.clamp) ** -2
     pulled = sum(w * feature_distance(e, s, distance=loss.distance, frames=n) / den for w, e, s, n, den in zip(
         loss.weights, views.enhanced, views.clean, views.frames or [None] * len(views.clean), terms.denominators.T))
