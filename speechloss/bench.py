@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['BENCHES', 'FORMAT', 'Bench', 'bench', 'stage1', 'arm', 'model_folder', 'training_folder', 'train_all', 'corpus_of',
            'test_clips', 'waves_of', 'digest', 'enhance_clips', 'cached', 'score_model', 'spread', 'about', 'column',
-           'Difference', 'difference', 'seed_means', 'speech_kept', 'iterate', 'iterate_model']
+           'Difference', 'difference', 'seed_means', 'speech_and_noise', 'speech_kept', 'iterate', 'iterate_model']
 
 # %% ../nbs/reproduce/bench.ipynb #3e279625
 import hashlib
@@ -232,6 +232,22 @@ def seed_means(a, b) -> tuple[float, ...]:
         return ()
     gap = np.asarray(a, float) - np.asarray(b, float)      # (seeds, clips)
     return tuple(gap[:, ~np.isnan(gap).any(0)].mean(1).tolist())
+
+# %% ../nbs/reproduce/bench.ipynb #a2fe0b06
+def speech_and_noise(
+    enhanced: Tensor,       # (B, T)
+    clean: Tensor,          # (B, T)
+    noisy: Tensor,          # (B, T)
+    *,
+    n_fft: int = 512,
+    hop_length: int = 256,
+) -> tuple[Tensor, Tensor]: # (B,) each, dB; NaN without noise
+    "Energy of speech over what the gain did to it (higher: less distortion), of noise over what the gain left of it"
+    e, s, x = (stft(w, n_fft, hop_length) for w in (enhanced, clean, noisy))
+    gain = e * x.conj() / x.abs().square().clamp_min(1e-12)
+    gain = gain / gain.abs().clamp_min(1)
+    def ratio_db(a, b): return 10 * torch.log10(a.abs().square().sum((1, 2)) / b.abs().square().sum((1, 2)))
+    return ratio_db(s, gain * s - s), ratio_db(x - s, gain * (x - s))
 
 # %% ../nbs/reproduce/bench.ipynb #5d7f4f13
 def speech_kept(enhanced: Tensor, clean: Tensor, *, top_db: float = 30.) -> Tensor:
