@@ -77,7 +77,7 @@ def bench(scale: str, *, corpus: str | None = None, corpus_dir: str | None = Non
     return replace(chosen, corpus=corpus or chosen.corpus,
                    corpus_dir=None if corpus_dir is None else str(corpus_dir))
 
-# %% ../nbs/reproduce/bench.ipynb #b7989522
+# %% ../nbs/reproduce/bench.ipynb #b574d812
 def stage1(bench: Bench, seed: int) -> Recipe:
     "The recipe of the shared enhancer"
     return Recipe(
@@ -92,6 +92,7 @@ def arm(
     term: dict | None = None,       # a loss for `speechloss.losses.build`; None: base alone
     *,
     ratio: float = 1.,              # gradient of the term over gradient of the base loss
+    momentum: float = .99,          # of the running means of the two
     alone: bool = False,            # the term without the base loss
     freeze_encoder: bool = False,
 ) -> Recipe:
@@ -101,6 +102,7 @@ def arm(
         objective = dict(terms=dict(extra=term))
     elif term is not None:
         objective = dict(terms=dict(base=BASE, extra=term), weights=dict(extra=ratio), balance='grad')
+        if momentum != .99: objective['momentum'] = momentum    # else as ever, and the key with it
     return replace(
         stage1(bench, seed), objective=objective, steps=bench.stage2_steps,
         steps_per_epoch=bench.stage2_steps // bench.epochs, lr=bench.stage2_lr,
@@ -233,7 +235,7 @@ def seed_means(a, b) -> tuple[float, ...]:
     gap = np.asarray(a, float) - np.asarray(b, float)      # (seeds, clips)
     return tuple(gap[:, ~np.isnan(gap).any(0)].mean(1).tolist())
 
-# %% ../nbs/reproduce/bench.ipynb #a2fe0b06
+# %% ../nbs/reproduce/bench.ipynb #90fcccc7
 def speech_and_noise(
     enhanced: Tensor,       # (B, T)
     clean: Tensor,          # (B, T)
@@ -241,12 +243,16 @@ def speech_and_noise(
     *,
     n_fft: int = 512,
     hop_length: int = 256,
-) -> tuple[Tensor, Tensor]: # (B,) each, dB; NaN without noise
-    "Energy of speech over what the gain did to it (higher: less distortion), of noise over what the gain left of it"
+) -> tuple[Tensor, Tensor]: # (B,) each, dB, at most 60; NaN without noise
+    "Energy of speech over what the gain changed of it, higher with less distortion; of noise over what is left of it"
     e, s, x = (stft(w, n_fft, hop_length) for w in (enhanced, clean, noisy))
     gain = e * x.conj() / x.abs().square().clamp_min(1e-12)
     gain = gain / gain.abs().clamp_min(1)
-    def ratio_db(a, b): return 10 * torch.log10(a.abs().square().sum((1, 2)) / b.abs().square().sum((1, 2)))
+
+    def ratio_db(a, b):
+        whole, rest = (w.abs().square().sum((1, 2)) for w in (a, b))
+        return 10 * torch.log10(whole / torch.maximum(rest, 1e-6 * whole))
+
     return ratio_db(s, gain * s - s), ratio_db(x - s, gain * (x - s))
 
 # %% ../nbs/reproduce/bench.ipynb #5d7f4f13

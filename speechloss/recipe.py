@@ -22,7 +22,7 @@ from .shipped import folder_of
 class TrainingError(SpeechLossError):
     "A training that cannot start or cannot go on"
 
-# %% ../nbs/enhance/recipe.ipynb #3cdbd117
+# %% ../nbs/enhance/recipe.ipynb #f9455fb9
 BASE = dict(terms=dict(spectrum=dict(name='compressed_complex', hop_length=256),
                        wave=dict(name='snr')),
             weights=dict(wave=.05))
@@ -135,7 +135,7 @@ def _is_range(value) -> bool:
 
 #: What counts of losses that leave it out: networks, and features with one
 _DEFAULTS = dict(ssl=dict(model='small'), codec=dict(model='mp3-16k'), vq=dict(model='vq-speech'),
-                 contrastive=dict(features='ssl'))
+                 contrastive=dict(features=dict(name='ssl', layers='conv')))
 
 
 def _contents(spec):
@@ -147,8 +147,9 @@ def _contents(spec):
     def content(name, value):
         if name == 'encoder' and value not in ('own', 'random'): return _fingerprint(value)
         if name == 'model': return _network(value, drawn_anew)
-        if name == 'earlier' and isinstance(value, dict): return {n: _fingerprint(v, name) for n, v in value.items()}
-        if name == 'earlier' and value: return _fingerprint(value, name)
+        if name == 'earlier' and spec.get('name') == 'contrastive' and value:
+            return {n: _fingerprint(v, name) for n, v in value.items()} if isinstance(value, dict) \
+                else _fingerprint(value, name)
         if name == 'features' and isinstance(value, str) and value in _DEFAULTS: value = dict(name=value)
         return _contents(value)
 

@@ -15,11 +15,11 @@ from torch import nn
 from speechloss.features import Features, RandomFeatures, STFTFeatures
 from speechloss.kernels import contrastive as kernel
 from speechloss.losses import (
-    ContrastiveRegularization, Curriculum, CompressedComplexLoss, FeatureDistance, Objective, build, curriculum_weights,
+    ContrastiveRegularization, Curriculum, CompressedComplexLoss, Objective, build, curriculum_weights,
     plot_curriculum, pull_and_push)
 from speechloss.losses.contrastive import Earlier, frame_info_nce
-from speechloss.models import load_enhancer
-from speechloss.training import read_log, train
+from speechloss.models import enhancer, load_enhancer
+from speechloss.training import fit, read_log, train
 
 
 class Frames(Features):
@@ -82,9 +82,9 @@ def test_loss_equals_the_reference_of_the_kernel():
 
 
 def test_layer_weights_double_with_depth_and_add_up_to_one():
-    assert ccr().weights == pytest.approx([1 / 15, 2 / 15, 4 / 15, 8 / 15])
-    assert ccr(weights=dict(conv3=3., conv0=1.)).weights == [.25, 0, 0, .75]
-    for wrong in ([1.], [0.] * 4, [-1., 1., 1., 1.], dict(conv9=1.)):
+    assert ccr().weights.tolist() == pytest.approx([1 / 15, 2 / 15, 4 / 15, 8 / 15])
+    assert ccr(weights=dict(conv3=3., conv0=1.)).weights.tolist() == [.25, 0, 0, .75]
+    for wrong in ([1.], [0.] * 4, [math.inf, 1., 1., 1.], [-1., 1., 1., 1.], dict(conv9=1.)):
         with pytest.raises(ValueError, match='weights .*conv0'): ccr(weights=wrong)
 
 
@@ -208,15 +208,48 @@ def test_no_gradient_to_clean_noisy_negatives_or_models():
 
 
 def test_it_explodes_without_the_clamp_and_not_with_it():
-    "On the way from clean to noisy, with the epsilon of the public ports"
+    "On the way from clean to noisy, with the epsilon of the public ports: 1e-7, not relative to anything"
     _, clean, noisy = waves()
-    def largest(**options):
-        loss = ccr(**options)
-        return max(float(gradient(loss, clean + at * (noisy - clean), clean, noisy)[1].norm())
-                   for at in (.5, .9, .99, .999, .9999))
-    usual, halfway = largest(eps=1e-7, clamp=None), float(gradient(
-        ccr(eps=1e-7, clamp=None), clean + .5 * (noisy - clean), clean, noisy)[1].norm())
-    assert usual > 1e5 * halfway and largest() < 1e-3 * usual
+    features = RandomFeatures()
+
+    def public(e, s, noisy):
+        views = zip(*map(features, (e, s, noisy)))
+        return sum((a - b).abs().mean((1, 2)) / ((a - c).abs().mean((1, 2)) + 1e-7) for a, b, c in views)
+
+    def steepest(loss, walk):
+        return max(float(gradient(loss, clean + at * (noisy - clean), clean, noisy)[1].norm()) for at in walk)
+    walk = (.5, .9, .99, .999, .9999, 1.)
+    assert steepest(public, walk) > 1e5 * steepest(public, [.5])
+    assert steepest(ccr(), walk) < 1e-3 * steepest(public, walk)
+    # nor does it where clean speech is its own noisy wave, as in pairs without noise
+    for r in (.1, 1e-3, 1e-4, 1e-5, 0.):
+        for loss in (ccr(), ccr(STFTFeatures), ccr(form='info_nce')):
+            value, grad = gradient(loss, clean + r * (noisy - clean), clean, clean)
+            assert not value.any() and not grad.any()
+
+
+def test_a_negative_that_is_clean_has_no_weight():
+    enhanced, clean, noisy = waves()
+    other = clean + .5 * (noisy - clean)
+    loss = ccr(curriculum=dict(rule='smooth'))
+    weights = loss.inspect(enhanced, clean, noisy=clean, negatives=dict(other=other))
+    assert weights['weight.noisy'].tolist() == [0.] * 3 and weights['weight.other'].tolist() == [1.] * 3
+    found = loss(enhanced, clean, noisy=clean, negatives=dict(other=other))
+    torch.testing.assert_close(found, ccr()(enhanced, clean, noisy=other))
+    # one of a batch alone: its mates keep theirs
+    mixed = torch.cat([clean[:1], noisy[1:]])
+    found = loss(enhanced, clean, noisy=mixed)
+    assert found[0] == 0 and found[1:].equal(loss(enhanced, clean, noisy=noisy)[1:])
+
+
+def test_without_push_negatives_weigh_and_stand_still():
+    enhanced, clean, noisy = waves()
+    for options in (dict(), dict(earlier=Half(), curriculum={}), dict(clamp=None, distance='cosine')):
+        held, free = ccr(push=False, **options), ccr(**options)
+        (value, grad), (wanted, whole) = (gradient(loss, enhanced, clean, noisy) for loss in (held, free))
+        torch.testing.assert_close(value, wanted)
+        close_grad(pull_and_push(free, enhanced, clean, noisy=noisy)[0], grad, 1e-6)
+        assert (whole - grad).norm() > .01 * whole.norm()
 
 
 # --- the bugs of public ports ---
@@ -268,7 +301,7 @@ def test_pull_and_push_add_up_to_the_gradient(options, lengths):
     pull, push = pull_and_push(loss, given[0], given[1], noisy=given[2], lengths=lengths)
     assert loss.training and pull.norm() > 0 and push.norm() > 0 and not loss.observed()
     close_grad(pull + push, gradient(loss, *given, lengths=lengths)[1], 1e-5)
-    # pull is the gradient of a distance to clean: what is left of it, layer by layer, when negatives stand still
+    # a denominator that hardly depends on the negatives leaves the pull alone
     far = ccr(eps=1e6, clamp=None, distance=loss.distance)
     pull, push = pull_and_push(far, given[0], given[1], noisy=given[2])
     assert push.norm() < 1e-4 * pull.norm()
@@ -301,13 +334,31 @@ def test_kept_outputs_are_those_computed_anew():
     assert not kept.state_dict() and not list(kept.parameters())
 
 
-def test_the_model_may_train_on(tmp_path):
+def test_the_model_may_train_on():
     "A negative is what the model was when the loss was made, and in eval mode"
     model = nn.Sequential(nn.Unflatten(1, (1, -1)), nn.Conv1d(1, 1, 3, padding=1), nn.Dropout(.5), nn.Flatten())
     loss, (enhanced, clean, noisy) = ccr(earlier=model), waves()
     before = loss(enhanced, clean, noisy=noisy)
     with torch.no_grad(): model[1].weight.fill_(3.)
     assert loss.train()(enhanced, clean, noisy=noisy).equal(before)
+
+
+def test_a_data_set_that_comes_again_asks_each_clip_once(recipe, tmp_path):    # noqa: F811
+    class Counts(Half):
+        asked = 0
+        def forward(self, wave):
+            Counts.asked += len(wave)
+            return super().forward(wave)
+
+    e, s, x = waves(6, 1600)
+    items = [dict(clean=c, noisy=n) for c, n in zip(s, x)]
+    recipe = replace(recipe, model='tiny', steps=9, batch_size=2, log_every=9)
+    for cache, asked in ((16, 6), (0, 18)):     # 6 items, 9 steps of 2
+        Counts.asked = 0
+        loss = Objective(dict(base=CompressedComplexLoss(), extra=ContrastiveRegularization(
+            RandomFeatures(), earlier=Counts(), cache=cache)))
+        fit(enhancer('tiny'), loss, items, items[:1], recipe, tmp_path / str(cache))
+        assert Counts.asked == asked
 
 
 def test_several_models_by_name():
@@ -321,6 +372,83 @@ def test_a_model_of_another_kind(model, got):
     enhanced, clean, noisy = waves()
     with pytest.raises(ValueError, match=f'earlier gives {got}.*shape of its input'):
         ccr(earlier=model)(enhanced, clean, noisy=noisy)
+
+
+@pytest.mark.parametrize('options,error,sentence', [
+    (dict(earlier=[Half()]), TypeError, 'earlier is list'),
+    (dict(earlier=nn.ModuleList([Half()])), TypeError, 'ModuleList'),
+    (dict(earlier=dict(noisy=Half())), ValueError, "earlier has 'noisy'"),
+    (dict(earlier=dict(clean=Half())), ValueError, "earlier has 'clean'"),
+    (dict(earlier={'v1.0': Half()}), ValueError, "earlier has 'v1.0'"),
+    (dict(earlier=dict(keys=Half())), ValueError, "earlier has 'keys'"),
+    (dict(curriculum='smooth'), TypeError, "curriculum is 'smooth'"),
+    (dict(earlier=dict(a=Half(), b=Half()), curriculum=Curriculum(level='dataset')), ValueError, 'others=2'),
+    (dict(form='info_nce', distance='l2'), ValueError, 'distance is .*info_nce'),
+    (dict(form='info_nce', push=False), ValueError, 'push is False'),
+    (dict(temperature=.2), ValueError, 'temperature is 0.2.*ratio')])
+def test_wrong_options(options, error, sentence):
+    with pytest.raises(error, match=sentence) as caught: ccr(**options)
+    assert '\n' not in str(caught.value)
+
+
+@pytest.mark.parametrize('negatives,error,sentence', [
+    (dict(noisy=0), ValueError, "negatives has 'noisy'"), (dict(clean=0), ValueError, "negatives has 'clean'"),
+    (dict(earlier=0), ValueError, "negatives has 'earlier'"), ([0], TypeError, 'negatives is a list')])
+def test_wrong_negatives(negatives, error, sentence):
+    enhanced, clean, noisy = waves()
+    negatives = {name: noisy for name in negatives} if isinstance(negatives, dict) else [noisy]
+    with pytest.raises(error, match=sentence): ccr(earlier=Half())(enhanced, clean, noisy=noisy, negatives=negatives)
+
+
+def test_further_negatives_pass_through_an_objective_and_keep_their_names():
+    enhanced, clean, noisy = waves()
+    more = dict(b=clean + .3 * (noisy - clean), a=-noisy)
+    loss = ccr(curriculum=dict(level='dataset', others=2))
+    objective = Objective(dict(base=CompressedComplexLoss(), extra=loss), reduction='none')
+    parts = objective.terms(enhanced, clean, noisy=noisy, negatives=more)
+    assert loss.eval()(enhanced, clean, noisy=noisy, negatives=more).equal(parts['extra'])
+    # in another order they are the same negatives
+    turned = dict(reversed(more.items()))
+    assert loss(enhanced, clean, noisy=noisy, negatives=turned).equal(parts['extra'])
+    seen, again = (loss.inspect(enhanced, clean, noisy=noisy, negatives=each) for each in (more, turned))
+    assert all(again[name].equal(value) for name, value in seen.items()) and seen['weight.a'][0] != seen['weight.b'][0]
+
+
+def test_one_clip_at_clean_does_not_move_the_data_set():
+    curriculum = Curriculum(level='dataset')
+    loss, (enhanced, clean, noisy) = ccr(earlier=Half(), curriculum=curriculum), waves()
+    loss(torch.cat([clean[:1], enhanced[1:]]), clean, noisy=noisy)
+    alone = ccr(earlier=Half(), curriculum={}).inspect(enhanced, clean, noisy=noisy)['margin.earlier']
+    assert curriculum.margins[0] <= (3. + alone[1:].sum()) / 3 + 1e-4
+
+
+def test_the_running_mean_is_a_plain_mean_at_first():
+    curriculum = Curriculum(level='dataset', momentum=.99)
+    for margin in (0., .2, .4, .6): curriculum(torch.full((2, 1), margin))
+    assert curriculum.margins.item() == pytest.approx(.3)
+    both = Curriculum(level='dataset', momentum=.5, others=2)
+    both(torch.tensor([[math.nan, .5]]))
+    both(torch.tensor([[1., -.5]]))
+    assert both.margins.tolist() == pytest.approx([1., 0.]) and both.steps.tolist() == [1, 2]
+
+
+def test_looking_changes_no_mode():
+    loss, (enhanced, clean, noisy) = ccr(earlier=Half(), curriculum={}), waves()
+    loss.curriculum.eval()
+    modes = [part.training for part in loss.modules()]
+    loss.inspect(enhanced, clean, noisy=noisy)
+    pull_and_push(loss, enhanced, clean, noisy=noisy)
+    assert [part.training for part in loss.modules()] == modes and not loss.observed() and loss.push
+
+
+def test_pull_and_push_are_those_of_the_loss_wherever_they_are_asked():
+    loss, (enhanced, clean, noisy) = ccr(), waves(4)
+    wanted = gradient(loss, enhanced, clean, noisy)[1]
+    for where in (torch.autocast('cpu', torch.bfloat16), torch.no_grad()):
+        with where: close_grad(sum(pull_and_push(loss, enhanced, clean, noisy=noisy)), wanted)
+    stereo = [w.reshape(2, 2, -1) for w in (enhanced, clean, noisy)]
+    pull, push = pull_and_push(loss, *stereo[:2], noisy=stereo[2])
+    close_grad((pull + push).flatten(0, 1), wanted / 2)
 
 
 # --- in a training ---
@@ -350,7 +478,7 @@ def test_stopped_and_resumed(recipe, first, tmp_path, options):    # noqa: F811
 
 
 def test_log_and_plot(recipe, first, tmp_path):    # noqa: F811
-    recipe = replace(recipe, objective=objective(first, curriculum={}), init=str(first))
+    recipe = replace(recipe, objective=objective(first, curriculum={}), init=str(first), clean_fraction=0.)
     train(recipe, tmp_path / 'run')
     rows = read_log(tmp_path / 'run/log.jsonl')
     assert len(rows) == 12 and all(list(row['observed']) == [
@@ -374,7 +502,11 @@ def test_key_follows_the_earlier_model_and_the_default_features(recipe, first, t
 
     assert len({key(earlier=str(first)), key(earlier=str(second)), key()}) == 3
     assert key(earlier=dict(a=str(first))) != key(earlier=dict(a=str(second)))
-    assert key() == key(features='ssl') == key(features=dict(name='ssl', model='small')) != key(features='stft')
+    assert key() == key(features=dict(name='ssl', model='small', layers='conv')) != key(features='stft')
+    assert key(features='ssl') == key(features=dict(name='ssl', model='small')) != key()
+    # a term may have the name of the option
+    odd = dict(terms=dict(base='snr', earlier='wave_l1'), weights=dict(earlier=.3))
+    assert replace(recipe, objective=odd).key != replace(recipe, objective=odd | dict(weights=dict(earlier=.4))).key
     before = key()
     monkeypatch.setitem(SHIPPED, 'small', first)
     assert key() != before
@@ -403,9 +535,6 @@ def test_without_reconstruction_quality_collapses():
     def extra(): return ContrastiveRegularization(STFTFeatures(kind='log'))
     alone = climb(extra())
     beside = climb(Objective(dict(base=CompressedComplexLoss(), extra=extra()), weights=dict(extra=.3), balance='grad'))
-    pulled = climb(Objective(dict(base=CompressedComplexLoss(), extra=FeatureDistance(STFTFeatures(kind='log'))),
-                             weights=dict(extra=.3), balance='grad'))
-    print(f'error left: alone {alone:.2f}, beside {beside:.2f}, pull alone beside {pulled:.2f}')
     assert alone > 2 * beside
 
 

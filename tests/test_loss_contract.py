@@ -165,7 +165,7 @@ NETWORKS = [
 ]
 
 RATIOS = [
-    Case('contrastive', partial(contrastive, earlier=False), noisy=True),
+    Case('contrastive', partial(contrastive, earlier=False), noisy=True, compiles='aot_eager'),
     Case('two negatives', partial(contrastive, curriculum={}, distance='l2', weights=[1., 0., 2., .5]), noisy=True),
     Case('smooth', partial(contrastive, curriculum=dict(rule='smooth'), distance='cosine', clamp=1.), noisy=True),
     Case('spectra', partial(contrastive, features=partial(STFTFeatures, resolutions=TWO), curriculum={}, cache=9),
@@ -174,6 +174,9 @@ RATIOS = [
          state=('curriculum.margins', 'curriculum.steps')),
     Case('encoder', partial(contrastive, features=partial(EncoderFeatures, TinyModel()), clamp=None), noisy=True),
     Case('info_nce', partial(contrastive, form='info_nce', curriculum={}), noisy=True, atol=1e-5),
+    Case('info_nce-1', partial(contrastive, form='info_nce', earlier=False), noisy=True, atol=1e-5,
+         compiles='aot_eager'),
+    Case('no push', partial(contrastive, push=False), noisy=True),
 ]
 
 OBJECTIVES = [

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ..kernels.backends import check_floating
 from ..spectral import check_lengths, frame_mask
 
-# %% ../../nbs/losses/base.ipynb #3b8b6dd9
+# %% ../../nbs/losses/base.ipynb #5c2392ca
 class Waves(NamedTuple):
     "Checked waves, folded to `(N, T)`; only `enhanced` carries a gradient"
     enhanced: Tensor         # (N, T)
@@ -58,6 +58,8 @@ def prepare(
     shapes, unequal devices, or lengths outside of 1..T.
     """
     _check('enhanced', enhanced)
+    if negatives is not None and not isinstance(negatives, dict):
+        raise TypeError(f'negatives is a {type(negatives).__name__}: give waves by name, such as dict(other=wave)')
     others = dict(clean=clean) | ({} if noisy is None else dict(noisy=noisy)) \
         | {f'negatives[{name!r}]': wave for name, wave in (negatives or {}).items()}
     for name, wave in others.items(): _check(name, wave, enhanced)
@@ -103,14 +105,15 @@ def masked_mean(
     mask = frame_mask(count, values.shape[1])
     return mean_over(torch.where(mask.view(*mask.shape, *[1] * (values.ndim - 2)), values, 0), count)
 
-# %% ../../nbs/losses/base.ipynb #800c936d
+# %% ../../nbs/losses/base.ipynb #f566c0e0
 REDUCTIONS = ('mean', 'sum', 'none')
 
 
 class Loss(nn.Module):
-    """Base of every loss: `loss(enhanced, clean, *, noisy=None, lengths=None)`.
+    """Base of every loss: `loss(enhanced, clean, *, noisy=None, lengths=None, negatives=None)`.
 
-    Waves are `(T,)`, `(B, T)` or `(B, C, T)`, nominally in [-1, 1], all of one shape.
+    Waves are `(T,)`, `(B, T)` or `(B, C, T)`, nominally in [-1, 1], all of one shape. `negatives` are waves by name,
+    of use to contrastive losses alone; the others let them pass, as most do `noisy`.
     `reduction` is 'mean' or 'sum' over the batch, or 'none' for one value per utterance, `(B,)`.
     """
     def __init__(self, *, reduction: str = 'mean'):
@@ -130,14 +133,14 @@ class Loss(nn.Module):
     def _reduce(self, values: Tensor) -> Tensor:
         return values if self.reduction == 'none' else getattr(values, self.reduction)()
 
-    def terms(self, enhanced: Tensor, clean: Tensor, *, noisy: Tensor | None = None,
-              lengths: Tensor | None = None) -> dict[str, Tensor]:
+    def terms(self, enhanced: Tensor, clean: Tensor, *, noisy: Tensor | None = None, lengths: Tensor | None = None,
+              negatives: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
         "The named parts, reduced like the loss; they add up to it"
-        return self._apply_to(self._parts, enhanced, clean, noisy=noisy, lengths=lengths)
+        return self._apply_to(self._parts, enhanced, clean, noisy=noisy, lengths=lengths, negatives=negatives)
 
-    def forward(self, enhanced: Tensor, clean: Tensor, *, noisy: Tensor | None = None,
-                lengths: Tensor | None = None) -> Tensor:
-        return self._apply_to(self._whole, enhanced, clean, noisy=noisy, lengths=lengths)
+    def forward(self, enhanced: Tensor, clean: Tensor, *, noisy: Tensor | None = None, lengths: Tensor | None = None,
+                negatives: dict[str, Tensor] | None = None) -> Tensor:
+        return self._apply_to(self._whole, enhanced, clean, noisy=noisy, lengths=lengths, negatives=negatives)
 
     def _parts(self, waves: Waves) -> dict[str, Tensor]:
         return {name: self._reduce(waves.unfold(value)) for name, value in self.values(waves).items()}

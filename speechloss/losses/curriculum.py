@@ -36,7 +36,7 @@ def curriculum_weights(
     raw = torch.cat([noisy, 1 + gain * state], -1)
     return raw / raw.sum(-1, keepdim=True)
 
-# %% ../../nbs/losses/curriculum.ipynb #5281cd7d
+# %% ../../nbs/losses/curriculum.ipynb #9ef4c9ef
 class Curriculum(nn.Module):
     """Weights `(B, K)` of the negatives, the noisy wave first, from margins `(B, K - 1)`.
 
@@ -58,7 +58,7 @@ class Curriculum(nn.Module):
         self.rule, self.level, self.gain, self.softness, self.momentum = rule, level, gain, softness, momentum
         if level == 'dataset':
             self.register_buffer('margins', torch.zeros(others, dtype=torch.float64))
-            self.register_buffer('steps', torch.zeros((), dtype=torch.long))
+            self.register_buffer('steps', torch.zeros(others, dtype=torch.long))
 
     def extra_repr(self): return f'rule={self.rule}, level={self.level}, gain={self.gain}'
 
@@ -73,14 +73,14 @@ class Curriculum(nn.Module):
                              'noisy wave: give a Curriculum with as many')
         if self.training:
             now = across_processes(margins.mean(0, dtype=self.margins.dtype))
-            # a bad batch must not spoil the mean for ever; no branch, which would wait for a GPU
-            good = now.isfinite()
-            share = torch.where(self.steps == 0, 1., 1 - self.momentum)
-            self.margins.copy_(torch.where(good, self.margins.lerp(torch.where(good, now, 0.), share), self.margins))
-            self.steps += good.all()
+            good = now.isfinite()    # a bad batch must not spoil the mean for ever
+            # a plain mean while it is young: the first batch, often a tie, must not stay for long
+            share = (1 / (self.steps + 1)).clamp_min(1 - self.momentum) * good
+            self.margins.lerp_(torch.where(good, now, 0), share.to(now))
+            self.steps += good
         return self.margins.to(margins).expand_as(margins)
 
-# %% ../../nbs/losses/curriculum.ipynb #29b54dbc
+# %% ../../nbs/losses/curriculum.ipynb #49991fd4
 def plot_curriculum(
     rows: list[dict],   # of a training's log
     term: str = '',     # name of the loss in its objective, such as 'extra'; '': the only one
@@ -88,7 +88,10 @@ def plot_curriculum(
     "Distances, margins and weights of a contrastive loss over the steps of a training; ValueError when there are none"
     from matplotlib.figure import Figure
     rows = [row for row in rows if row.get('observed')]
-    names = [name for name in (rows[0]['observed'] if rows else ()) if name.startswith(term)]
+    names = list(dict.fromkeys(name for row in rows for name in row['observed']))
+    if term: names = [name for name in names if name.rpartition('.')[0].rpartition('.')[0] == term]
+    if len(told := {name.rpartition('.')[0].rpartition('.')[0] for name in names}) > 1:
+        raise ValueError(f'rows tell of {", ".join(sorted(told))}: say which as term')
     panels = {'distance': 'distance in feature space', 'margin': 'margin over', 'weight': 'weight of'}
     found = {panel: [n for n in names if n.split('.')[-2:-1] == [panel]] for panel in panels}
     found = {panel: columns for panel, columns in found.items() if columns}
@@ -98,7 +101,7 @@ def plot_curriculum(
     for ax, (panel, columns) in zip(axes, found.items()):
         for name in columns:
             ax.plot([row['step'] for row in rows], [row['observed'].get(name) for row in rows],
-                    label=name.rpartition('.')[2])
+                    label=name.rpartition('.')[2], marker='.')
         ax.set(xlabel='step', title=panels[panel])
         ax.legend()
     return figure

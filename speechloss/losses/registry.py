@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['CARDS', 'FEATURES', 'Card', 'cards', 'build_features', 'build', 'build_objective']
 
-# %% ../../nbs/losses/registry.ipynb #714a93d2
+# %% ../../nbs/losses/registry.ipynb #77c6c18b
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from os import PathLike
 
 from torch import nn
 
@@ -79,7 +80,7 @@ def cards() -> list[dict]:
     "The cards as rows, for tables"
     return [asdict(card) | {'loss': card.loss.__name__} for card in CARDS.values()]
 
-# %% ../../nbs/losses/registry.ipynb #6e138c0e
+# %% ../../nbs/losses/registry.ipynb #a2c462dd
 FEATURES = dict(stft=STFTFeatures, mel=MelFeatures, gammatone=GammatoneFeatures, random=RandomFeatures,
                 ssl=SSLFeatures, codec=CodecFeatures, vq=VQFeatures)
 
@@ -110,7 +111,7 @@ def _encoder(spec: dict, model: nn.Module | None, load: Callable | None) -> nn.M
 def _earlier(where, load: Callable | None):
     "The models that make negatives, from a path or from paths by name; a model stays as it is"
     if isinstance(where, dict): return {name: _earlier(path, load) for name, path in where.items()}
-    if not isinstance(where, str): return where
+    if not isinstance(where, str | PathLike): return where
     if load is None: raise SpeechLossError(f'earlier is {where!r}: give load=, which opens such a model')
     return load(where)
 
@@ -131,17 +132,18 @@ def build(
         return build_objective(spec, model=model, load=load)   # a sum within a sum
     if spec.get('name') in PRESETS: return preset(**spec)
     kind = _pick('name', spec.pop('name', None), CARDS).loss
+    given = dict(spec)
     try:
         if kind is ModelAsLoss:
             return ModelAsLoss(_encoder(spec, model, load), **spec)
         if kind is FeatureDistance:
             return FeatureDistance(build_features(spec.pop('features', 'stft')), **spec)
         if kind is ContrastiveRegularization:
-            return ContrastiveRegularization(build_features(spec.pop('features', 'ssl')),
+            return ContrastiveRegularization(build_features(spec.pop('features', dict(name='ssl', layers='conv'))),
                                              earlier=_earlier(spec.pop('earlier', None), load), **spec)
         return kind(**spec)
     except (TypeError, ValueError) as error:
-        raise SpeechLossError(f'{kind.__name__} cannot be built from {spec}: {error}') from None
+        raise SpeechLossError(f'{kind.__name__} cannot be built from {given}: {error}') from None
 
 
 def build_objective(
