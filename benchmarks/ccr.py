@@ -67,7 +67,7 @@ def providers(name: str) -> tuple[dict, torch.nn.Module]:
     "Built when first called: a process that measures one contest builds one network"
     features = FEATURES[name]().to(DEVICE)
     ours = Ours(features)
-    plain = Plain(features, ours.loss.weights)
+    plain = Plain(features, ours.loss.weights.tolist())
     found = dict(plain=plain, speechloss=ours, curriculum=Ours(features, curriculum={}),
                  info_nce=Ours(features, form='info_nce'), pull=Pull(features))
     return found, deepcopy(plain).double()

@@ -1,6 +1,6 @@
 """Run benchmarks and append their rows to the table.
 
-    python -m benchmarks.run [stft|contrastive|info_nce|nearest_code|ssl|codec|vq ...]
+    python -m benchmarks.run [stft|contrastive|info_nce|nearest_code|ssl|codec|vq|ccr ...]
                              [--repeats N] [--threads N] [--dry]
 
 The table, `benchmarks/rows.csv`, is append-only; --dry prints and leaves it alone.
@@ -14,7 +14,7 @@ import torch
 
 from .common import COLUMNS, ROOT, measure, own_peak
 
-MODULES = ('stft', 'contrastive', 'info_nce', 'nearest_code', 'ssl', 'codec', 'vq')
+MODULES = ('stft', 'contrastive', 'info_nce', 'nearest_code', 'ssl', 'codec', 'vq', 'ccr')
 TABLE = ROOT / 'benchmarks' / 'rows.csv'
 
 

@@ -72,7 +72,7 @@ def judge_skill(model, data: Dataset, *, device='cpu') -> dict[str, float]:
     "Skill over a finite data set, as a validation of the loop"
     return skill(model, ((item['noisy'], item['clean']) for item in (data[k] for k in range(len(data)))))
 
-# %% ../nbs/enhance/codec_training.ipynb #f9db293c
+# %% ../nbs/enhance/codec_training.ipynb #ccc00c3c
 def train_codec(
     training: CodecTraining,
     out,                               # folder of the run; where it goes on when it was stopped
@@ -108,5 +108,5 @@ def train_codec(
         speakers=sorted({r.speaker for r in clean['train']}), steps=training.steps, seed=training.seed,
         seconds_of_speech=round(sum(p.samples for p in report.pairs if p.id in set(splits['train'])) / SAMPLE_RATE),
         weights=sum(p.numel() for p in net.parameters()))
-    once(lambda: save_codec(net, out / 'model', card))
+    once(lambda: save_codec(net, out / 'model', card), out / 'model')
     return out / 'model'

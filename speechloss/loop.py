@@ -77,7 +77,7 @@ def validate(
     score = float(torch.cat(scores).double().mean())
     return dict(si_sdr=score, gain=score - float(torch.cat(before).double().mean()))
 
-# %% ../nbs/enhance/loop.ipynb #63c3fc1f
+# %% ../nbs/enhance/loop.ipynb #45d0f9c5
 HEALTH_CLIPS = 8   # validation clips on which the objective's own state is watched
 
 
@@ -109,11 +109,13 @@ def fit(
             train_data, valid_data, progress or (lambda label, done, total: None), tensorboard)
 
 
-def once(write: Callable[[], object]) -> None:
-    "What is written after a training: by the main process alone, while the others wait for it"
+def once(write: Callable[[], object], target: Path) -> None:
+    "What is written after a training, if it is not there: by the main process of one run, while all others wait for it"
     from accelerate.state import PartialState
     place = PartialState()
-    if place.is_main_process: write()
+    if place.is_main_process:
+        with alone(target):    # a run that waited for this one finds it finished, and comes here as well
+            if not target.exists(): write()
     place.wait_for_everyone()
 
 

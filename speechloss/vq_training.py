@@ -155,7 +155,7 @@ def ranks(model: VQVAE, data, *, device='cpu') -> dict[str, float]:
                 spread=float(np.polyfit(snr, found, 1)[0]) * 10,     # of the score, per 10 dB
                 codes=float(len(used)))                              # that occur in the mixtures
 
-# %% ../nbs/enhance/vq_training.ipynb #b90dc55a
+# %% ../nbs/enhance/vq_training.ipynb #67c7d906
 def _begun(training: VQTraining) -> tuple[nn.Module, nn.Module]:
     "A model to be trained, and its objective"
     if isinstance(training, VQDistillation):
@@ -205,5 +205,5 @@ def train_vqvae(
         if net.recipe == 'enhance': VQEnhancer.of(net).save_pretrained(out / 'final')
         save_vqvae(net, out / 'model', card)
 
-    once(write)
+    once(write, out / 'model')
     return out / 'model'

@@ -243,11 +243,28 @@ def test_the_second_stage_is_that_of_an_enhancer(tmp_path):
         train_vqvae(VQDistillation(**FEW, init=str(quality)), tmp_path/'second')
 
 
-def test_two_processes_write_one_network(tmp_path):
+def script_of(tmp_path):
+    "A script that trains a small network into tmp_path/out"
     script = tmp_path/'train.py'
     script.write_text('from speechloss.vq_training import VQTraining, train_vqvae\n'
                       f'few = dict({", ".join(f"{k}={v!r}" for k, v in FEW.items())})\n'
                       f'print(train_vqvae(VQTraining(**few, network={SHAPE}), {str(tmp_path/"out")!r}))\n')
+    return script
+
+
+def test_runs_that_wait_for_one_another_write_one_network(tmp_path):
+    "All are there when the training ends, and none gets into the way of the one that writes"
+    runs = [subprocess.Popen([sys.executable, str(script_of(tmp_path))], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                             text=True, env=os.environ | dict(OMP_NUM_THREADS='1')) for _ in range(4)]
+    for run in runs:
+        told, error = run.communicate(timeout=300)
+        assert run.returncode == 0, error[-2000:]
+        assert told.strip() == str(tmp_path/'out/model')
+    assert load_vqvae(tmp_path/'out/model')[0].codebook.begun and load_enhancer(tmp_path/'out').sample_rate == 16_000
+
+
+def test_two_processes_write_one_network(tmp_path):
+    script = script_of(tmp_path)
     done = subprocess.run([sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', '2',
                            str(script)], capture_output=True, text=True, timeout=300,
                           env=os.environ | dict(ACCELERATE_USE_CPU='true', OMP_NUM_THREADS='1'))
