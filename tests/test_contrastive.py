@@ -17,7 +17,8 @@ from speechloss.kernels import contrastive as kernel
 from speechloss.losses import (
     ContrastiveRegularization, Curriculum, CompressedComplexLoss, Objective, build, curriculum_weights,
     plot_curriculum, pull_and_push)
-from speechloss.losses.contrastive import Earlier, frame_info_nce
+from speechloss.losses.contrastive import frame_info_nce
+from speechloss.losses.earlier import Earlier
 from speechloss.models import enhancer, load_enhancer
 from speechloss.training import fit, read_log, train
 
