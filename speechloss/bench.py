@@ -77,7 +77,7 @@ def bench(scale: str, *, corpus: str | None = None, corpus_dir: str | None = Non
     return replace(chosen, corpus=corpus or chosen.corpus,
                    corpus_dir=None if corpus_dir is None else str(corpus_dir))
 
-# %% ../nbs/reproduce/bench.ipynb #b574d812
+# %% ../nbs/reproduce/bench.ipynb #3dfda7fe
 def stage1(bench: Bench, seed: int) -> Recipe:
     "The recipe of the shared enhancer"
     return Recipe(
@@ -92,7 +92,7 @@ def arm(
     term: dict | None = None,       # a loss for `speechloss.losses.build`; None: base alone
     *,
     ratio: float = 1.,              # gradient of the term over gradient of the base loss
-    momentum: float = .99,          # of the running means of the two
+    momentum: float | None = None,  # of the running means of the two; None: that of `Objective`
     alone: bool = False,            # the term without the base loss
     freeze_encoder: bool = False,
 ) -> Recipe:
@@ -102,7 +102,7 @@ def arm(
         objective = dict(terms=dict(extra=term))
     elif term is not None:
         objective = dict(terms=dict(base=BASE, extra=term), weights=dict(extra=ratio), balance='grad')
-        if momentum != .99: objective['momentum'] = momentum    # else as ever, and the key with it
+        if momentum is not None: objective['momentum'] = momentum
     return replace(
         stage1(bench, seed), objective=objective, steps=bench.stage2_steps,
         steps_per_epoch=bench.stage2_steps // bench.epochs, lr=bench.stage2_lr,

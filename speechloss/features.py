@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['LAYERS', 'Frozen', 'Features', 'chosen_layers', 'STFTFeatures', 'MelFeatures', 'GammatoneFeatures', 'RandomFeatures',
-           'EncoderFeatures', 'randomized']
+           'each_alone', 'EncoderFeatures', 'randomized']
 
-# %% ../nbs/features/features.ipynb #ba9dc7a8
+# %% ../nbs/features/features.ipynb #9e2ba676
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -170,7 +170,19 @@ class RandomFeatures(Features):
             counts.append(lengths)
         return counts
 
-# %% ../nbs/features/features.ipynb #0ea34811
+# %% ../nbs/features/features.ipynb #8f0a46ce
+def each_alone(
+    encode: Callable[[Tensor], list[Tensor]],   # (1, T) to features (1, frames, dim)
+    wave: Tensor,                               # (B, T)
+    sizes: Sequence[int],                       # valid samples of each utterance
+) -> list[Tensor]:                              # (B, frames, dim), zero beyond the frames of an utterance
+    "Features of one utterance at a time: what a network does with padding, or with batch mates, is its own affair"
+    each = [encode(w[None, :n]) for w, n in zip(wave, sizes)]
+    frames = [max(f.shape[1] for f in layer) for layer in zip(*each)]
+    return [torch.cat([F.pad(f, (0, 0, 0, size - f.shape[1])) for f in layer])
+            for size, layer in zip(frames, zip(*each))]
+
+
 LAYERS = ('bottleneck', 'all')
 
 
@@ -220,11 +232,7 @@ class EncoderFeatures(Features):
     def forward(self, wave, lengths=None):
         if lengths is None or bool((lengths == wave.shape[-1]).all()):
             return self._encode(wave)
-        # one utterance at a time: what the network does with padding is its own affair
-        each = [self._encode(w[None, :n]) for w, n in zip(wave, lengths.tolist())]
-        frames = [max(f.shape[1] for f in layer) for layer in zip(*each)]
-        return [torch.cat([F.pad(f, (0, 0, 0, size - f.shape[1])) for f in layer])
-                for size, layer in zip(frames, zip(*each))]
+        return each_alone(self._encode, wave, lengths.tolist())
 
     def frame_lengths(self, lengths):
         counts = [self._probe(n) for n in lengths.tolist()]

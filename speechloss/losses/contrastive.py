@@ -21,7 +21,7 @@ from .curriculum import Curriculum, curriculum_weights
 from .distance import cosine_distance, feature_distance
 from .earlier import Earlier
 
-# %% ../../nbs/losses/contrastive_loss.ipynb #508db692
+# %% ../../nbs/losses/contrastive_loss.ipynb #1f21dc3f
 #: In place of zero, where a logarithm or a quotient is taken
 TINY = 1e-30
 
@@ -55,12 +55,13 @@ def frame_info_nce(
     masses = (len(negatives) * weights).clamp_min(TINY).log()[:, None]                                       # (B, 1, K)
 
     def entropy(e):
-        gaps = torch.cat([cosine_distance(e, clean) - cosine_distance(e, n) for n in negatives], -1)
+        near = cosine_distance(e, clean)
+        gaps = torch.cat([near - cosine_distance(e, n) for n in negatives], -1)
         return F.softplus(torch.logsumexp(gaps / temperature + masses, -1))                  # (B, frames)
 
     return masked_mean(entropy(enhanced) - entropy(clean), frames)
 
-# %% ../../nbs/losses/contrastive_loss.ipynb #7393448c
+# %% ../../nbs/losses/contrastive_loss.ipynb #f5ee649f
 FORMS = ('ratio', 'info_nce')
 #: A negative whose energy apart from clean is below this share of clean's is clean: -60 dB
 CLEAN = 1e-6
@@ -113,8 +114,7 @@ class ContrastiveRegularization(Loss):
     def extra_repr(self): return f'form={self.form}, distance={self.distance}'
 
     def values(self, waves):
-        negatives = self._negatives(waves)
-        value, seen = self._values(self.views(waves, negatives), list(negatives))
+        value, seen = self._values(waves)
         if self.training: self._count(seen)
         return {self.form: value}
 
@@ -136,8 +136,10 @@ class ContrastiveRegularization(Loss):
         differ = torch.stack([~((n - waves.clean).square().sum(-1) <= least) for n in negatives.values()], -1)
         return Views(self.features(waves.enhanced, waves.lengths), clean, others, frames, differ)
 
-    def _values(self, views: Views, names: list[str]) -> tuple[Tensor, dict[str, Tensor]]:
+    def _values(self, waves: Waves) -> tuple[Tensor, dict[str, Tensor]]:
         "(B,), and what there is to see of each utterance"
+        negatives = self._negatives(waves)
+        views, names = self.views(waves, negatives), list(negatives)
         weights, seen = self.weigh(views, names)
         if self.form == 'info_nce': value = self._info_nce(views, weights)
         else:
@@ -191,9 +193,7 @@ class ContrastiveRegularization(Loss):
         """Of each utterance, `(B,)`: with the ratio `distance.clean` and `distance` of each negative from enhanced;
         with a curriculum `margin` and `weight` of each negative. The curriculum stays where it is."""
         def seen(waves):
-            found = self._negatives(waves)
-            return {name: waves.unfold(column) for name, column in
-                    self._values(self.views(waves, found), list(found))[1].items()}
+            return {name: waves.unfold(column) for name, column in self._values(waves)[1].items()}
 
         with _evaluated(self):
             return self._apply_to(seen, enhanced, clean, noisy=noisy, lengths=lengths, negatives=negatives)

@@ -80,7 +80,7 @@ class Curriculum(nn.Module):
             self.steps += good
         return self.margins.to(margins).expand_as(margins)
 
-# %% ../../nbs/losses/curriculum.ipynb #49991fd4
+# %% ../../nbs/losses/curriculum.ipynb #8515fd43
 def plot_curriculum(
     rows: list[dict],   # of a training's log
     term: str = '',     # name of the loss in its objective, such as 'extra'; '': the only one
@@ -88,20 +88,20 @@ def plot_curriculum(
     "Distances, margins and weights of a contrastive loss over the steps of a training; ValueError when there are none"
     from matplotlib.figure import Figure
     rows = [row for row in rows if row.get('observed')]
-    names = list(dict.fromkeys(name for row in rows for name in row['observed']))
-    if term: names = [name for name in names if name.rpartition('.')[0].rpartition('.')[0] == term]
-    if len(told := {name.rpartition('.')[0].rpartition('.')[0] for name in names}) > 1:
+    # 'extra.weight.noisy': term, panel, label
+    names = {name: f'..{name}'.rsplit('.', 2) for name in dict.fromkeys(n for row in rows for n in row['observed'])}
+    names = {name: parts for name, parts in names.items() if not term or parts[0] == f'..{term}'}
+    if len(told := {whose[2:] for whose, _, _ in names.values()}) > 1:
         raise ValueError(f'rows tell of {", ".join(sorted(told))}: say which as term')
     panels = {'distance': 'distance in feature space', 'margin': 'margin over', 'weight': 'weight of'}
-    found = {panel: [n for n in names if n.split('.')[-2:-1] == [panel]] for panel in panels}
-    found = {panel: columns for panel, columns in found.items() if columns}
+    found = {panel: columns for panel in panels
+             if (columns := {name: label for name, (_, what, label) in names.items() if what == panel})}
     if not found: raise ValueError(f'rows say nothing of a contrastive loss {term!r}: give those of a training with it')
     figure = Figure(figsize=(4 * len(found), 3), layout='constrained')
     axes = figure.subplots(1, len(found), squeeze=False)[0]
     for ax, (panel, columns) in zip(axes, found.items()):
-        for name in columns:
-            ax.plot([row['step'] for row in rows], [row['observed'].get(name) for row in rows],
-                    label=name.rpartition('.')[2], marker='.')
+        for name, label in columns.items():
+            ax.plot([row['step'] for row in rows], [row['observed'].get(name) for row in rows], label=label, marker='.')
         ax.set(xlabel='step', title=panels[panel])
         ax.legend()
     return figure

@@ -5,18 +5,18 @@
 # %% auto #0
 __all__ = ['Earlier']
 
-# %% ../../nbs/losses/earlier.ipynb #d676c559
+# %% ../../nbs/losses/earlier.ipynb #cafc8799
 import copy
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..features import Features, Frozen
+from ..features import Features, Frozen, each_alone
 from .model_as_loss import unwrapped
 from ..ssl import CachedFeatures
 
-# %% ../../nbs/losses/earlier.ipynb #dacebf98
+# %% ../../nbs/losses/earlier.ipynb #1ed5fc29
 class _Output(Features):
     "What a frozen copy of an enhancer makes of noisy waves, as features of one number a frame"
     names = ('enhanced',)
@@ -31,9 +31,7 @@ class _Output(Features):
     def forward(self, wave, lengths=None):
         sizes = [wave.shape[-1]] * len(wave) if lengths is None else lengths.tolist()
         if not self.alone and min(sizes) == wave.shape[-1]: return [self._enhanced(wave)]
-        # what a model does with padding is its own affair
-        rows = [self._enhanced(w[None, :n])[0] for w, n in zip(wave, sizes)]
-        return [torch.stack([F.pad(r, (0, 0, 0, wave.shape[-1] - len(r))) for r in rows])]
+        return each_alone(lambda one: [self._enhanced(one)], wave, sizes)
 
     @torch.no_grad()
     def _enhanced(self, wave: Tensor) -> Tensor:   # (B, T) -> (B, T, 1)
@@ -59,4 +57,4 @@ class Earlier(nn.Module):
 
     def forward(self, noisy: Tensor, lengths: Tensor | None = None) -> Tensor:
         with torch.no_grad(): found = self.output(noisy, lengths)[0][..., 0]
-        return F.pad(found, (0, noisy.shape[-1] - found.shape[-1]))    # kept ones end with the longest of a batch
+        return F.pad(found, (0, noisy.shape[-1] - found.shape[-1]))    # one by one they end with the longest
