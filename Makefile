@@ -13,7 +13,7 @@ VENV   ?= .venv
 SHELL := /bin/bash
 MAKEFLAGS += --no-print-directory
 .DEFAULT_GOAL := help
-.PHONY: help setup reproduce test notebooks smoke pytest lint bench docs readme lab export clean FORCE
+.PHONY: help setup reproduce test notebooks smoke pytest lint bench docs docs-serve browser readme lab export clean FORCE
 
 # One thread a process: the work is spread over processes instead.
 export OMP_NUM_THREADS ?= 1
@@ -36,16 +36,17 @@ reproduce: $(ready)  ## run a paper (PAPER=, SCALE=smoke|laptop|paper) up to its
 
 # The parts run one after the other, each on all processors.
 test: $(ready)  ## everything: style, notebooks, smoke reproduction, pytest
-	@$(MAKE) lint notebooks smoke pytest
+	@$(MAKE) lint notebooks docs smoke pytest
 	@echo 'make test: everything passed.'
 
 lint: $(ready)
 	@echo '== style (ruff)'
 	@$(run) -m ruff check
 
+# Run as nbdev_test runs them; what they draw is kept for the site.
 notebooks: $(ready)
-	@echo '== the cells of the notebooks (nbdev_test)'
-	@HF_HUB_OFFLINE=1 "$(VENV)/bin/nbdev_test" --n_workers 2 --timing --skip_folder_re '^([_.].*|papers)$$'
+	@echo '== the cells of the notebooks'
+	@HF_HUB_OFFLINE=1 $(run) .ci/docs.py draw
 
 # With a cache of its own, so that the code of today trains; only the corpora are shared.
 define share_corpora
@@ -63,23 +64,39 @@ smoke: $(ready)
 	@$(run) -c "$$share_corpora"
 	@SPEECHLOSS_HOME=build/home $(MAKE) reproduce PAPER=all SCALE=smoke SEED=0 OUT=build/smoke
 
-pytest: $(ready)
-	@echo '== pytest: export in sync, notebooks clean, site, wheel, numerics, faults'
+pytest: browser
+	@echo '== pytest: export in sync, notebooks clean, wheel, numerics, faults, the site in a browser'
 	@$(run) -m pytest -n 2
 
 bench: $(ready)  ## time the kernels beside their rivals, rows appended to benchmarks/rows.csv
 	@$(run) -m benchmarks.run
 
-docs: $(ready)  ## build the site in _site (needs quarto; without it, check the pages)
-	@PATH="$$PWD/$(VENV)/bin:$$PATH" $(run) .ci/pages.py site
+# Quarto: the one on the PATH, or the pinned one that its package on PyPI fetches from the project's own site.
+docs: $(ready)  ## build the site in _site, by Quarto or plainly without it, and check it
+	@PATH="$$PWD/$(VENV)/bin:$$PATH" command -v quarto >/dev/null || \
+	    $(run) -m pip install -q --disable-pip-version-check -c constraints.txt quarto-cli >/dev/null 2>&1 || \
+	    echo 'Quarto could not be fetched: the site gets a plain frame without search (https://quarto.org/docs/get-started)'
+	@PATH="$$PWD/$(VENV)/bin:$$PATH" HF_HUB_OFFLINE=1 $(run) .ci/docs.py site
+
+docs-serve:  ## build the site and open it
+	@$(MAKE) docs
+	@echo 'The site is at http://127.0.0.1:8000, until Ctrl-C.'
+	@(sleep 1; $(run) -m webbrowser http://127.0.0.1:8000 >/dev/null) & \
+	    $(run) -m http.server --bind 127.0.0.1 --directory _site 8000
+
+# For the tests of the site: the browser that is here, the distribution's, or Playwright's own.
+browser: $(ready)
+	@command -v chromium chromium-browser google-chrome chrome >/dev/null || \
+	    { [ "$$(id -u)" = 0 ] && apt-get update -qq && apt-get install -y -qq chromium; } >/dev/null 2>&1 || \
+	    "$(VENV)/bin/playwright" install chromium || \
+	    echo 'speechloss: no browser could be had, and the tests that need one are skipped: install Chromium'
 
 readme: $(ready)  ## run nbs/index.ipynb and write README.md from it
-	@$(run) .ci/pages.py readme
+	@$(run) .ci/docs.py readme
 
 export: $(ready)  ## write speechloss/*.py from the notebooks, and clean the notebooks
 	@"$(VENV)/bin/nbdev_export"
 	@"$(VENV)/bin/nbdev_clean"
-	@rm -f speechloss/_modidx.py  # with it nbdev links names in prose to pages that do not exist yet
 
 lab: $(ready)  ## open the notebooks in JupyterLab
 	@$(run) -m jupyter lab --notebook-dir=nbs

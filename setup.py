@@ -23,7 +23,7 @@ visqol = ['visqol-python>=3.8', 'numba', 'soxr']   # a part of it is compiled as
 reproduce = [*metrics, *train, *downstream, *codec, 'papermill>=2.6', 'ipykernel', 'pandas']
 docs = ['nbdev>=2.4.14,<3', 'execnb<0.2', 'fastcore<2', 'ghapi<2', 'pypandoc-binary']
 dev = [*reproduce, *docs, 'pytest', 'pytest-xdist', 'hypothesis', 'ruff', 'jupyterlab', 'auraloss',
-       'vector-quantize-pytorch', 'build',
+       'vector-quantize-pytorch', 'build', 'lightning', 'playwright',
        'triton; platform_system == "Linux"']   # a torch for GPUs brings it; for the CPU it runs the kernels' interpreter
 
 setup(
@@ -45,6 +45,8 @@ setup(
     install_requires=core,
     extras_require=dict(metrics=metrics, reproduce=reproduce, ssl=ssl, downstream=downstream, codec=codec,
                         visqol=visqol, docs=docs, dev=dev),
-    entry_points=dict(console_scripts=['speechloss = speechloss.__main__:main']),
+    # By the second, nbdev links names in prose to the pages of the site.
+    entry_points=dict(console_scripts=['speechloss = speechloss.__main__:main'],
+                      nbdev=['speechloss = speechloss._modidx:d']),
     zip_safe=False,
 )

@@ -6,7 +6,7 @@
 __all__ = ['SCALES', 'KINDS', 'RULES', 'reading', 'Claim', 'registry', 'load_claims', 'Verdict', 'text', 'judge', 'Verdicts',
            'judge_all', 'failures']
 
-# %% ../nbs/reproduce/claims.ipynb #5cb5f913
+# %% ../nbs/reproduce/claims.ipynb #9d6e2f3b
 import html
 import math
 import tomllib
@@ -16,6 +16,7 @@ from pathlib import Path
 
 import speechloss
 from .audio import SpeechLossError
+from .tables import as_markdown
 
 # %% ../nbs/reproduce/claims.ipynb #bb5fe3bc
 SCALES = ('smoke', 'laptop', 'paper')
@@ -177,7 +178,7 @@ def judge(
     shown = '; '.join(text(name, n) for name, n in measured.items())
     return Verdict(claim, verdict, readings, shown)
 
-# %% ../nbs/reproduce/claims.ipynb #70895b9a
+# %% ../nbs/reproduce/claims.ipynb #c95b66ba
 class Verdicts(list):
     "The verdicts of one run: a list with a face."
 
@@ -194,10 +195,7 @@ class Verdicts(list):
     __repr__ = __str__
 
     def _repr_markdown_(self) -> str:
-        def line(cells): return '| ' + ' | '.join(str(c).replace('|', '\\|') for c in cells) + ' |'
-        body = [line([*(r[c] for c in self.columns[:-1]), f'**{r["verdict"]}**'])
-                for r in self.rows()]
-        return '\n'.join([line(self.columns), line('---' for _ in self.columns), *body])
+        return as_markdown([{c: r[c] for c in self.columns[:-1]} | {'verdict': f'**{r["verdict"]}**'} for r in self.rows()])
 
     def _repr_html_(self) -> str:
         def cells(tag, values):

@@ -7,7 +7,7 @@ __all__ = ['METRICS', 'COLUMNS', 'DEFAULT', 'Metric', 'metric_table', 'cards_of'
            'dnsmos', 'dnsmos_fast', 'estoi', 'llr', 'lsd', 'mcd', 'nmr', 'pesq_nb', 'pesq_wb', 'seg_snr', 'si_sdr',
            'stoi', 'visqol', 'vq_score', 'wave_snr', 'wss']
 
-# %% ../nbs/enhance/metrics.ipynb #ab6b8716
+# %% ../nbs/enhance/metrics.ipynb #a5f3d87c
 import importlib.util
 import math
 from collections.abc import Callable, Iterable
@@ -17,12 +17,13 @@ from .audio import SAMPLE_RATE, SpeechLossError, extra
 from .composite import composite, llr, seg_snr, wss
 from .distortion import lsd, mcd, nmr, si_sdr, wave_snr
 from .listeners import dnsmos, dnsmos_fast, estoi, pesq_nb, pesq_wb, stoi, visqol
+from .tables import as_markdown
 from .vqscore import vq_score
 
 _all_ = ['composite', 'dnsmos', 'dnsmos_fast', 'estoi', 'llr', 'lsd', 'mcd', 'nmr', 'pesq_nb', 'pesq_wb', 'seg_snr',
          'si_sdr', 'stoi', 'visqol', 'vq_score', 'wave_snr', 'wss']
 
-# %% ../nbs/enhance/metrics.ipynb #609c22d2
+# %% ../nbs/enhance/metrics.ipynb #ab879c31
 @dataclass(frozen=True)
 class Metric:
     "How to compute a metric and how to read it"
@@ -87,12 +88,10 @@ DEFAULT = ('si_sdr', 'seg_snr', 'pesq', 'estoi', 'lsd', 'mcd', 'llr', 'wss', 'co
 
 def metric_table() -> str:
     "The cards as a Markdown table"
-    head = '| metric | columns | range | better | unit | rate | reference | source | optimised by |'
-    rows = [f'| {m.name} | {", ".join(m.columns)} | {m.range[0]:g} to {m.range[1]:g} | '
-            f'{m.direction} | {m.unit} | {m.sample_rate or "any"} | '
-            f'{"clean" if m.reference else "none"} | {m.source} | '
-            f'{", ".join(m.optimised_by) or "-"} |' for m in METRICS.values()]
-    return '\n'.join([head, '|' + '---|' * 9, *rows])
+    return as_markdown([
+        dict(metric=m.name, columns=', '.join(m.columns), range=f'{m.range[0]:g} to {m.range[1]:g}', better=m.direction,
+             unit=m.unit, rate=m.sample_rate or 'any', reference='clean' if m.reference else 'none', source=m.source,
+             **{'optimised by': ', '.join(m.optimised_by) or '-'}) for m in METRICS.values()])
 
 # %% ../nbs/enhance/metrics.ipynb #dc13232e
 def cards_of(metrics: str | Iterable[str]) -> list[Metric]:

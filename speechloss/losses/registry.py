@@ -31,18 +31,21 @@ from ..codec import CodecFeatures
 from ..ssl import SSLFeatures
 from ..vqvae import VQFeatures
 
-# %% ../../nbs/losses/registry.ipynb #78fef444
+# %% ../../nbs/losses/registry.ipynb #bbcc048b
 @dataclass(frozen=True)
 class Card:
     "What a user wants to know before choosing a loss"
     name: str            # as in a recipe
     loss: type           # the module
     looks_at: str        # which features
-    identity: str        # value for enhanced == clean
+    identity: str        # value for enhanced == clean, the smallest: lower is better
     level: str           # does it see a wrong level? 'yes', 'no' or 'depends' on the features
     phase: str           # does it see a wrong phase?
     source: str          # paper
     link: str = ''
+    largest: str = 'inf'     # the greatest value
+    needs: str = 'clean'     # the waves that the enhanced one is compared with
+    rate: str = 'any'        # Hz of the waves: 'any', 'told' (by an option), or what a network has heard
 
 
 CARDS = {card.name: card for card in (
@@ -50,29 +53,29 @@ CARDS = {card.name: card for card in (
     Card('wave_l2', WaveL2Loss, 'samples', '0', 'yes', 'yes', 'textbook'),
     Card('snr', SNRLoss, 'samples', '-max_db', 'yes', 'yes', 'textbook'),
     Card('si_sdr', SISDRLoss, 'samples', '-max_db', 'no', 'yes',
-         'Le Roux et al. 2019', 'https://arxiv.org/abs/1811.02508'),
+         'Le Roux et al. 2019', 'https://arxiv.org/abs/1811.02508', largest='max_db'),
     Card('stft', STFTLoss, 'STFT magnitude, one resolution', '0', 'yes', 'no',
          'Arik et al. 2018', 'https://arxiv.org/abs/1808.06719'),
     Card('multi_resolution_stft', MultiResolutionSTFTLoss, 'STFT magnitude, three resolutions',
          '0', 'yes', 'no', 'Yamamoto et al. 2020', 'https://arxiv.org/abs/1910.11480'),
     Card('mel', MelLoss, 'mel spectrum', '0', 'yes', 'no', 'Kong et al. 2020',
-         'https://arxiv.org/abs/2010.05646'),
+         'https://arxiv.org/abs/2010.05646', rate='told'),
     Card('compressed_complex', CompressedComplexLoss, 'compressed STFT, magnitude and complex',
          '0', 'yes', 'yes', 'Braun & Tashev 2021', 'https://arxiv.org/abs/2009.12286'),
     Card('masking', MaskingLoss, 'error over masking threshold, by critical band', '0', 'yes', 'yes',
-         'Zhen et al. 2020; ISO/IEC 11172-3', 'https://arxiv.org/abs/2101.00054'),
+         'Zhen et al. 2020; ISO/IEC 11172-3', 'https://arxiv.org/abs/2101.00054', rate='told'),
     Card('feature_distance', FeatureDistance, 'any features', '0', 'depends', 'depends',
          'Germain et al. 2019', 'https://arxiv.org/abs/1806.10522'),
     Card('model_as_loss', ModelAsLoss, "the enhancer's own encoder", '0', 'depends', 'depends',
          'Phaye et al. 2025', 'https://arxiv.org/abs/2505.21156'),
     Card('ssl', SSLLoss, 'a self-supervised speech network', '0', 'depends', 'depends',
-         'Sato et al. 2023', 'https://arxiv.org/abs/2305.14723'),
+         'Sato et al. 2023', 'https://arxiv.org/abs/2305.14723', rate='told'),
     Card('codec', CodecLoss, 'a network that imitates MP3', '0', 'yes', 'no', 'Ananthabhotla et al. 2019',
-         'https://hdl.handle.net/1721.1/137115'),
+         'https://hdl.handle.net/1721.1/137115', rate='16000'),
     Card('vq', VQLoss, 'a vector-quantised autoencoder of clean speech', '0', 'no', 'no', 'Fu et al. 2024',
-         'https://arxiv.org/abs/2402.16321'),
+         'https://arxiv.org/abs/2402.16321', rate='16000'),
     Card('contrastive', ContrastiveRegularization, 'any features, with negatives', '0', 'depends', 'depends',
-         'Xu et al. 2024', 'https://ieeexplore.ieee.org/document/10445912'),
+         'Xu et al. 2024', 'https://ieeexplore.ieee.org/document/10445912', largest='clamp', needs='clean, noisy'),
 )}
 
 

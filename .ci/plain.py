@@ -1,0 +1,81 @@
+"""The site without Quarto: every page of its navigation by pandoc, in one plain frame, with no search."""
+import html
+import os
+import re
+import shutil
+from pathlib import Path
+
+import nbformat
+import pypandoc
+
+from pages import config, directive, pages, shown
+
+FRAME = (Path(__file__).parent/'plain.html').read_text(encoding='utf-8')
+OPTIONS = ['--mathml', '--wrap=none', '--syntax-highlighting=none', '--fail-if-warnings']
+
+
+def body(path):
+    "The page as pandoc shows it"
+    if path.suffix != '.ipynb':
+        return pypandoc.convert_file(str(path), 'html', format='gfm', extra_args=OPTIONS)
+    nb = nbformat.read(path, as_version=4)
+    for cell in nb.cells:    # pandoc gives headings in outputs no anchor
+        if cell.cell_type == 'code' and directive(cell, 'output') == 'asis':
+            words = '\n\n'.join(o.data.get('text/markdown', '') for o in cell.outputs if 'data' in o)
+            cell.update(nbformat.v4.new_markdown_cell(words, id=cell.id))
+            del cell['outputs'], cell['execution_count']
+    for cell in shown(nb).cells:
+        if 'hide_input' in cell.metadata.get('tags', ()): cell.source = ''
+    return pypandoc.convert_text(nbformat.writes(nb), 'html', format='ipynb', extra_args=OPTIONS)
+
+
+def title(text):
+    "The words of the first heading"
+    found = re.search(r'<h1[^>]*>(.*?)</h1>', text, re.S)
+    return html.unescape(re.sub(r'<[^>]+>', '', found[1])) if found else 'speechloss'
+
+
+def linked(text):
+    "With the links to pages turned to what they become"
+    return re.sub(r'href="(?!\w+:)([^"#]+)\.(?:ipynb|md)(#[^"]*)?"',
+                  lambda m: f'href="{m[1]}.html{m[2] or ""}"', text)
+
+
+def navigation(items, page, titles):
+    "The sidebar as seen from `page`, open where the page is"
+    lines = []
+    for item in items:
+        if isinstance(item, dict) and 'contents' in item:
+            inner = navigation(item['contents'], page, titles)
+            opened = ' open' if 'aria-current' in inner else ''
+            lines.append(f'<li><details{opened}><summary>{item["section"]}</summary>{inner}</details></li>')
+            continue
+        href, words = (item, titles[item]) if isinstance(item, str) else (item['href'], item['text'])
+        here = ' aria-current="page"' if href == page else ''
+        to = os.path.relpath(Path(href).with_suffix('.html'), Path(page).parent)
+        lines.append(f'<li><a href="{to}"{here}>{html.escape(words)}</a></li>')
+    return f'<ul>{"".join(lines)}</ul>'
+
+
+def framed(**words):
+    "The words in the frame of every page"
+    return re.sub(r'\{\{(\w+)\}\}', lambda m: words[m[1]], FRAME)
+
+
+def render(place):
+    "The sources in `place`, filtered already, as a site in `place/_site`"
+    site, cfg = place/'_site', config(place)
+    bodies = {page: body(place/page) for page in pages(place)}
+    titles = {page: title(text) for page, text in bodies.items()}
+    for page, text in bodies.items():
+        out = (site/page).with_suffix('.html')
+        out.parent.mkdir(parents=True, exist_ok=True)
+        def seen(path, here=Path(page).parent): return os.path.relpath(path, here)
+        out.write_text(framed(title=html.escape(titles[page]), css=seen('nbs/site.css'), home=seen('nbs/index.html'),
+                              menu=navigation(cfg['website']['sidebar']['contents'], page, titles),
+                              body=linked(text)), encoding='utf-8')
+    for pattern in cfg['project']['resources']:
+        for file in place.glob(pattern):
+            to = site/file.relative_to(place)
+            to.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(file, to)

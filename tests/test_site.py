@@ -1,0 +1,287 @@
+"""The site: its list of pages, its checks, the front page, and what `make docs` built, in a real browser."""
+import functools
+import json
+import re
+import shutil
+import subprocess
+import sys
+import tomllib
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from threading import Thread
+
+import nbformat
+import numpy as np
+import pages
+import plain
+import pytest
+import readme
+import running
+import website
+
+ROOT = Path(__file__).resolve().parents[1]
+SITE = ROOT/'_site'
+PAGES = [Path(p).with_suffix('.html').as_posix() for p in pages.pages()]
+
+
+# --- the list and its checks ---
+
+def test_list_of_pages():
+    wrong = list(pages.structure())
+    assert not wrong, '\n'.join(wrong)
+
+
+@pytest.fixture
+def small(tmp_path):
+    "A site of two pages and a picture, built without Quarto"
+    (tmp_path/'nbs').mkdir()
+    (tmp_path/'a.md').write_text('# A\n\n[to b](nbs/b.ipynb#deep) [itself](#a)\n')
+    code = nbformat.v4.new_code_cell('#| fig-alt: "A \\"dot\\""\nplt.plot(1)')
+    picture = 'iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR4nGNgYGD4DwABBAEAX+XDSwAAAABJRU5ErkJggg=='
+    code.outputs = [nbformat.v4.new_output('display_data', {'image/png': picture})]
+    text = nbformat.v4.new_markdown_cell('# B\n\n## Deep\n\n[back](../a.md)')
+    nbformat.write(nbformat.v4.new_notebook(cells=[text, code]), tmp_path/'nbs/b.ipynb')
+    (tmp_path/'nbs/site.css').write_text('')
+    (tmp_path/'_quarto.yml').write_text(
+        'project: {render: [a.md, nbs/b.ipynb], resources: ["nbs/site.css", "nbs/pictures/*"]}\n'
+        'ipynb-filters: [nbdev_filter]\nwebsite: {site-url: "https://x.org", navbar: {}, sidebar: {contents: '
+        '[{section: S, contents: [a.md]}, {text: The B, href: nbs/b.ipynb}]}}\n')
+    return tmp_path
+
+
+def built(root):
+    nb = pages.pictures_as_files(nbformat.read(root/'nbs/b.ipynb', 4), root/'nbs/pictures')
+    nbformat.write(nb, root/'nbs/b.ipynb')
+    plain.render(root)
+    return root/'_site'
+
+
+def test_plain_site(small):
+    "Pages, sidebar, links between pages, pictures with their words, styles"
+    site = built(small)
+    assert not list(pages.structure(small)) and not website.problems(site, small)
+    a, b = (site/'a.html').read_text(), (site/'nbs/b.html').read_text()
+    assert 'href="nbs/b.html#deep"' in a and 'href="../a.html"' in b and '>The B<' in a
+    assert 'alt="A \\&quot;dot\\&quot;"' in b and 'data:image' not in b and '#|' not in b
+    assert '<details open><summary>S</summary>' in a and 'aria-current="page"' in b
+
+
+@pytest.mark.parametrize('old, new, wanted', [
+    ('[back](../a.md)', '[back](../lost.md)', 'leads to no file'),
+    ('[back](../a.md)', '[back](../a.md#lost)', 'heading that is not there'),
+    ('[back](../a.md)', '[back](https://x.org/lost.html)', 'leads to no file'),
+    ('# B\\n', '', 'has no title'),
+    ('#| fig-alt: \\"A \\\\\\"dot\\\\\\"\\"\\n', '', 'no alt text'),
+    ('[back](../a.md)', '<audio src=\\"data:audio/wav;base64,AA\\"></audio>', 'carries audio in itself'),
+    ('[back](../a.md)', '`#| export`', 'a directive is visible')])
+def test_what_is_wrong_is_found(small, old, new, wanted):
+    "Each fault, put into a good site, is named with its page"
+    text = json.dumps(json.loads((small/'nbs/b.ipynb').read_text()))
+    assert old in text
+    (small/'nbs/b.ipynb').write_text(text.replace(old, new))
+    (wrong,) = website.problems(built(small), small)
+    assert wanted in wrong and wrong.startswith('nbs/b.html')
+
+
+def test_a_heavy_page_is_found(small, monkeypatch):
+    monkeypatch.setattr(website, 'HEAVIEST', 1000)
+    assert any('weighs 0.0 MB' in w for w in website.problems(built(small), small))
+
+
+def test_pages_that_no_menu_knows_are_found(small):
+    settings = (small/'_quarto.yml').read_text()
+    (small/'_quarto.yml').write_text(settings.replace('contents: [a.md]', 'contents: [c.md]'))
+    found = ' '.join(pages.structure(small))
+    assert 'c.md, which does not exist' in found and 'a.md, and no menu' in found
+
+
+def test_names_are_linked_from_where_they_stand():
+    text = '[`A_b`](https://speechloss.github.io/speechloss/nbs/x/y.html#a_b) [`mini`](https://speechloss.github.io' \
+           '/speechloss/nbs/x/y.html#mini) [`C.run`](https://speechloss.github.io/speechloss/nbs/x/y.html#c.run)'
+    assert pages.linked(text, 'nbs/z/w.ipynb') == '[`A_b`](../x/y.html#a_b) `mini` [`C.run`](../x/y.html#c)'
+
+
+def test_a_notebook_runs_as_nbdev_runs_it(tmp_path):
+    "Marked cells are left out, outputs kept, directives stay, and an error is an error"
+    cells = [nbformat.v4.new_code_cell(s) for s in
+             ('#| eval: false\n1/0', '#| slow\n1/0', '#| cuda\n1/0', '#| export\nx = 1', 'print(x)')]
+    nbformat.write(nbformat.v4.new_notebook(cells=cells), tmp_path/'a.ipynb')
+    nb = running.run(tmp_path/'a.ipynb')
+    assert [len(c.outputs) for c in nb.cells] == [0, 0, 0, 0, 1] and nb.cells[3].source.startswith('#| export')
+    nbformat.write(nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell('1/0')]), tmp_path/'b.ipynb')
+    with pytest.raises(ZeroDivisionError): running.run(tmp_path/'b.ipynb')
+
+
+# --- the front page ---
+
+@pytest.mark.slow
+def test_readme_is_the_executed_front_page():
+    assert (ROOT/'README.md').read_text() == readme.text(ROOT/pages.INDEX), 'README.md is stale: run `make readme`'
+    code = ('import json, pages, running; nb = running.run(pages.ROOT/pages.INDEX); print("@" + json.dumps(['
+            'o.get("text") or dict(o["data"]) for c in nb.cells for o in c.get("outputs", [])]))')
+    done = subprocess.run([sys.executable, '-c', code], cwd=ROOT/'.ci', text=True, capture_output=True, check=True)
+    nb = nbformat.read(ROOT/pages.INDEX, 4)
+    kept = [o.get('text') or dict(o.data) for c in nb.cells for o in c.get('outputs', [])]
+
+    def flat(outputs):
+        return [{k: ''.join(v) for k, v in o.items()} if isinstance(o, dict) else ''.join(o) for o in outputs]
+    assert flat(json.loads(done.stdout.split('@', 1)[1])) == flat(kept), \
+        'the front page says something else now: run `make readme`'
+
+
+def blocks(language):
+    return re.findall(rf'^```{language}\n(.*?)^```', (ROOT/'README.md').read_text(), re.S | re.M)
+
+
+@pytest.mark.slow
+def test_python_of_the_readme_runs(tmp_path):
+    "As a reader would: the blocks one after the other, elsewhere"
+    code = '\n'.join(blocks('python'))
+    assert code.count('.backward()') >= 6
+    subprocess.run([sys.executable, '-c', code], cwd=tmp_path, check=True)
+
+
+@pytest.mark.slow
+def test_commands_of_the_readme_run(tmp_path):
+    "The recipe and every `speechloss` line, on a little speech and for two steps"
+    from speechloss.audio import save
+    from speechloss.corpus import get
+    from speechloss.mixing import Mixtures
+    (recipe,) = blocks('toml')
+    tomllib.loads(recipe)
+    (tmp_path/'recipe.toml').write_text(recipe)
+    items = list(Mixtures.grid(get('mini'), 'test', seconds=2., limit=2))
+    for k, item in enumerate(items):
+        for folder in ('recordings', 'noisy', 'clean', 'runs/a/enhanced'):
+            (tmp_path/folder).mkdir(parents=True, exist_ok=True)
+            save(tmp_path/folder/f'{k}.wav', item['clean' if folder == 'clean' else 'noisy'], 16000)
+    lines = [line.split(' #')[0].strip() for block in blocks('bash') for line in block.splitlines()]
+    lines = [line for line in lines if line.startswith('speechloss ')]
+    assert len(lines) >= 5
+    for line in lines:
+        more = ' --steps 2 --steps-per-epoch 2 --warmup 1 --device cpu' if ' train ' in line else ''
+        done = subprocess.run(['bash', '-c', f'"{sys.executable}" -m {line}{more}'],
+                              cwd=tmp_path, text=True, capture_output=True)
+        assert done.returncode == 0, f'{line}\n{done.stderr}'
+    assert {p.name for p in (tmp_path/'enhanced').iterdir()} == {'0.wav', '1.wav'}
+    assert (tmp_path/'scores.csv').read_text().count('\n') == 3 and (tmp_path/'scores.png').exists()
+
+
+# --- the built site, in a browser ---
+
+@pytest.fixture(scope='module')
+def address():
+    "The built site, served"
+    if not (SITE/'built.json').exists():
+        pytest.skip('no site here: `make docs` builds it')
+    class Quiet(SimpleHTTPRequestHandler):
+        def log_message(self, *args): pass
+    server = ThreadingHTTPServer(('127.0.0.1', 0), functools.partial(Quiet, directory=SITE))
+    Thread(target=server.serve_forever, daemon=True).start()
+    yield f'http://127.0.0.1:{server.server_port}'
+    server.shutdown()
+
+
+@pytest.fixture(scope='module')
+def browser():
+    from playwright.sync_api import Error, sync_playwright
+    names = ('chromium', 'chromium-browser', 'google-chrome', 'chrome')
+    with sync_playwright() as play:
+        try:
+            chromium = play.chromium.launch(
+                executable_path=next(filter(None, map(shutil.which, names)), None),
+                args=['--no-sandbox', '--disable-gpu', '--disable-quic', '--no-first-run', '--disable-sync',
+                      '--disable-background-networking', '--disable-component-update',
+                      '--autoplay-policy=no-user-gesture-required'])
+        except Error as reason:
+            pytest.skip(f'no Chromium here: `make browser` gets one ({reason.message.splitlines()[0]})')
+        yield chromium
+        chromium.close()
+
+
+class Seen:
+    "A page of a browser that remembers what went wrong"
+    def __init__(self, browser, address, **options):
+        self.wrong, self.address = [], address
+        self.page = browser.new_page(**options)
+        self.page.on('console', lambda m: m.type in ('error', 'warning') and self.wrong.append(f'console: {m.text}'))
+        self.page.on('pageerror', lambda e: self.wrong.append(f'error: {e}'))
+        self.page.on('requestfailed', lambda r: self.wrong.append(f'failed: {r.url}'))
+        self.page.on('request', lambda r: r.url.startswith(('http://127', 'data:', 'blob:'))
+                     or self.wrong.append(f'asks the network: {r.url}'))
+
+    def open(self, path):
+        self.page.goto(f'{self.address}/{path}', wait_until='load')
+        return self.page
+
+
+@pytest.mark.slow
+def test_every_page_opens(browser, address):
+    "Without a word in the console, without the network, with a title, and no wider than a phone or a desk"
+    wrong = []
+    for width, height in ((1280, 800), (390, 844)):
+        seen = Seen(browser, address, viewport=dict(width=width, height=height))
+        for path in PAGES:
+            page, seen.wrong = seen.open(path), []
+            assert page.locator('h1').first.inner_text().strip(), path
+            over = page.evaluate('document.documentElement.scrollWidth') - width
+            if over > 1: seen.wrong.append(f'{over} px wider than {width}')
+            wrong += [f'{path}: {w}' for w in seen.wrong]
+        seen.page.close()
+    assert not wrong, '\n'.join(wrong)
+
+
+PLAYERS = ['nbs/index.html', *(p for p in PAGES if '/results/' in p)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('path', PLAYERS)
+def test_players_play(path, browser, address):
+    seen = Seen(browser, address)
+    page = seen.open(path)
+    players = page.locator('audio').all()
+    assert players, 'no player'
+    for player in players:
+        player.evaluate('a => a.play()')
+        page.wait_for_function('a => a.duration > 0 && a.currentTime > 0', arg=player.element_handle())
+        player.evaluate('a => a.pause()')
+    assert not seen.wrong
+    page.close()
+
+
+def test_a_player_is_reached_by_keyboard(browser, address):
+    page = Seen(browser, address).open('nbs/index.html')
+    for _ in range(300):
+        page.keyboard.press('Tab')
+        if page.evaluate('document.activeElement.tagName') == 'AUDIO': break
+    else: raise AssertionError('300 times Tab, and no player')
+    page.close()
+
+
+def test_the_root_leads_to_the_front_page(browser, address):
+    seen = Seen(browser, address)
+    seen.open('').wait_for_url('**/nbs/index.html')
+    assert not seen.wrong
+    seen.page.close()
+
+
+def test_dark_mode_is_dark(browser, address):
+    page = Seen(browser, address, color_scheme='dark').open('nbs/index.html')
+    page.wait_for_timeout(300)
+    colour = page.evaluate('getComputedStyle(document.body).backgroundColor')
+    assert np.mean([int(n) for n in re.findall(r'\d+', colour)[:3]]) < 100 or colour == 'rgba(0, 0, 0, 0)', colour
+    page.close()
+
+
+def test_search_finds_a_loss(browser, address):
+    if not json.loads((SITE/'built.json').read_text())['by'].startswith('Quarto'):
+        pytest.skip('the plain frame has no search')
+    seen = Seen(browser, address)
+    page = seen.open('nbs/index.html')
+    page.locator('#quarto-search button, #quarto-search input').first.click()
+    page.keyboard.type('ModelAsLoss', delay=20)
+    page.wait_for_selector('.aa-Item a')
+    found = page.locator('.aa-Item a').evaluate_all('items => items.map(a => a.href)')
+    assert any('losses/model_as_loss.html' in url for url in found), found
+    assert not seen.wrong
+    page.close()
