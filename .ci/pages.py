@@ -1,6 +1,7 @@
 """What the site is made of: the list of pages, and each page as it is handed on to be shown."""
 import hashlib
 import html
+import io
 import json
 import os
 import re
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import nbformat
 import yaml
+from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[1]
 INDEX = 'nbs/index.ipynb'
@@ -70,7 +72,7 @@ def copy(dst, root=ROOT):
 def directive(cell, name):
     "The value of `#| name: value`, None where it is not said"
     found = re.search(rf'^#\| *{name}: *(.*?) *$', cell.source, re.M)
-    return found and found[1].strip('"')
+    return found and (json.loads(found[1]) if found[1].startswith('"') else found[1])
 
 
 def linked(text, page):
@@ -110,21 +112,38 @@ def filtered(path, page=INDEX):
     return nb
 
 
-def pictures_as_files(nb, folder):
-    "Each picture as a file in `folder`, with its alt text: light pages, and none that says nothing"
+def lighter(png, most=150_000):
+    "A large picture (a spectrogram) with 256 colours, which the eye does not miss"
+    if len(png) <= most: return png
+    out = io.BytesIO()
+    Image.open(io.BytesIO(png)).convert('RGB').quantize(256).save(out, 'PNG', optimize=True)
+    return min(png, out.getvalue(), key=len)
+
+
+def outputs_as_pages_have_them(nb, folder):
+    """Each picture as a file in `folder`, with its alt text; HTML as a raw block of Markdown.
+
+    Quarto takes any output of HTML for a widget, and has the page load two scripts from the network.
+    """
     for cell in nb.cells:
         for output in cell.get('outputs', []):
-            if 'image/png' not in (data := output.get('data', {})): continue
-            about = output.metadata.get('image/png', {})
-            picture = b64decode(data['image/png'])
-            file = folder/f'{hashlib.sha256(picture).hexdigest()[:16]}.png'
-            folder.mkdir(exist_ok=True)
-            file.write_bytes(picture)
-            alt = html.escape(about.get('alt') or directive(cell, 'fig-alt') or '')
-            width = f' width="{about["width"]}"' if 'width' in about else ''
-            output.metadata = {}
-            output.data = {'text/html': f'<img src="{folder.name}/{file.name}" alt="{alt}"{width}>'}
+            data = output.get('data', {})
+            if 'image/png' in data:
+                about = output.metadata.get('image/png', {})
+                data['text/html'] = picture(data['image/png'], about, directive(cell, 'fig-alt'), folder)
+            if 'text/html' in data:
+                output.data, output.metadata = {'text/markdown': f'```{{=html}}\n{data["text/html"]}\n```'}, {}
     return nb
+
+
+def picture(data, about, alt, folder):
+    "Save a picture: the tag that shows it"
+    png = lighter(b64decode(data))
+    file = folder/f'{hashlib.sha256(png).hexdigest()[:16]}.png'
+    folder.mkdir(exist_ok=True)
+    file.write_bytes(png)
+    width = f' width="{about["width"]}"' if 'width' in about else ''
+    return f'<img src="{folder.name}/{file.name}" alt="{html.escape(about.get("alt") or alt or "")}"{width}>'
 
 
 def shown(nb):

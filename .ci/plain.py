@@ -8,25 +8,33 @@ from pathlib import Path
 import nbformat
 import pypandoc
 
-from pages import config, directive, pages, shown
+from pages import config, pages, shown
 
 FRAME = (Path(__file__).parent/'plain.html').read_text(encoding='utf-8')
 OPTIONS = ['--mathml', '--wrap=none', '--syntax-highlighting=none', '--fail-if-warnings']
+
+
+def parts(cell):
+    "A cell with its outputs as cells: of those in Markdown pandoc makes nothing"
+    if cell.cell_type != 'code':
+        yield cell
+        return
+    new = nbformat.v4
+    if 'hide_input' not in cell.metadata.get('tags', ()): yield new.new_code_cell(cell.source)
+    for output in cell.outputs:
+        if words := output.get('data', {}).get('text/markdown'): yield new.new_markdown_cell(words)
+        else: yield new.new_code_cell(outputs=[output])
 
 
 def body(path):
     "The page as pandoc shows it"
     if path.suffix != '.ipynb':
         return pypandoc.convert_file(str(path), 'html', format='gfm', extra_args=OPTIONS)
-    nb = nbformat.read(path, as_version=4)
-    for cell in nb.cells:    # pandoc gives headings in outputs no anchor
-        if cell.cell_type == 'code' and directive(cell, 'output') == 'asis':
-            words = '\n\n'.join(o.data.get('text/markdown', '') for o in cell.outputs if 'data' in o)
-            cell.update(nbformat.v4.new_markdown_cell(words, id=cell.id))
-            del cell['outputs'], cell['execution_count']
-    for cell in shown(nb).cells:
-        if 'hide_input' in cell.metadata.get('tags', ()): cell.source = ''
-    return pypandoc.convert_text(nbformat.writes(nb), 'html', format='ipynb', extra_args=OPTIONS)
+    nb = shown(nbformat.read(path, as_version=4))
+    nb.cells = [part for cell in nb.cells for part in parts(cell)]
+    text = pypandoc.convert_text(nbformat.writes(nb), 'html', extra_args=OPTIONS,
+                                 format='ipynb+raw_attribute+markdown_in_html_blocks')
+    return text.replace('<pre class="python"><code></code></pre>\n', '')    # of outputs alone
 
 
 def title(text):
@@ -71,7 +79,8 @@ def render(place):
         out = (site/page).with_suffix('.html')
         out.parent.mkdir(parents=True, exist_ok=True)
         def seen(path, here=Path(page).parent): return os.path.relpath(path, here)
-        out.write_text(framed(title=html.escape(titles[page]), css=seen('nbs/site.css'), home=seen('nbs/index.html'),
+        out.write_text(framed(title=html.escape(titles[page]), css=seen('nbs/site.css'), icon=seen('nbs/favicon.svg'),
+                              home=seen(Path(pages(place)[0]).with_suffix('.html')),
                               menu=navigation(cfg['website']['sidebar']['contents'], page, titles),
                               body=linked(text)), encoding='utf-8')
     for pattern in cfg['project']['resources']:

@@ -13,7 +13,7 @@ import nbformat
 import yaml
 
 import plain
-from pages import INDEX, ROOT, config, copy, filtered, pages, pictures_as_files, structure
+from pages import INDEX, ROOT, config, copy, filtered, pages, outputs_as_pages_have_them, structure
 from running import DRAWN
 
 SITE = ROOT/'_site'
@@ -24,7 +24,7 @@ HEAVIEST = 3e6    # bytes of a page with its pictures, styles and scripts, witho
 
 def prepared(page, source, place):
     "Write a page as it goes to Quarto or pandoc; what is wrong with it, if anything"
-    try: nb = pictures_as_files(filtered(source, page), (place/page).parent/'pictures')
+    try: nb = outputs_as_pages_have_them(filtered(source, page), (place/page).parent/'pictures')
     except Exception as error:  # nbdev raises what it likes
         return (f'{page}: cannot be shown ({error.__cause__!r}). The documentation runs the cells that import or '
                 f'export, and only those: give imports a cell of their own. {error}')
