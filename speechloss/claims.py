@@ -195,7 +195,8 @@ class Verdicts(list):
     __repr__ = __str__
 
     def _repr_markdown_(self) -> str:
-        return as_markdown([{c: r[c] for c in self.columns[:-1]} | {'verdict': f'**{r["verdict"]}**'} for r in self.rows()])
+        return as_markdown([{c: r[c] for c in self.columns[:-1]} | {'verdict': f'**{r["verdict"]}**'}
+                            for r in self.rows()])
 
     def _repr_html_(self) -> str:
         def cells(tag, values):
