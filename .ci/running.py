@@ -36,6 +36,7 @@ def drawn(page):
         nb = run(path)
         (DRAWN/page).parent.mkdir(parents=True, exist_ok=True)
         write_nb(nb, DRAWN/page)
+        (DRAWN/page).touch()    # what has not changed is not written
     except Exception as error:
         return page, time.monotonic() - start, ''.join(traceback.format_exception(error))
     return page, time.monotonic() - start, ''
