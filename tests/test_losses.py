@@ -315,6 +315,18 @@ def test_more_noise_is_worse(name, seed):
     assert (value.diff() > 0).all(), value
 
 
+@pytest.mark.parametrize('name', CARDS)
+def test_cards_bound_their_values(name):
+    "From the value at identity up to `largest`, whatever the enhanced wave is"
+    _, clean, noisy = waves()
+    card, loss = CARDS[name], make(name, reduction='none')
+    low, high = ({'0': 0., '-max_db': -100., 'max_db': 100., 'clamp': 10., 'inf': math.inf}[bound]
+                 for bound in (card.identity, card.largest))
+    for enhanced in (noisy, -clean, 1e-3 * clean, 0 * clean, 1e3 * torch.randn_like(clean)):
+        value = loss(enhanced, clean, noisy=noisy)
+        assert (value >= low - 1e-4).all() and (value <= high).all(), value
+
+
 @given(seed=st.integers(0, 10 ** 6), db=st.floats(-40, 40))
 def test_gain(seed, db):
     "What a common gain, and one of the enhanced wave alone, does to each value"
