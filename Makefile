@@ -24,7 +24,7 @@ ready := $(VENV)/.ready
 
 help:  ## this list
 	@echo 'speechloss'
-	@grep -hE '^[a-z]+:.*## ' Makefile | sed -E 's/:.*## /\t/' | \
+	@grep -hE '^[a-z-]+:.*## ' Makefile | sed -E 's/:.*## /\t/' | \
 	    while IFS=$$'\t' read -r name text; do printf '  make %-10s %s\n' "$$name" "$$text"; done
 	@echo
 	@echo '  PAPER=$(PAPER) SCALE=$(SCALE) SEED=$(SEED) OUT=$(OUT) CORPUS= CORPUS_DIR=   of make reproduce'
@@ -35,7 +35,7 @@ reproduce: $(ready)  ## run a paper (PAPER=, SCALE=smoke|laptop|paper) up to its
 	    $(if $(CORPUS),--corpus "$(CORPUS)") $(if $(CORPUS_DIR),--corpus-dir "$(CORPUS_DIR)")
 
 # The parts run one after the other, each on all processors.
-test: $(ready)  ## everything: style, notebooks, smoke reproduction, pytest
+test: $(ready)  ## everything: style, notebooks, site, smoke reproduction, pytest
 	@$(MAKE) lint notebooks docs smoke pytest
 	@echo 'make test: everything passed.'
 

@@ -32,6 +32,11 @@ def pages(root=ROOT):
     return config(root)['project']['render']
 
 
+def address(page):
+    "Where a page is in the site, as a path from its root"
+    return Path(page).with_suffix('.html').as_posix()
+
+
 def menu(items):
     "Every file named in a (nested) sidebar"
     for item in items:

@@ -8,7 +8,7 @@ from pathlib import Path
 import nbformat
 import pypandoc
 
-from pages import config, pages, shown
+from pages import address, config, shown
 
 FRAME = (Path(__file__).parent/'plain.html').read_text(encoding='utf-8')
 OPTIONS = ['--mathml', '--wrap=none', '--syntax-highlighting=none', '--fail-if-warnings']
@@ -60,7 +60,7 @@ def navigation(items, page, titles):
             continue
         href, words = (item, titles[item]) if isinstance(item, str) else (item['href'], item['text'])
         here = ' aria-current="page"' if href == page else ''
-        to = os.path.relpath(Path(href).with_suffix('.html'), Path(page).parent)
+        to = os.path.relpath(address(href), Path(page).parent)
         lines.append(f'<li><a href="{to}"{here}>{html.escape(words)}</a></li>')
     return f'<ul>{"".join(lines)}</ul>'
 
@@ -73,16 +73,15 @@ def framed(**words):
 def render(place):
     "The sources in `place`, filtered already, as a site in `place/_site`"
     site, cfg = place/'_site', config(place)
-    bodies = {page: body(place/page) for page in pages(place)}
-    titles = {page: title(text) for page, text in bodies.items()}
+    bodies = {page: body(place/page) for page in cfg['project']['render']}
+    titles, home = {page: title(text) for page, text in bodies.items()}, address(next(iter(bodies)))
     for page, text in bodies.items():
-        out = (site/page).with_suffix('.html')
+        out = site/address(page)
         out.parent.mkdir(parents=True, exist_ok=True)
         def seen(path, here=Path(page).parent): return os.path.relpath(path, here)
         out.write_text(framed(title=html.escape(titles[page]), css=seen('nbs/site.css'), icon=seen('nbs/favicon.svg'),
-                              home=seen(Path(pages(place)[0]).with_suffix('.html')),
-                              menu=navigation(cfg['website']['sidebar']['contents'], page, titles),
-                              body=linked(text)), encoding='utf-8')
+                              home=seen(home), body=linked(text),
+                              menu=navigation(cfg['website']['sidebar']['contents'], page, titles)), encoding='utf-8')
     for pattern in cfg['project']['resources']:
         for file in place.glob(pattern):
             to = site/file.relative_to(place)

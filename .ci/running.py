@@ -10,13 +10,13 @@ from pages import ROOT, notebooks
 DRAWN = ROOT/'build/drawn'
 
 
-def run(path, flags=()):
+def run(path):
     "The notebook with the outputs of this run; cells marked `eval: false`, slow or cuda are left out"
     from execnb.shell import CaptureShell
     from nbdev.config import get_config
     from nbdev.process import NBProcessor
     os.environ['IN_TEST'] = '1'
-    flags = set(get_config().tst_flags.split()) - set(flags)
+    flags = set(get_config().tst_flags.split())
     nb = NBProcessor(path, rm_directives=False).nb
 
     def left_out(cell):
@@ -42,17 +42,17 @@ def drawn(page):
     return page, time.monotonic() - start, ''
 
 
-def stale(page):
-    "Was the page drawn before it, or the package, was changed?"
-    sources = [ROOT/page, *(ROOT/'speechloss').rglob('*.py'), *(ROOT/'kernels').rglob('*.py')]
-    out = DRAWN/page
-    return not out.exists() or out.stat().st_mtime < max(p.stat().st_mtime for p in sources)
+def stale(todo):
+    "The pages that were drawn before they, or the package, were changed"
+    def changed(path): return path.stat().st_mtime
+    code = max(map(changed, [*(ROOT/'speechloss').rglob('*.py'), *(ROOT/'kernels').rglob('*.py')]))
+    return [p for p in todo if not (DRAWN/p).exists() or changed(DRAWN/p) < max(code, changed(ROOT/p))]
 
 
 def draw(every=True, workers=2):
     "Run the chapters and guides, all or those that changed; the first line of each failure is its page"
-    todo = [n for n in notebooks() if not n.startswith('nbs/papers/') and (every or stale(n))]
-    failed = []
+    todo, failed = [n for n in notebooks() if not n.startswith('nbs/papers/')], []
+    if not every: todo = stale(todo)
     with ProcessPoolExecutor(workers) as pool:
         for page, seconds, wrong in pool.map(drawn, todo):
             print(f'{seconds:5.0f} s  {page}{"  FAILED" if wrong else ""}', flush=True)

@@ -13,7 +13,7 @@ import nbformat
 import yaml
 
 import plain
-from pages import INDEX, ROOT, config, copy, filtered, pages, outputs_as_pages_have_them, structure
+from pages import INDEX, ROOT, address, config, copy, filtered, outputs_as_pages_have_them, pages, structure
 from running import DRAWN
 
 SITE = ROOT/'_site'
@@ -31,12 +31,12 @@ def prepared(page, source, place):
     nbformat.write(nb, place/page)
 
 
-def prepare(place, root=ROOT, drawn=DRAWN):
+def prepare(place):
     "A copy of the sources in `place`, its pages run, filtered and with their pictures as files"
     shutil.rmtree(place, ignore_errors=True)
-    copy(place, root)
-    todo = [p for p in pages(root) if p.endswith('.ipynb')]
-    sources = [drawn/p if p != INDEX and (drawn/p).exists() else root/p for p in todo]    # README.md is the kept index
+    copy(place)
+    todo = [p for p in pages() if p.endswith('.ipynb')]
+    sources = [DRAWN/p if p != INDEX and (DRAWN/p).exists() else ROOT/p for p in todo]    # README.md is the kept index
     with ProcessPoolExecutor(2) as pool:
         wrong = [w for w in pool.map(prepared, todo, sources, [place] * len(todo)) if w]
     if wrong: raise SystemExit('\n'.join(wrong))
@@ -55,19 +55,19 @@ def render(place):
     return 'pandoc, in a plain frame without search'
 
 
-def build(root=ROOT, out=SITE):
+def build():
     "The whole site, checked; nothing takes the place of an earlier one before it is right"
-    if wrong := list(structure(root)): raise SystemExit('\n'.join(wrong))
-    place = root/'build/site'
-    prepare(place, root)
+    if wrong := list(structure()): raise SystemExit('\n'.join(wrong))
+    place = ROOT/'build/site'
+    prepare(place)
     tool = render(place)
     (place/'_site/index.html').write_text(
         '<!DOCTYPE html><meta charset="utf-8"><title>speechloss</title><link rel="icon" href="data:,">'
         '<meta http-equiv="refresh" content="0; url=nbs/index.html"><a href="nbs/index.html">speechloss</a>\n')
     (place/'_site/built.json').write_text(json.dumps(dict(by=tool)) + '\n')
-    if wrong := problems(place/'_site', root): raise SystemExit('\n'.join(wrong))
-    shutil.rmtree(out, ignore_errors=True)
-    shutil.move(place/'_site', out)
+    if wrong := problems(place/'_site'): raise SystemExit('\n'.join(wrong))
+    shutil.rmtree(SITE, ignore_errors=True)
+    shutil.move(place/'_site', SITE)
     return tool
 
 
@@ -103,7 +103,7 @@ def inside(url, page, base):
 def problems(site, root=ROOT):
     "Everything that is wrong with a built site: a sentence each"
     base = config(root)['website']['site-url'].rstrip('/') + '/'
-    names = [Path(p).with_suffix('.html').as_posix() for p in pages(root)]
+    names = [address(p) for p in pages(root)]
     wrong = [f'{n}: is not in the site' for n in names if not (site/n).is_file()]
     found = {n: Page((site/n).read_text(encoding='utf-8')) for n in names if (site/n).is_file()}
     for name, page in found.items():

@@ -7,10 +7,10 @@ __all__ = ['METRICS', 'COLUMNS', 'DEFAULT', 'Metric', 'metric_table', 'cards_of'
            'dnsmos', 'dnsmos_fast', 'estoi', 'llr', 'lsd', 'mcd', 'nmr', 'pesq_nb', 'pesq_wb', 'seg_snr', 'si_sdr',
            'stoi', 'visqol', 'vq_score', 'wave_snr', 'wss']
 
-# %% ../nbs/enhance/metrics.ipynb #a5f3d87c
+# %% ../nbs/enhance/metrics.ipynb #08be4c65
 import importlib.util
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 from .audio import SAMPLE_RATE, SpeechLossError, extra
@@ -23,7 +23,7 @@ from .vqscore import vq_score
 _all_ = ['composite', 'dnsmos', 'dnsmos_fast', 'estoi', 'llr', 'lsd', 'mcd', 'nmr', 'pesq_nb', 'pesq_wb', 'seg_snr',
          'si_sdr', 'stoi', 'visqol', 'vq_score', 'wave_snr', 'wss']
 
-# %% ../nbs/enhance/metrics.ipynb #ab879c31
+# %% ../nbs/enhance/metrics.ipynb #424ee65f
 @dataclass(frozen=True)
 class Metric:
     "How to compute a metric and how to read it"
@@ -86,12 +86,16 @@ DEFAULT = ('si_sdr', 'seg_snr', 'pesq', 'estoi', 'lsd', 'mcd', 'llr', 'wss', 'co
            'dnsmos')
 
 
-def metric_table() -> str:
+def metric_table(
+    **more: Mapping[str, str],   # further columns: a cell for each metric
+) -> str:
     "The cards as a Markdown table"
     return as_markdown([
         dict(metric=m.name, columns=', '.join(m.columns), range=f'{m.range[0]:g} to {m.range[1]:g}', better=m.direction,
              unit=m.unit, rate=m.sample_rate or 'any', reference='clean' if m.reference else 'none', source=m.source,
-             **{'optimised by': ', '.join(m.optimised_by) or '-'}) for m in METRICS.values()])
+             **{'optimised by': ', '.join(m.optimised_by) or '-'},
+             **{title: cells[m.name] for title, cells in more.items()})
+        for m in METRICS.values()])
 
 # %% ../nbs/enhance/metrics.ipynb #dc13232e
 def cards_of(metrics: str | Iterable[str]) -> list[Metric]:

@@ -20,8 +20,8 @@ import running
 import website
 
 ROOT = Path(__file__).resolve().parents[1]
-SITE = ROOT/'_site'
-PAGES = [Path(p).with_suffix('.html').as_posix() for p in pages.pages()]
+SITE = website.SITE
+PAGES = [pages.address(p) for p in pages.pages()]
 
 
 # --- the list and its checks ---
