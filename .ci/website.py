@@ -12,6 +12,7 @@ from urllib.parse import unquote, urlsplit
 import nbformat
 import yaml
 
+import papers
 import plain
 from pages import INDEX, ROOT, address, config, copy, filtered, outputs_as_pages_have_them, pages, structure
 from running import DRAWN
@@ -35,6 +36,7 @@ def prepare(place):
     "A copy of the sources in `place`, its pages run, filtered and with their pictures as files"
     shutil.rmtree(place, ignore_errors=True)
     copy(place)
+    papers.draw()
     todo = [p for p in pages() if p.endswith('.ipynb')]
     sources = [DRAWN/p if p != INDEX and (DRAWN/p).exists() else ROOT/p for p in todo]    # README.md is the kept index
     with ProcessPoolExecutor(2) as pool:

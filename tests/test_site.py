@@ -1,4 +1,5 @@
 """The site: its list of pages, its checks, the front page, and what `make docs` built, in a real browser."""
+import copy
 import functools
 import json
 import re
@@ -13,6 +14,7 @@ from threading import Thread
 import nbformat
 import numpy as np
 import pages
+import papers
 import plain
 import pytest
 import readme
@@ -110,6 +112,33 @@ def test_a_notebook_runs_as_nbdev_runs_it(tmp_path):
     assert [len(c.outputs) for c in nb.cells] == [0, 0, 0, 0, 1] and nb.cells[3].source.startswith('#| export')
     nbformat.write(nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell('1/0')]), tmp_path/'b.ipynb')
     with pytest.raises(ZeroDivisionError): running.run(tmp_path/'b.ipynb')
+
+
+RESULTS = dict(paper='p', scale='laptop', seed=0, version='1', data={'c': dict(recordings=7)},
+               numbers={'a': dict(seeds=[0]), 'b': dict(seeds=[0, 1])},
+               environment=dict(device='cpu', cores=2, cpu='C', packages=dict(torch='2')))
+
+
+def test_a_paper_is_a_chapter_and_a_report():
+    "The chapter shows what the run drew, only where the code is still what ran; the report shows no code"
+    new = nbformat.v4
+    player = new.new_output('display_data', {'text/html': '<audio src="audio/a.flac"></audio>'})
+    ran = new.new_notebook(cells=[
+        new.new_markdown_cell('# P\n[loss](../losses/x.ipynb) [out](https://x.org)'),
+        new.new_code_cell('scale = "laptop"'), new.new_code_cell('a', outputs=[player]),
+        new.new_code_cell('b', outputs=[player])])
+    source = copy.deepcopy(ran)
+    for cell in source.cells[1:]: cell.outputs = []
+    source.cells[3].source = 'b, changed'
+    chapter = papers.chapter(source, copy.deepcopy(ran), RESULTS)
+    assert [len(c.get('outputs', ())) for c in chapter.cells] == [0, 0, 0, 1, 0]
+    assert 'src="results/p/audio/a.flac"' in str(chapter.cells[3].outputs) and 'scale laptop' in chapter.cells[1].source
+    report = papers.report(ran, RESULTS)
+    first, about, *code, last = report.cells
+    assert first.source == '# Run: P\n[loss](../../../losses/x.ipynb) [out](https://x.org)'
+    assert 'seeds 0, 1, ' in about.source and '7 recordings' in about.source and '2 cores of C' in about.source
+    assert [pages.directive(c, 'echo') for c in code] == ['false', 'false'] and 'audio/a.flac' in str(code[0].outputs)
+    assert 'make reproduce PAPER=p SCALE=laptop' in last.source
 
 
 # --- the front page ---

@@ -1,0 +1,91 @@
+"""A paper as two pages: its chapter, with what the kept run drew, and that run as a report, without the code."""
+import json
+import re
+
+import nbformat
+
+from pages import ROOT
+from running import DRAWN
+
+KEPT = ROOT/'nbs/papers/results'
+
+SHOWN = 'What the cells show is the [kept run](results/{paper}/notebook.ipynb) at scale {scale}.'
+
+RUN = '''The kept run of [the chapter](../../{paper}.ipynb), without its code: scale {scale}, seeds {seeds}, {data}, \
+speechloss {version}, torch {torch}, {device}.
+'''
+
+YOURSELF = '''## Run it yourself
+
+From a clone; each command sets up its own environment first:
+
+```bash
+make reproduce PAPER={paper}                  # smoke: the whole pipeline, minutes
+make reproduce PAPER={paper} SCALE={scale}     # this study: hours on two cores
+```
+
+Or with the package installed (`pip install '.[reproduce]'`; `speechloss doctor` names what else a judge of this paper \
+may want):
+
+```bash
+speechloss reproduce {paper} --scale {scale} --out runs
+```
+
+It says how far it is; killed and started again, it goes on where it was. What it leaves in \
+`runs/{paper}-{scale}-{seed}/` is what is kept here: the executed notebook, its figures and its sound, and \
+`results.json`, with every number, its interval and its seeds, which `load_results` reads. Without a network, \
+`--corpus-dir` names the folder that holds the published files of the corpus.
+'''
+
+
+def draw():
+    "Both pages of every paper that has a kept run, into `build/drawn`"
+    for folder in sorted(p for p in KEPT.iterdir() if (p/'results.json').is_file()):
+        source, run = ROOT/f'nbs/papers/{folder.name}.ipynb', folder/'notebook.ipynb'
+        results = json.loads((folder/'results.json').read_text(encoding='utf-8'))
+        for page, made in ((source, chapter(read(source), read(run), results)), (run, report(read(run), results))):
+            to = DRAWN/page.relative_to(ROOT)
+            to.parent.mkdir(parents=True, exist_ok=True)
+            nbformat.write(made, to)
+
+
+def read(path):
+    "A notebook"
+    return nbformat.read(path, as_version=4)
+
+
+def chapter(nb, run, results):
+    "The notebook with the outputs of its kept run, where the code is still what ran"
+    ran = {cell.id: cell for cell in run.cells if cell.cell_type == 'code'}
+    for cell in nb.cells:
+        kept = ran.get(cell.id)
+        if cell.cell_type != 'code' or kept is None or kept.source != cell.source: continue
+        cell.outputs = kept.outputs
+        for output in cell.outputs:
+            if page := output.get('data', {}).get('text/html'):
+                output.data['text/html'] = re.sub(r'src="(?![\w+]+:)', f'src="results/{results["paper"]}/', page)
+    nb.cells.insert(1, nbformat.v4.new_markdown_cell(SHOWN.format(**words(results))))
+    return nb
+
+
+def report(nb, results):
+    "The executed notebook without its code, and with how to run it"
+    nb.cells = [cell for cell in nb.cells if cell.cell_type != 'code' or cell.outputs]
+    for cell in nb.cells:
+        if cell.cell_type == 'code': cell.source = f'#| echo: false\n{cell.source}'
+        else: cell.source = re.sub(r'\]\((?!\w+:|[#/])', '](../../', cell.source)    # it was written two folders up
+    nb.cells[0].source = nb.cells[0].source.replace('# ', '# Run: ', 1)
+    said = words(results)
+    nb.cells.insert(1, nbformat.v4.new_markdown_cell(RUN.format(**said)))
+    nb.cells.append(nbformat.v4.new_markdown_cell(YOURSELF.format(**said)))
+    return nb
+
+
+def words(results):
+    "What a report says about its run"
+    where = results['environment']
+    seeds = max((number['seeds'] for number in results['numbers'].values()), key=len)
+    data = ', '.join(f'corpus {name} ({of["recordings"]} recordings)' for name, of in results['data'].items())
+    return dict(paper=results['paper'], scale=results['scale'], seed=results['seed'], data=data,
+                seeds=', '.join(map(str, seeds)), version=results['version'], torch=where['packages']['torch'],
+                device=f'{where["cores"]} cores of {where["cpu"]}' if where['device'] == 'cpu' else where['device'])
