@@ -97,6 +97,14 @@ def linked(text, page):
     return re.sub(rf'\[`([^`]+)`\]\({base}([\w/]+\.html)#([^)]*)\)', turned, text)
 
 
+def code_unlinked(output):
+    "Names in a block of code (a signature with its comments) as they are: there Markdown shows the link's own text"
+    if text := output.get('data', {}).get('text/markdown'):
+        blocks = re.split(r'^(```.*?^```$)', ''.join(text), flags=re.M | re.S)
+        blocks[1::2] = [re.sub(r'\[(`[^`\n]+`)\]\([^)\n]*\)', r'\1', block) for block in blocks[1::2]]
+        output['data']['text/markdown'] = ''.join(blocks)
+
+
 def filtered(path, page=INDEX):
     "The notebook as `nbdev_filter` hands it to Quarto: exports as documentation, names linked"
     from nbdev.cli import nbdev_filter
@@ -104,6 +112,7 @@ def filtered(path, page=INDEX):
         warnings.simplefilter('ignore')
         nb = json.loads(linked(nbdev_filter(fname=str(path), printit=False), page))
     for cell in nb['cells']:
+        for output in cell.get('outputs', []): code_unlinked(output)
         for key in set(cell) - {'cell_type', 'id', 'metadata', 'source', 'outputs'}: cell.pop(key)
         if cell['cell_type'] != 'code': continue
         cell['execution_count'] = None

@@ -103,6 +103,13 @@ def test_names_are_linked_from_where_they_stand():
     assert pages.linked(text, 'nbs/z/w.ipynb') == '[`A_b`](../x/y.html#a_b) `mini` [`C.run`](../x/y.html#c)'
 
 
+def test_a_link_in_code_is_none():
+    output = dict(data={'text/markdown': ['### f\n```python\ndef f(\n', '  x # [`g`](h.html#g), [1](2)\n)\n```\n',
+                                          '[`g`](h.html#g)']})
+    pages.code_unlinked(output)
+    assert output['data']['text/markdown'] == '### f\n```python\ndef f(\n  x # `g`, [1](2)\n)\n```\n[`g`](h.html#g)'
+
+
 def test_a_notebook_runs_as_nbdev_runs_it(tmp_path):
     "Marked cells are left out, outputs kept, directives stay, and an error is an error"
     cells = [nbformat.v4.new_code_cell(s) for s in
