@@ -97,12 +97,16 @@ def linked(text, page):
     return re.sub(rf'\[`([^`]+)`\]\({base}([\w/]+\.html)#([^)]*)\)', turned, text)
 
 
-def code_unlinked(output):
-    "Names in a block of code (a signature with its comments) as they are: there Markdown shows the link's own text"
-    if text := output.get('data', {}).get('text/markdown'):
-        blocks = re.split(r'^(```.*?^```$)', ''.join(text), flags=re.M | re.S)
-        blocks[1::2] = [re.sub(r'\[(`[^`\n]+`)\]\([^)\n]*\)', r'\1', block) for block in blocks[1::2]]
-        output['data']['text/markdown'] = ''.join(blocks)
+def documented(text):
+    """The Markdown of `show_doc` as a page shows it: examples and options of docstrings are code.
+
+    In a block of code (a signature with its comments) a link would show its own markup.
+    """
+    text = re.sub(r'^>>> .*(?:\n.+)*', r'```python\n\g<0>\n```', text, flags=re.M)
+    parts = re.split(r'^(```.*?^```$)', text, flags=re.M | re.S)
+    parts[::2] = [re.sub(r'(?<![\w`-])--[a-z][\w-]*', r'`\g<0>`', prose) for prose in parts[::2]]
+    parts[1::2] = [re.sub(r'\[(`[^`\n]+`)\]\([^)\n]*\)', r'\1', code) for code in parts[1::2]]
+    return ''.join(parts)
 
 
 def filtered(path, page=INDEX):
@@ -112,7 +116,9 @@ def filtered(path, page=INDEX):
         warnings.simplefilter('ignore')
         nb = json.loads(linked(nbdev_filter(fname=str(path), printit=False), page))
     for cell in nb['cells']:
-        for output in cell.get('outputs', []): code_unlinked(output)
+        if 'show_doc(' in ''.join(cell['source']):
+            for data in (output['data'] for output in cell['outputs']):
+                data['text/markdown'] = documented(''.join(data['text/markdown']))
         for key in set(cell) - {'cell_type', 'id', 'metadata', 'source', 'outputs'}: cell.pop(key)
         if cell['cell_type'] != 'code': continue
         cell['execution_count'] = None

@@ -69,7 +69,10 @@ def chapter(nb, run, results):
 
 
 def report(nb, results):
-    "The executed notebook without its code, and with how to run it"
+    "The executed notebook without its code and the bare values below it, and with how to run it"
+    for cell in nb.cells:
+        if cell.cell_type != 'code': continue
+        cell.outputs = [o for o in cell.outputs if list(o.get('data', ())) != ['text/plain']]
     nb.cells = [cell for cell in nb.cells if cell.cell_type != 'code' or cell.outputs]
     for cell in nb.cells:
         if cell.cell_type == 'code': cell.source = f'#| echo: false\n{cell.source}'

@@ -103,11 +103,12 @@ def test_names_are_linked_from_where_they_stand():
     assert pages.linked(text, 'nbs/z/w.ipynb') == '[`A_b`](../x/y.html#a_b) `mini` [`C.run`](../x/y.html#c)'
 
 
-def test_a_link_in_code_is_none():
-    output = dict(data={'text/markdown': ['### f\n```python\ndef f(\n', '  x # [`g`](h.html#g), [1](2)\n)\n```\n',
-                                          '[`g`](h.html#g)']})
-    pages.code_unlinked(output)
-    assert output['data']['text/markdown'] == '### f\n```python\ndef f(\n  x # `g`, [1](2)\n)\n```\n[`g`](h.html#g)'
+def test_docstrings_as_pages_show_them():
+    "No link in code, examples and options as code"
+    link = '[`g`](h.html#g)'
+    text = f'### f\n```python\ndef f(\n  x # {link}, [1](2)\n)\n```\n{link} --out\n\n>>> f(1)\n2\n\nNot this'
+    assert pages.documented(text) == ('### f\n```python\ndef f(\n  x # `g`, [1](2)\n)\n```\n'
+                                      f'{link} `--out`\n\n```python\n>>> f(1)\n2\n```\n\nNot this')
 
 
 def test_a_notebook_runs_as_nbdev_runs_it(tmp_path):
@@ -130,21 +131,24 @@ def test_a_paper_is_a_chapter_and_a_report():
     "The chapter shows what the run drew, only where the code is still what ran; the report shows no code"
     new = nbformat.v4
     player = new.new_output('display_data', {'text/html': '<audio src="audio/a.flac"></audio>'})
+    value = new.new_output('execute_result', {'text/plain': '{1: 2}'})
     ran = new.new_notebook(cells=[
         new.new_markdown_cell('# P\n[loss](../losses/x.ipynb) [out](https://x.org)'),
-        new.new_code_cell('scale = "laptop"'), new.new_code_cell('a', outputs=[player]),
+        new.new_code_cell('scale = "laptop"'), new.new_code_cell('a', outputs=[player, value]),
         new.new_code_cell('b', outputs=[player])])
     source = copy.deepcopy(ran)
     for cell in source.cells[1:]: cell.outputs = []
     source.cells[3].source = 'b, changed'
     chapter = papers.chapter(source, copy.deepcopy(ran), RESULTS)
-    assert [len(c.get('outputs', ())) for c in chapter.cells] == [0, 0, 0, 1, 0]
+    assert [len(c.get('outputs', ())) for c in chapter.cells] == [0, 0, 0, 2, 0]
     assert 'src="results/p/audio/a.flac"' in str(chapter.cells[3].outputs) and 'scale laptop' in chapter.cells[1].source
     report = papers.report(ran, RESULTS)
     first, about, *code, last = report.cells
     assert first.source == '# Run: P\n[loss](../../../losses/x.ipynb) [out](https://x.org)'
     assert 'seeds 0, 1, ' in about.source and '7 recordings' in about.source and '2 cores of C' in about.source
-    assert [pages.directive(c, 'echo') for c in code] == ['false', 'false'] and 'audio/a.flac' in str(code[0].outputs)
+    assert [pages.directive(c, 'echo') for c in code] == ['false', 'false']
+    assert [c.outputs[0].data['text/html'] for c in code] == ['<audio src="audio/a.flac"></audio>'] * 2
+    assert [len(c.outputs) for c in code] == [1, 1]
     assert 'make reproduce PAPER=p SCALE=laptop' in last.source
 
 
