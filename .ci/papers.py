@@ -43,7 +43,8 @@ def draw():
     for folder in sorted(p for p in KEPT.iterdir() if (p/'results.json').is_file()):
         source, run = ROOT/f'nbs/papers/{folder.name}.ipynb', folder/'notebook.ipynb'
         results = json.loads((folder/'results.json').read_text(encoding='utf-8'))
-        for page, made in ((source, chapter(read(source), read(run), results)), (run, report(read(run), results))):
+        pages = {source: chapter(read(source), executed(run), results), run: report(executed(run), results)}
+        for page, made in pages.items():
             to = DRAWN/page.relative_to(ROOT)
             to.parent.mkdir(parents=True, exist_ok=True)
             nbformat.write(made, to)
@@ -54,6 +55,27 @@ def read(path):
     return nbformat.read(path, as_version=4)
 
 
+def html_of(cell):
+    "The outputs of a cell that are HTML"
+    return [output.data for output in cell.get('outputs', []) if 'text/html' in output.get('data', {})]
+
+
+def said_once(table):
+    "A table with the size of the samples below it, where each cell says the same or has been cut within it"
+    sizes = re.findall(r' \((n=[^<]*?)(?:\)|\.\.\.)</td>', table)
+    size = max(sizes, key=len, default='')
+    if not size or not all(size.startswith(other) for other in sizes): return table
+    table = re.sub(r' \(n=[^<]*</td>', '</td>', table)
+    return table.replace('</table>', f'</table>\n<p>Each interval: {size}.</p>')
+
+
+def executed(path):
+    "A kept notebook, its tables made lighter"
+    nb = read(path)
+    for data in (data for cell in nb.cells for data in html_of(cell)): data['text/html'] = said_once(data['text/html'])
+    return nb
+
+
 def chapter(nb, run, results):
     "The notebook with the outputs of its kept run, where the code is still what ran"
     ran = {cell.id: cell for cell in run.cells if cell.cell_type == 'code'}
@@ -61,9 +83,8 @@ def chapter(nb, run, results):
         kept = ran.get(cell.id)
         if cell.cell_type != 'code' or kept is None or kept.source != cell.source: continue
         cell.outputs = kept.outputs
-        for output in cell.outputs:
-            if page := output.get('data', {}).get('text/html'):
-                output.data['text/html'] = re.sub(r'src="(?![\w+]+:)', f'src="results/{results["paper"]}/', page)
+        for data in html_of(cell):
+            data['text/html'] = re.sub(r'src="(?![\w+]+:)', f'src="results/{results["paper"]}/', data['text/html'])
     nb.cells.insert(1, nbformat.v4.new_markdown_cell(SHOWN.format(**words(results))))
     return nb
 

@@ -103,6 +103,16 @@ def test_names_are_linked_from_where_they_stand():
     assert pages.linked(text, 'nbs/z/w.ipynb') == '[`A_b`](../x/y.html#a_b) `mini` [`C.run`](../x/y.html#c)'
 
 
+@pytest.mark.parametrize('table, wanted', [
+    ('<td>1 (n=10, 5 clusters)</td><td>2 (n=10, 5 cl...</td><td>3</td></table>',
+     '<td>1</td><td>2</td><td>3</td></table>\n<p>Each interval: n=10, 5 clusters.</p>'),
+    ('<td>1 (n=10, 5 clusters)</td><td>2 (n=9, 5 clu...</td></table>',) * 2,
+    ('<td>1 (n=10, 5 clusters)</td><td>2 (n=9, 5 clusters)</td></table>',) * 2, ('<td>1</td></table>',) * 2])
+def test_the_size_of_samples_is_said_once(table, wanted):
+    "Below the table where it is one, in the cells where it is not"
+    assert papers.said_once(table) == wanted
+
+
 def test_docstrings_as_pages_show_them():
     "No link in code, examples and options as code"
     link = '[`g`](h.html#g)'
