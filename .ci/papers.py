@@ -63,7 +63,7 @@ def html_of(cell):
 def said_once(table):
     "A table with the size of the samples below it, where each cell says the same or has been cut within it"
     sizes = re.findall(r' \((n=[^<]*?)(?:\)|\.\.\.)</td>', table)
-    size = max(sizes, key=len, default='')
+    size = max(re.findall(r' \((n=[^<]*)\)</td>', table), default='')
     if not size or not all(size.startswith(other) for other in sizes): return table
     table = re.sub(r' \(n=[^<]*</td>', '</td>', table)
     return table.replace('</table>', f'</table>\n<p>Each interval: {size}.</p>')
