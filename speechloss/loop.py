@@ -77,7 +77,7 @@ def validate(
     score = float(torch.cat(scores).double().mean())
     return dict(si_sdr=score, gain=score - float(torch.cat(before).double().mean()))
 
-# %% ../nbs/enhance/loop.ipynb #45d0f9c5
+# %% ../nbs/enhance/loop.ipynb #aef25bd7
 HEALTH_CLIPS = 8   # validation clips on which the objective's own state is watched
 
 
@@ -156,9 +156,16 @@ class _Loop:
             model.to(self.device), objective.to(self.device).train(), recipe)
         if self.main: checkpoints.recover(out / 'best')
         found = checkpoints.latest(out / 'checkpoints')
-        if found: self.state.load(*found)
+        if found: self._resume(*found)
         # accelerate wraps what it returns; the state keeps the plain model and optimiser
         self.model = accelerator.prepare_model(self.state.model)
+
+    def _resume(self, step: int, tensors: dict, counters: dict) -> None:
+        began, now = counters.get('processes', 1), self.accelerator.num_processes
+        if began != now:
+            raise TrainingError(f'{self.out} was begun by {began} processes and this is {now}, so that a step would take '
+                                f'other items: start {began}, or give another folder')
+        self.state.load(step, tensors, counters)
 
     def go(self, train_data, valid_data, progress, tensorboard: bool) -> Path:
         state, recipe = self.state, self.recipe
@@ -228,7 +235,9 @@ class _Loop:
             seconds = round(time.monotonic() - self.began, 2)
             self.log.write(dict(step=state.step, **row, seconds=seconds))
         if state.step % recipe.save_every == 0 or last:
-            checkpoints.save_checkpoint(self.out / 'checkpoints', state.step, *state.save())
+            tensors, counters = state.save()
+            counters['processes'] = self.accelerator.num_processes
+            checkpoints.save_checkpoint(self.out / 'checkpoints', state.step, tensors, counters)
 
     def _validate(self, data) -> dict:
         state = self.state

@@ -23,7 +23,7 @@ from .vqscore import vq_score
 _all_ = ['composite', 'dnsmos', 'dnsmos_fast', 'estoi', 'llr', 'lsd', 'mcd', 'nmr', 'pesq_nb', 'pesq_wb', 'seg_snr',
          'si_sdr', 'stoi', 'visqol', 'vq_score', 'wave_snr', 'wss']
 
-# %% ../nbs/enhance/metrics.ipynb #424ee65f
+# %% ../nbs/enhance/metrics.ipynb #3332d4ce
 @dataclass(frozen=True)
 class Metric:
     "How to compute a metric and how to read it"
@@ -94,7 +94,7 @@ def metric_table(
         dict(metric=m.name, columns=', '.join(m.columns), range=f'{m.range[0]:g} to {m.range[1]:g}', better=m.direction,
              unit=m.unit, rate=m.sample_rate or 'any', reference='clean' if m.reference else 'none', source=m.source,
              **{'optimised by': ', '.join(m.optimised_by) or '-'},
-             **{title: cells[m.name] for title, cells in more.items()})
+             **{title: cells.get(m.name, '-') for title, cells in more.items()})
         for m in METRICS.values()])
 
 # %% ../nbs/enhance/metrics.ipynb #dc13232e

@@ -61,7 +61,7 @@ def is_interval(value: Any) -> bool:
     "Whether a value carries its uncertainty: `mean`, `low` and `high`, as `stats.Interval` does."
     return all(isinstance(getattr(value, k, None), (int, float)) for k in ('mean', 'low', 'high'))
 
-# %% ../nbs/reproduce/results.ipynb #7b243db8
+# %% ../nbs/reproduce/results.ipynb #d430606d
 class Run(Study):
     """A study under way: what its notebook finds, on its way to `results.json`.
 
@@ -125,6 +125,7 @@ class Run(Study):
             import pandas
         except ModuleNotFoundError:
             return rows
+        pandas.set_option('display.max_colwidth', None)    # an interval is longer than what is shown of a text
         frame = pandas.DataFrame([{k: shown(v) for k, v in row.items()} for row in rows])
         return frame.set_index(frame.columns[0]) if rows else frame
 

@@ -144,14 +144,22 @@ def bootstrap(
     return Interval(float(statistic(np.arange(count))), float(low), float(high), count, clusters,
                     'cluster' if nested else 'file', level=level)
 
-# %% ../nbs/enhance/stats.ipynb #44dc5822
+# %% ../nbs/enhance/stats.ipynb #28866e07
+def _number(name: str, row: dict, column: str) -> float:
+    "A score, NaN where a table has none"
+    if row[column] in (None, ''): return math.nan
+    try: return float(row[column])
+    except (TypeError, ValueError):
+        raise SpeechLossError(f'{column} of {name} is {row[column]!r} in a row: give numbers') from None
+
+
 def _by_id(name: str, rows: Iterable[dict], column: str, key: str) -> dict:
     found = {}
     for row in rows:
         if missing := [k for k in (column, key) if k not in row]:
             raise SpeechLossError(f'a row of {name} has no {missing[0]!r}, only '
                                   f'{", ".join(map(str, row))}: score that column first')
-        found.setdefault(row[key], []).append(row[column])
+        found.setdefault(row[key], []).append(_number(name, row, column))
     if len(seeds := {len(v) for v in found.values()}) > 1:
         raise SpeechLossError(f'files of {name} have {min(seeds)} to {max(seeds)} rows: every '
                               'file needs one row a seed')
