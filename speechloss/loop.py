@@ -77,7 +77,7 @@ def validate(
     score = float(torch.cat(scores).double().mean())
     return dict(si_sdr=score, gain=score - float(torch.cat(before).double().mean()))
 
-# %% ../nbs/enhance/loop.ipynb #aef25bd7
+# %% ../nbs/enhance/loop.ipynb #693904b2
 HEALTH_CLIPS = 8   # validation clips on which the objective's own state is watched
 
 
@@ -163,8 +163,8 @@ class _Loop:
     def _resume(self, step: int, tensors: dict, counters: dict) -> None:
         began, now = counters.get('processes', 1), self.accelerator.num_processes
         if began != now:
-            raise TrainingError(f'{self.out} was begun by {began} processes and this is {now}, so that a step would take '
-                                f'other items: start {began}, or give another folder')
+            raise TrainingError(f'{self.out} was begun by {began} processes and this is {now}, so that a step would '
+                                f'take other items: start {began}, or give another folder')
         self.state.load(step, tensors, counters)
 
     def go(self, train_data, valid_data, progress, tensorboard: bool) -> Path:

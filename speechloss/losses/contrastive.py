@@ -61,7 +61,7 @@ def frame_info_nce(
 
     return masked_mean(entropy(enhanced) - entropy(clean), frames)
 
-# %% ../../nbs/losses/contrastive_loss.ipynb #f5ee649f
+# %% ../../nbs/losses/contrastive_loss.ipynb #5fa5851e
 FORMS = ('ratio', 'info_nce')
 #: A negative whose energy apart from clean is below this share of clean's is clean: -60 dB
 CLEAN = 1e-6
@@ -114,8 +114,8 @@ class ContrastiveRegularization(Loss):
     def extra_repr(self): return f'form={self.form}, distance={self.distance}'
 
     def values(self, waves):
-        value, seen = self._values(waves)
-        if self.training: self._count(seen)
+        value, seen, noisy = self._values(waves)
+        if self.training: self._count(seen, noisy)
         return {self.form: value}
 
     def _negatives(self, waves: Waves) -> dict[str, Tensor]:
@@ -136,8 +136,8 @@ class ContrastiveRegularization(Loss):
         differ = torch.stack([~((n - waves.clean).square().sum(-1) <= least) for n in negatives.values()], -1)
         return Views(self.features(waves.enhanced, waves.lengths), clean, others, frames, differ)
 
-    def _values(self, waves: Waves) -> tuple[Tensor, dict[str, Tensor]]:
-        "(B,), and what there is to see of each utterance"
+    def _values(self, waves: Waves) -> tuple[Tensor, dict[str, Tensor], Tensor]:
+        "(B,), what there is to see of each utterance, and where no negative is clean speech itself"
         negatives = self._negatives(waves)
         views, names = self.views(waves, negatives), list(negatives)
         weights, seen = self.weigh(views, names)
@@ -147,7 +147,7 @@ class ContrastiveRegularization(Loss):
             seen |= _named('distance', ['clean', *names], self._over_layers(terms.distances))
             value = terms.values if self.push else self._pull(views, terms.denominators)
             value = value if self.clamp is None else value / (1 + value / self.clamp)
-        return value * views.differ.any(-1), seen
+        return value * views.differ.any(-1), seen, views.differ.all(-1)
 
     def _info_nce(self, views: Views, weights: Tensor) -> Tensor:   # (B,)
         counts = views.frames or [None] * len(views.clean)
@@ -199,17 +199,18 @@ class ContrastiveRegularization(Loss):
             return self._apply_to(seen, enhanced, clean, noisy=noisy, lengths=lengths, negatives=negatives)
 
     @torch.no_grad()
-    def _count(self, seen: dict[str, Tensor]) -> None:
+    def _count(self, seen: dict[str, Tensor], noisy: Tensor) -> None:
         for name, column in seen.items():
-            good = column.isfinite()     # no selection by it, which would wait for a GPU
+            # a pair without noise has nothing to share weights among
+            good = column.isfinite() & noisy    # no selection by it, which would wait for a GPU
             now = torch.stack([torch.where(good, column, 0).sum(dtype=torch.float64), good.sum()])
             # what a checkpoint gave back lies on the CPU
             self._seen[name] = self._seen[name].to(now) + now if name in self._seen else now
 
     def observed(self) -> dict[str, float]:
-        "Means of `inspect` over the utterances that this process met in training mode since the last call"
+        "Means of `inspect` over the noisy utterances that this process met in training mode since the last call"
         seen, self._seen = self._seen, {}
-        return {name: float(total / count) for name, (total, count) in seen.items()}
+        return {name: float(total / count) for name, (total, count) in seen.items() if count}
 
     def resume_state(self) -> dict[str, Tensor]:
         "Sums that the next `observed()` divides, for an exact resume"
