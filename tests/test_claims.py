@@ -19,7 +19,7 @@ from speechloss.claims import (
     reading,
     text,
 )
-from speechloss.results import Run, load_results
+from speechloss.results import Run, kept_results, load_results
 from speechloss.stats import Interval
 
 CLAIMS = load_claims()
@@ -49,6 +49,11 @@ def test_entry_reads_well(entry):
 
 def test_ids_are_unique():
     assert len({c.id for c in CLAIMS}) == len(CLAIMS)
+
+
+@pytest.mark.parametrize('results', kept_results(), ids=lambda results: results['paper'])
+def test_kept_verdicts_are_what_the_registry_says_of_kept_numbers(results):
+    assert results['claims'] == judge_all(results['paper'], results['numbers'], results['scale']).rows()
 
 
 def test_a_tie_is_claimed_with_a_margin():
