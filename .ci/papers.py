@@ -3,16 +3,18 @@ import json
 import re
 
 import nbformat
-
 from pages import ROOT
 from running import DRAWN
+
+from speechloss.results import count_verdicts
 
 KEPT = ROOT/'nbs/papers/results'
 
 SHOWN = 'What the cells show is the [kept run](results/{paper}/notebook.ipynb) at scale {scale}.'
 
 RUN = '''The kept run of [the chapter](../../{paper}.ipynb), without its code: scale {scale}, seeds {seeds}, {data}, \
-speechloss {version}, torch {torch}, {device}.
+speechloss {version}, torch {torch}, {device}. Verdicts: {verdicts} ([in a table](#verdicts), \
+[in words](#the-laptop-run-in-words)). [Run it yourself](#run-it-yourself).
 '''
 
 YOURSELF = '''## Run it yourself
@@ -110,6 +112,7 @@ def words(results):
     where = results['environment']
     seeds = max((number['seeds'] for number in results['numbers'].values()), key=len)
     data = ', '.join(f'corpus {name} ({of["recordings"]} recordings)' for name, of in results['data'].items())
-    return dict(paper=results['paper'], scale=results['scale'], seed=results['seed'], data=data,
+    verdicts = ', '.join(f'{n} {verdict}' for verdict, n in count_verdicts(results).items() if n)
+    return dict(paper=results['paper'], verdicts=verdicts, scale=results['scale'], seed=results['seed'], data=data,
                 seeds=', '.join(map(str, seeds)), version=results['version'], torch=where['packages']['torch'],
                 device=f'{where["cores"]} cores of {where["cpu"]}' if where['device'] == 'cpu' else where['device'])

@@ -134,6 +134,7 @@ def test_a_notebook_runs_as_nbdev_runs_it(tmp_path):
 
 RESULTS = dict(paper='p', scale='laptop', seed=0, version='1', data={'c': dict(recordings=7)},
                numbers={'a': dict(seeds=[0]), 'b': dict(seeds=[0, 1])},
+               claims=[dict(verdict='tied')] * 2 + [dict(verdict='needs scale paper')],
                environment=dict(device='cpu', cores=2, cpu='C', packages=dict(torch='2')))
 
 
@@ -156,6 +157,7 @@ def test_a_paper_is_a_chapter_and_a_report():
     first, about, *code, last = report.cells
     assert first.source == '# Run: P\n[loss](../../../losses/x.ipynb) [out](https://x.org)'
     assert 'seeds 0, 1, ' in about.source and '7 recordings' in about.source and '2 cores of C' in about.source
+    assert 'Verdicts: 2 tied, 1 needs another scale (' in about.source
     assert [pages.directive(c, 'echo') for c in code] == ['false', 'false']
     assert [c.outputs[0].data['text/html'] for c in code] == ['<audio src="audio/a.flac"></audio>'] * 2
     assert [len(c.outputs) for c in code] == [1, 1]
