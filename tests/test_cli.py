@@ -366,6 +366,24 @@ def test_data_make_show_check(tmp_path):
     assert result.exit_code == 2 and 'bert' in result.stderr and '1 bad' in result.stderr
 
 
+def test_data_make_of_a_flat_folder(tmp_path):
+    "As VoiceBank-DEMAND has it: pairs, and who speaks stands in the name"
+    waves = np.random.default_rng(0).normal(size=(4, RATE)).astype('float32') / 20
+    for folder, gain in (('clean', 1.), ('noisy', .5)):
+        (tmp_path / folder).mkdir()
+        for name, wave in zip(('p226_001', 'p226_002', 'p227_001', 'unknown'), gain * waves):
+            soundfile.write(tmp_path / folder / f'{name}.wav', wave, RATE)
+    result = CliRunner().invoke(app, ['data', 'make', str(tmp_path / 'm.jsonl'), '--split', 'train',
+                                      '--clean', str(tmp_path / 'clean'), '--noisy', str(tmp_path / 'noisy'),
+                                      '--speaker', '^p[0-9]+'])
+    assert result.exit_code == 0
+    assert "unknown.wav has a name in which --speaker '^p[0-9]+' finds nothing" in result.stderr
+    rows = [json.loads(line) for line in (tmp_path / 'm.jsonl').read_text().splitlines()]
+    assert {row['speaker'] for row in rows if 'speaker' in row} == {'p226', 'p227'}
+    said = refused('data', 'make', tmp_path / 'n.jsonl', '--speech', tmp_path / 'clean', '--speaker', '(')
+    assert 'no regular expression' in said
+
+
 @pytest.mark.parametrize('spoil', [None, nan_audio, no_samples, not_audio])
 def test_data_make_of_a_folder_without_speech(spoil, tmp_path):
     (tmp_path / 'speech').mkdir()
