@@ -15,7 +15,7 @@ import typer
 
 from .console import Json, complain, one_of, show
 
-# %% ../nbs/reproduce/cli_data.ipynb #bf8a1146
+# %% ../nbs/reproduce/cli_data.ipynb #8a2df5a4
 data = typer.Typer(no_args_is_help=True, help='Prepare corpora: fetch, make, list, show and check them.')
 
 
@@ -117,7 +117,8 @@ def speaker_in(
         raise SpeechLossError(f'--speaker {pattern!r} is no regular expression: {error}') from None
 
     def speaker(path: Path) -> str:
-        if found := name.search(path.name): return found[1 if name.groups else 0]
+        found = name.search(path.name)
+        if found and (who := found[1 if name.groups else 0]): return who
         raise AudioError(f'{path} has a name in which --speaker {pattern!r} finds nothing')
     return speaker
 
