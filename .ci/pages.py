@@ -104,7 +104,8 @@ def documented(text):
     """
     text = re.sub(r'^>>> .*(?:\n.+)*', r'```python\n\g<0>\n```', text, flags=re.M)
     parts = re.split(r'^(```.*?^```$)', text, flags=re.M | re.S)
-    parts[::2] = [re.sub(r'(?<![\w`-])--[a-z][\w-]*', r'`\g<0>`', prose) for prose in parts[::2]]
+    parts[::2] = [re.sub(r'(`[^`]*`)|(?<![\w-])--[a-z][\w-]*', lambda m: m[1] or f'`{m[0]}`', prose)
+                  for prose in parts[::2]]
     parts[1::2] = [re.sub(r'\[(`[^`\n]+`)\]\([^)\n]*\)', r'\1', code) for code in parts[1::2]]
     return ''.join(parts)
 
