@@ -116,9 +116,9 @@ def test_the_size_of_samples_is_said_once(table, wanted):
 def test_docstrings_as_pages_show_them():
     "No link in code, examples and options as code"
     link = '[`g`](h.html#g)'
-    text = f'### f\n```python\ndef f(\n  x # {link}, [1](2)\n)\n```\n{link} --out, `["--in"]`\n\n>>> f(1)\n2\n\nNot this'
+    text = f'### f\n```python\ndef f(\n  x # {link}, [1](2)\n)\n```\n{link} --out, `["--in"]`\n\n>>> f(1)\n2\n\nNot'
     assert pages.documented(text) == ('### f\n```python\ndef f(\n  x # `g`, [1](2)\n)\n```\n'
-                                      f'{link} `--out`, `["--in"]`\n\n```python\n>>> f(1)\n2\n```\n\nNot this')
+                                      f'{link} `--out`, `["--in"]`\n\n```python\n>>> f(1)\n2\n```\n\nNot')
 
 
 def test_a_notebook_runs_as_nbdev_runs_it(tmp_path):
