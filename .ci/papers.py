@@ -1,14 +1,12 @@
 """A paper as two pages: its chapter, with what the kept run drew, and that run as a report, without the code."""
-import json
 import re
+from copy import deepcopy
 
 import nbformat
 from pages import ROOT
 from running import DRAWN
 
-from speechloss.results import count_verdicts
-
-KEPT = ROOT/'nbs/papers/results'
+from speechloss.results import count_verdicts, kept_results
 
 SHOWN = 'What the cells show is the [kept run](results/{paper}/notebook.ipynb) at scale {scale}.'
 
@@ -42,19 +40,15 @@ It says how far it is; killed and started again, it goes on where it was. What i
 
 def draw():
     "Both pages of every paper that has a kept run, into `build/drawn`"
-    for folder in sorted(p for p in KEPT.iterdir() if (p/'results.json').is_file()):
-        source, run = ROOT/f'nbs/papers/{folder.name}.ipynb', folder/'notebook.ipynb'
-        results = json.loads((folder/'results.json').read_text(encoding='utf-8'))
-        pages = {source: chapter(read(source), executed(run), results), run: report(executed(run), results)}
+    for results in kept_results():
+        source = ROOT/f'nbs/papers/{results["paper"]}.ipynb'
+        run = ROOT/f'nbs/papers/results/{results["paper"]}/notebook.ipynb'
+        kept = executed(run)
+        pages = {source: chapter(nbformat.read(source, as_version=4), kept, results), run: report(kept, results)}
         for page, made in pages.items():
             to = DRAWN/page.relative_to(ROOT)
             to.parent.mkdir(parents=True, exist_ok=True)
             nbformat.write(made, to)
-
-
-def read(path):
-    "A notebook"
-    return nbformat.read(path, as_version=4)
 
 
 def html_of(cell):
@@ -73,7 +67,7 @@ def said_once(table):
 
 def executed(path):
     "A kept notebook, its tables made lighter"
-    nb = read(path)
+    nb = nbformat.read(path, as_version=4)
     for data in (data for cell in nb.cells for data in html_of(cell)): data['text/html'] = said_once(data['text/html'])
     return nb
 
@@ -84,10 +78,10 @@ def chapter(nb, run, results):
     for cell in nb.cells:
         kept = ran.get(cell.id)
         if cell.cell_type != 'code' or kept is None or kept.source != cell.source: continue
-        cell.outputs = kept.outputs
+        cell.outputs = deepcopy(kept.outputs)    # the report shows them from another folder
         for data in html_of(cell):
             data['text/html'] = re.sub(r'src="(?![\w+]+:)', f'src="results/{results["paper"]}/', data['text/html'])
-    nb.cells.insert(1, nbformat.v4.new_markdown_cell(SHOWN.format(**words(results))))
+    nb.cells.insert(1, nbformat.v4.new_markdown_cell(SHOWN.format(**results)))
     return nb
 
 
