@@ -15,8 +15,8 @@ from torch import Tensor
 
 from speechloss.kernels.framing import pad_reflect
 from speechloss.kernels.stft_distance import EPS, SC_FLOOR, Plan, Resolution
-from speechloss.kernels.stft_tables import exact
-from speechloss.kernels.stft_terms import reference_terms
+from speechloss.kernels.stft_torch import reference_terms
+from speechloss.kernels.stft_triton_tables import exact
 
 RESOLUTIONS = (Resolution(1024, 120, 600), Resolution(2048, 240, 1200), Resolution(512, 50, 240))
 PLAN = Plan(RESOLUTIONS, ('sc', 'log_l1'), (1., 1.))

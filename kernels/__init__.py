@@ -1,7 +1,7 @@
 """Kernels for the losses that are worth one, and whether this machine can run them.
 
 Each family is a module of its own: the call, a readable reference, and its algorithm in
-torch; the Triton back end lies beside it in `triton_*.py` and is imported when it is to
+torch; the Triton back end lies beside it in `*_triton*.py` and is imported when it is to
 serve. Needs torch alone; with Triton and a GPU the same calls run there.
 """
 # In a checkout this folder can be found under the name `kernels`, too, and transformers imports

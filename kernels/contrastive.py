@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .backends import check_floating, choose, wants_grad, working_dtype
-from .contrastive_blocks import EPS, gradient_cosine, gradient_l1, gradient_l2, kept_dtype, regions, sums
+from .contrastive_torch import EPS, gradient_cosine, gradient_l1, gradient_l2, kept_dtype, regions, sums
 
 DISTANCES = ('l1', 'l2', 'cosine')
 #: Added to the mean size of the clean features, so that silence has a denominator
@@ -128,7 +128,7 @@ def _contrastive(enhanced: list[Tensor], clean: list[Tensor], negatives: list[Te
     "Values (B,), distances (B, layers, 1 + K), size of clean (B, layers), and what is kept: see `regions`"
     with torch.autocast(weights.device.type, enabled=False):
         if backend == 'triton':
-            from .triton_contrastive import sums as triton_sums
+            from .contrastive_triton import sums as triton_sums
             found = triton_sums(enhanced, clean, negatives, frames, distance, need_grad)
         else:
             found = sums(enhanced, clean, negatives, frames, distance, need_grad, weights.dtype)
@@ -154,7 +154,7 @@ def _contrastive_backward(grad: Tensor, features: list[Tensor], kept: Tensor, sh
     with torch.autocast(grad.device.type, enabled=False):
         each = _coefficients(grad.to(weights.dtype), distances, sizes, weights, layer_weights, eps)
         if backend == 'triton':
-            from .triton_contrastive import gradients
+            from .contrastive_triton import gradients
             return gradients(features, kept, shapes, each, frames, distance, dtype)
         results, places = [], regions(shapes, each.shape[2], distance)
         for l, shape in enumerate(shapes):

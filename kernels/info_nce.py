@@ -240,7 +240,7 @@ def _info_nce(queries: Tensor, keys: Tensor, groups: Tensor | None, temperature:
     "Loss (N,), and what the backward pass needs: log-sum-exp (N,), inverse norms (N,), (N + M,)"
     with torch.autocast(queries.device.type, enabled=False):
         if backend == 'triton':
-            from .triton_info_nce import forward
+            from .info_nce_triton import forward
             return forward(queries, keys, groups, temperature, normalize)
         return _forward(queries, keys, groups, temperature, normalize)
 
@@ -258,7 +258,7 @@ def _info_nce_backward(grad: Tensor, queries: Tensor, keys: Tensor, groups: Tens
     "Gradients of queries and keys, empty where not needed; they have no derivative of their own"
     with torch.autocast(queries.device.type, enabled=False):
         if backend == 'triton':
-            from .triton_info_nce import backward
+            from .info_nce_triton import backward
             return backward(grad, queries, keys, groups, saved, temperature, normalize, need)
         return _backward_tiles(grad, queries, keys, groups, saved, temperature, normalize, need)
 

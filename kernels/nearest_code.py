@@ -114,7 +114,7 @@ def nearest_index(frames: Tensor, codes: Tensor, euclidean: bool, triton: bool) 
         codes = (codes - shift).contiguous()
         half = codes.square().sum(-1) / 2 if euclidean else torch.zeros_like(codes[:, 0])
         if triton:
-            from .triton_nearest_code import search as fast
+            from .nearest_code_triton import search as fast
             return fast(frames.contiguous(), codes, half, shift)
         index, first = search(frames, codes, half, shift), first_copies(codes)
         return index if first is None else first[index]

@@ -13,8 +13,8 @@ from importlib import import_module
 from pathlib import Path
 from typing import NamedTuple
 
-FAMILIES = ('triton_stft', 'triton_contrastive', 'triton_info_nce', 'triton_nearest_code',
-            'triton_token_loss')
+FAMILIES = ('stft_triton', 'contrastive_triton', 'info_nce_triton', 'nearest_code_triton',
+            'token_loss_triton')
 CAPABILITIES = (80, 90, 100)
 #: A kernel with fewer registers is an empty one: the compiler can fail without a word
 REGISTERS = 8

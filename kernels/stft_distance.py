@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .backends import check_floating, choose, wants_grad, working_dtype
 from .framing import WINDOWS
-from .stft_terms import norms, reference_terms, utterance_terms
+from .stft_torch import norms, reference_terms, utterance_terms
 from .workers import side_by_side
 
 #: The terms of a resolution; e and s are magnitudes of enhanced and clean, means over cells
@@ -147,7 +147,7 @@ def _distance(enhanced: Tensor, clean: Tensor, lengths: Tensor | None, filters: 
     "(outputs (B, O), parts (B, resolutions, terms), gradient waves (O, B, T) or empty)"
     made = _plan(plan)
     if backend == 'triton':
-        from .triton_stft import distance
+        from .stft_triton import distance
         parts, waves = distance(enhanced, clean, lengths, filters, made, need_grad)
     else:
         parts, waves = _torch(enhanced, clean, lengths, filters, made, need_grad)

@@ -113,7 +113,7 @@ def token_loss(frames: Tensor, codes: Tensor, targets: Tensor, scale: float, met
     "Loss (N,) and `rest` (N,), which backward needs; the logits are `-scale * distance`"
     with torch.autocast(frames.device.type, enabled=False):
         if triton:
-            from .triton_token_loss import forward as fast
+            from .token_loss_triton import forward as fast
             return fast(*prepared(frames, codes, metric), targets, scale, metric)
         return forward(*prepared(frames, codes, metric), targets, scale, metric)
 
@@ -129,7 +129,7 @@ def token_loss_backward(
     """
     with torch.autocast(frames.device.type, enabled=False):
         if triton:
-            from .triton_token_loss import backward as fast
+            from .token_loss_triton import backward as fast
             return fast(*prepared(frames, codes, metric), targets, scale, metric, rest, grad,
                         of_frames, of_codes)
         return backward(*prepared(frames, codes, metric), targets, scale, metric, rest, grad,

@@ -6,7 +6,7 @@ from interpreted import run_interpreted
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from speechloss.kernels import contrastive as module
-from speechloss.kernels import contrastive_blocks as blocks
+from speechloss.kernels import contrastive_torch as blocks
 from speechloss.kernels.contrastive import DISTANCES, contrastive_ratio, contrastive_terms
 
 #: (B, T, D) of the first layer, layers, negatives
@@ -340,7 +340,7 @@ DEVICES = [pytest.param('cpu', marks=pytest.mark.interpreted), pytest.param('cud
 @pytest.fixture
 def small_tile(monkeypatch):
     "Tiles that an example spans several of"
-    from speechloss.kernels import triton_contrastive as kernels
+    from speechloss.kernels import contrastive_triton as kernels
     monkeypatch.setattr(kernels, 'TILE', kernels.Tile(block=128, turns=2, frames=8, dims=32))
     monkeypatch.setattr(kernels, 'PARTIALS', 4)
 
@@ -349,7 +349,7 @@ def small_tile(monkeypatch):
 def large_tile(monkeypatch, device):
     "The interpreter takes its time for each tile, whatever its size"
     if device != 'cpu': return
-    from speechloss.kernels import triton_contrastive as kernels
+    from speechloss.kernels import contrastive_triton as kernels
     monkeypatch.setattr(kernels, 'TILE', kernels.Tile(block=8192, turns=4, frames=64, dims=256))
 
 

@@ -326,7 +326,7 @@ DEVICES = [pytest.param('cpu', marks=pytest.mark.interpreted), pytest.param('cud
 @pytest.fixture
 def triton_tiles(monkeypatch):
     "Tiles that an example spans several of"
-    from speechloss.kernels import triton_info_nce as kernels
+    from speechloss.kernels import info_nce_triton as kernels
     monkeypatch.setattr(kernels, 'TILES', {0: kernels.Tile(16, 32, 16, 4, 2), 50: kernels.Tile(32, 16, 16, 4, 2)})
     monkeypatch.setattr(kernels, 'STRIP', (16, 48))
     return kernels
@@ -337,7 +337,7 @@ def triton_tiles(monkeypatch):
 @pytest.mark.parametrize('shape, name', [*((s, 'cosine') for s in SHAPES), *(((90, 35), n) for n in OPTIONS)], ids=str)
 def test_triton_gradient_error_is_at_most_twice_the_plain_one(shape, name, dtype, device, monkeypatch):
     if device == 'cpu':     # the interpreter takes its time for each tile, whatever its size
-        from speechloss.kernels import triton_info_nce as kernels
+        from speechloss.kernels import info_nce_triton as kernels
         monkeypatch.setattr(kernels, 'TILES', {0: kernels.Tile(256, 128, 128, 4, 2)})
         monkeypatch.setattr(kernels, 'STRIP', (512, 512))
     check_rule(shape, name, dtype, 'triton', device)

@@ -8,12 +8,12 @@ import torch
 pytest.importorskip('triton')
 
 from interpreted import run_interpreted
-from speechloss.kernels import stft_tables
+from speechloss.kernels import stft_triton_tables
 from speechloss.kernels.framing import WINDOWS
 from speechloss.kernels.stft_distance import TERMS, Plan, Resolution, _torch, stft_distance
 from test_kernel_stft import DEFAULTS, FLOOR, apart, run
 
-METHODS = stft_tables.METHODS
+METHODS = stft_triton_tables.METHODS
 # small, for the interpreter: each window, odd sizes, hops that do not divide
 SMALL = (Resolution(64, 16), Resolution(128, 30, 100, window='hamming'), Resolution(96, 25, 75, window='kaiser'),
          Resolution(75, 20, 51, window='blackman', gain=75 ** -.5), Resolution(33, 11, window='bartlett', weight=.3))
@@ -57,7 +57,7 @@ def check(enhanced, clean, resolutions, terms, *, filters=None, **options):
 @pytest.mark.parametrize('n_fft,win',
                          [(512, 240), (600, 600), (101, 101), (96, 75), (75, 51), (64, 33), (8, 2), (5, 1)])
 def test_folded_dft_has_the_magnitudes_of_the_dft(n_fft, win, window):
-    cos, sin, skip = stft_tables.exact(Resolution(n_fft, 1, win, window))
+    cos, sin, skip = stft_triton_tables.exact(Resolution(n_fft, 1, win, window))
     frame = torch.randn(win, dtype=torch.float64)
     i = torch.arange(skip, win // 2 + 1)
     partner = torch.where((i > 0) & (2 * i < win), frame[(win - i) % win], 0)
@@ -71,29 +71,29 @@ def test_folded_dft_has_the_magnitudes_of_the_dft(n_fft, win, window):
 @pytest.mark.parametrize('gain', [1., 1024 ** -.5, 300.])
 def test_split_tables_hold_what_float32_holds(gain):
     r = Resolution(512, 50, 240, gain=gain)
-    table = stft_tables.folded(r, 'fp16x3', torch.device('cpu'))
-    cos, sin, _ = stft_tables.exact(r)
+    table = stft_triton_tables.folded(r, 'fp16x3', torch.device('cpu'))
+    cos, sin, _ = stft_triton_tables.exact(r)
     for high, low, right in (table.cos, table.cos_low, cos), (table.sin, table.sin_low, sin):
         assert high.dtype == low.dtype == torch.float16 and high.isfinite().all()
-        assert all(size % stft_tables.PAD == 0 for size in high.shape)
+        assert all(size % stft_triton_tables.PAD == 0 for size in high.shape)
         got = (high.double() + low.double()) * table.unit
         assert float((got[:len(right), :right.shape[1]] - right).abs().max()) < gain * 2 ** -22
         assert not got[len(right):].any() and not got[:, right.shape[1]:].any()
     assert table.unit == 2. ** round(math.log2(table.unit))
-    assert stft_tables.folded(r, 'fp16x3', torch.device('cpu')) is table
+    assert stft_triton_tables.folded(r, 'fp16x3', torch.device('cpu')) is table
 
 
 def test_dispatch_is_a_table_with_one_override(monkeypatch):
     monkeypatch.delenv('SPEECHLOSS_STFT', raising=False)
-    chosen = {r.win_length: stft_tables.method_of(r, False, 90) for r in DEFAULTS}
+    chosen = {r.win_length: stft_triton_tables.method_of(r, False, 90) for r in DEFAULTS}
     assert chosen == {600: 'fft', 1200: 'fft', 240: 'gemm'}
-    assert stft_tables.method_of(DEFAULTS[2], False, 75) == 'fft'      # no capability of the table
-    assert stft_tables.method_of(DEFAULTS[2], True, 90) == 'fft'       # a filter bank
+    assert stft_triton_tables.method_of(DEFAULTS[2], False, 75) == 'fft'      # no capability of the table
+    assert stft_triton_tables.method_of(DEFAULTS[2], True, 90) == 'fft'       # a filter bank
     monkeypatch.setenv('SPEECHLOSS_STFT', 'gemm')
-    assert {stft_tables.method_of(r, False, 0) for r in DEFAULTS} == {'gemm'}
+    assert {stft_triton_tables.method_of(r, False, 0) for r in DEFAULTS} == {'gemm'}
     monkeypatch.setenv('SPEECHLOSS_STFT', 'dft')
     with pytest.raises(ValueError, match="SPEECHLOSS_STFT is 'dft': choose one of fft, gemm"):
-        stft_tables.method_of(DEFAULTS[0], False, 90)
+        stft_triton_tables.method_of(DEFAULTS[0], False, 90)
 
 
 # -------------------------------------------------------------------------------- precision
@@ -126,7 +126,7 @@ def test_precision_rows_keep_their_columns(precision, tmp_path):
 
 
 def test_every_product_names_its_precision_and_no_result_is_atomic(root):
-    for path in (root / 'kernels').glob('triton_*.py'):
+    for path in (root / 'kernels').glob('*_triton*.py'):
         text = path.read_text(encoding='utf-8')
         calls = [call for call in re.findall(r'tl\.dot\(.*', text)]
         assert all('input_precision=' in call for call in calls), path.name
@@ -137,7 +137,7 @@ def test_every_product_names_its_precision_and_no_result_is_atomic(root):
 def test_shipped_tiles_fit_a_gpu():
     "Compiled ahead of time: no spill, no more shared memory than there is, and not optimised away"
     from speechloss.kernels.resources import CAPABILITIES, SHARED, compiled, variants
-    for variant in variants(['triton_stft']):
+    for variant in variants(['stft_triton']):
         for capability in CAPABILITIES:
             use = compiled(variant, capability)
             assert use.stack <= variant.spill and use.shared <= SHARED[capability], (variant.name, capability, use)
@@ -184,7 +184,7 @@ def test_filter_banks(terms, options):
 
 @pytest.mark.interpreted
 def test_padding_batch_mates_and_chunks_do_not_matter(method, monkeypatch):
-    from speechloss.kernels import triton_stft_fft, triton_stft_gemm
+    from speechloss.kernels import stft_triton_fft, stft_triton_gemm
     enhanced, clean = pair(3, 230)
     lengths = torch.tensor([230, 107, 160])
     values, grad = run(enhanced, clean, SMALL[1:4], MRSTFT, backend='triton', lengths=lengths)
@@ -199,7 +199,7 @@ def test_padding_batch_mates_and_chunks_do_not_matter(method, monkeypatch):
         x = enhanced[b:b + 1, :n].clone().requires_grad_()
         alone = stft_distance(x, clean[b:b + 1, :n], SMALL[1:4], MRSTFT, backend='triton').values
         torch.testing.assert_close(alone.detach()[0], values[b], rtol=1e-6, atol=0)
-    for module in triton_stft_fft, triton_stft_gemm: monkeypatch.setattr(module, 'BUDGET', 1)
+    for module in stft_triton_fft, stft_triton_gemm: monkeypatch.setattr(module, 'BUDGET', 1)
     chunked = run(enhanced, clean, SMALL[1:4], MRSTFT, backend='triton', lengths=lengths)
     assert values.equal(chunked[0]) and grad.equal(chunked[1])
 
@@ -265,22 +265,22 @@ def test_frames_of_very_different_level_keep_their_digits(method):
 
 @pytest.mark.interpreted
 def test_split_that_lost_its_low_parts_is_not_trusted(monkeypatch):
-    from speechloss.kernels import triton_stft, triton_stft_gemm
+    from speechloss.kernels import stft_triton, stft_triton_gemm
     device = torch.device('cpu')
-    for mode in (*triton_stft_gemm.TILES, None):
-        assert triton_stft.gradient_error(device, mode) < 1e-4, mode
-    triton_stft.precision.cache_clear()
-    assert triton_stft.precision(device) == 'fp16x3'
+    for mode in (*stft_triton_gemm.TILES, None):
+        assert stft_triton.gradient_error(device, mode) < 1e-4, mode
+    stft_triton.precision.cache_clear()
+    assert stft_triton.precision(device) == 'fp16x3'
 
     def crippled(resolution, mode, device):
-        table = stft_tables.folded(resolution, mode, device)
+        table = stft_triton_tables.folded(resolution, mode, device)
         rough = [part.half().to(part.dtype) for part in table[:4]]
         return table._replace(cos=rough[0], cos_low=0 * rough[1], sin=rough[2], sin_low=0 * rough[3])
-    monkeypatch.setattr(triton_stft_gemm, 'folded', crippled)
-    triton_stft.precision.cache_clear()
+    monkeypatch.setattr(stft_triton_gemm, 'folded', crippled)
+    stft_triton.precision.cache_clear()
     with pytest.warns(UserWarning, match='fp16x3 products on cpu leave an error of .* in the gradient: not used'):
-        assert triton_stft.precision(device) is None
-    triton_stft.precision.cache_clear()
+        assert stft_triton.precision(device) is None
+    stft_triton.precision.cache_clear()
 
 
 @pytest.mark.interpreted
@@ -293,7 +293,7 @@ def test_operator_with_the_triton_back_end(method):
     assert want[0].dtype == torch.float32 and want[1].dtype == torch.bfloat16
     assert want[0].equal(got[0]) and want[1].equal(got[1])
     plan = Plan(SMALL[:2], MRSTFT, filtered=(False, False))
-    from speechloss.kernels.triton_stft import distance
+    from speechloss.kernels.stft_triton import distance
     parts, waves = distance(enhanced, clean, None, [], plan, True)
     assert parts.shape == (2, 2, 2) and waves.shape == (2, 2, 300)
     right = _torch(enhanced.double(), clean.double(), None, [], plan, True)
@@ -338,12 +338,12 @@ def test_gpu_filter_banks():
 
 @pytest.mark.cuda
 def test_gpu_splits_are_trusted_and_single_tf32_is_not(monkeypatch):
-    from speechloss.kernels import triton_stft, triton_stft_gemm
+    from speechloss.kernels import stft_triton, stft_triton_gemm
     device = torch.device('cuda', torch.cuda.current_device())
-    assert triton_stft.precision(device) == 'fp16x3'
-    for mode in triton_stft_gemm.TILES: assert triton_stft.gradient_error(device, mode) < triton_stft.TRUSTED
-    monkeypatch.setitem(triton_stft_gemm.TILES, 'tf32', triton_stft_gemm.TILES['tf32x3'])
-    assert triton_stft.gradient_error(device, 'tf32') > .01
+    assert stft_triton.precision(device) == 'fp16x3'
+    for mode in stft_triton_gemm.TILES: assert stft_triton.gradient_error(device, mode) < stft_triton.TRUSTED
+    monkeypatch.setitem(stft_triton_gemm.TILES, 'tf32', stft_triton_gemm.TILES['tf32x3'])
+    assert stft_triton.gradient_error(device, 'tf32') > .01
 
 
 @pytest.mark.cuda
@@ -390,7 +390,7 @@ def test_gpu_compiles_into_one_graph(method):
 
 @pytest.mark.cuda
 def test_gpu_memory_is_bounded_and_one_wave_is_kept(method):
-    from speechloss.kernels.triton_stft_fft import BUDGET
+    from speechloss.kernels.stft_triton_fft import BUDGET
     enhanced, clean = on_gpu(32, 64000)
     x = enhanced.requires_grad_()
     before = torch.cuda.memory_allocated()

@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .resources import Variant
-from .triton_nearest_code import BUSY, DEPTH, FLOATS, INTS, aligned, deep_of, on_device, products, read_frames
+from .nearest_code_triton import BUSY, DEPTH, FLOATS, INTS, aligned, deep_of, on_device, products, read_frames
 
 EUCLIDEAN, SQUARED, COSINE = (tl.constexpr(k) for k in range(3))
 METRICS = ('euclidean', 'squared', 'cosine')

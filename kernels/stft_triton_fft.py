@@ -9,9 +9,9 @@ import triton.language as tl
 from torch import Tensor
 
 from .framing import kept_window
-from .stft_tables import capability
-from .triton_stft_cells import FUSION, floored, load_pair, store_pair, variant
-from .triton_stft_waves import Chunk, Job, cells, cut, frame_count, overlap
+from .stft_triton_tables import capability
+from .stft_triton_cells import FUSION, floored, load_pair, store_pair, variant
+from .stft_triton_waves import Chunk, Job, cells, cut, frame_count, overlap
 
 #: Bytes of scratch in one chunk of utterances
 BUDGET = 512 << 20

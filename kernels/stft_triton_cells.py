@@ -1,7 +1,7 @@
 """What happens in one cell of a spectrogram pair, in Triton: terms, their sums and their slopes.
 
-Both back ends of the STFT distance end here: `triton_stft_fft` reads its spectra from memory,
-`triton_stft_gemm` has them in registers. A term is either absent (-1) or has a slot: its column
+Both back ends of the STFT distance end here: `stft_triton_fft` reads its spectra from memory,
+`stft_triton_gemm` has them in registers. A term is either absent (-1) or has a slot: its column
 in `parts`, and its output where each term has a wave of its own. Sums are fixed trees: float32
 inside a program, float64 over programs. Products and sums are not contracted (`FUSION`), so
 that equal waves have a distance of exactly zero.

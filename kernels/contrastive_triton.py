@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .contrastive_blocks import EPS, PACKED, kept_dtype, regions
+from .contrastive_torch import EPS, PACKED, kept_dtype, regions
 from .resources import Variant
 
 
@@ -97,7 +97,7 @@ def sums_kernel(e_ptr, x0_ptr, x1_ptr, x2_ptr, x3_ptr, codes_ptr, partial_ptr, l
 @triton.jit
 def cosine(e_ptr, x_ptr, slopes_ptr, t, live, rows, frames, D, KEEP: tl.constexpr, EPS: tl.constexpr,
            FRAMES: tl.constexpr, DIMS: tl.constexpr):
-    "1 - cos of some frames, and its gradient into slopes (2, frames): see `contrastive_blocks`"
+    "1 - cos of some frames, and its gradient into slopes (2, frames): see `contrastive_torch`"
     apart, along = tl.zeros((FRAMES, DIMS), tl.float32), tl.zeros((FRAMES, DIMS), tl.float32)
     ee, xx = tl.zeros((FRAMES, DIMS), tl.float32), tl.zeros((FRAMES, DIMS), tl.float32)
     ex = tl.zeros((FRAMES, DIMS), tl.float32)

@@ -1,7 +1,7 @@
 """STFT distance with the DFT as a matrix product: frames and spectra stay in registers.
 
 One program holds a tile of frames and bins of both signals: it loads samples straight from the
-waves, folds them about the centre of the window (`stft_tables`), splits them into two float16
+waves, folds them about the centre of the window (`stft_triton_tables`), splits them into two float16
 parts behind a power of two of their own for each frame, and multiplies them with the tables;
 three products of float16 with one float32 sum are as accurate as float32. The gradient goes
 back through the same tables, split the same way.
@@ -11,10 +11,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .stft_tables import Folded, folded
-from .triton_stft_cells import (FUSION, PLAIN, SLOTS, floored, frames_of, load_pair, reflected, slots,
+from .stft_triton_tables import Folded, folded
+from .stft_triton_cells import (FUSION, PLAIN, SLOTS, floored, frames_of, load_pair, reflected, slots,
                                 store_slopes, store_sums, variant)
-from .triton_stft_waves import Chunk, Job, finish, frame_count, overlap, terms_of
+from .stft_triton_waves import Chunk, Job, finish, frame_count, overlap, terms_of
 
 #: Bytes of scratch in one chunk of utterances
 BUDGET = 512 << 20

@@ -1,7 +1,7 @@
 """The Triton back end of `stft_distance`: which of its two algorithms serves each resolution.
 
 'gemm' computes the DFT as a matrix product and keeps spectra in registers; 'fft' uses the
-library's FFT and one epilogue. Short windows take the first, by the table in `stft_tables`.
+library's FFT and one epilogue. Short windows take the first, by the table in `stft_triton_tables`.
 """
 import warnings
 from contextlib import nullcontext
@@ -10,12 +10,12 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from . import triton_stft_cells, triton_stft_fft, triton_stft_gemm, triton_stft_waves
-from .stft_tables import capability, method_of
-from .triton_stft_waves import Chunk, Job, sizes_of
+from . import stft_triton_cells, stft_triton_fft, stft_triton_gemm, stft_triton_waves
+from .stft_triton_tables import capability, method_of
+from .stft_triton_waves import Chunk, Job, sizes_of
 
-VARIANTS = (triton_stft_cells.VARIANTS + triton_stft_waves.VARIANTS + triton_stft_fft.VARIANTS
-            + triton_stft_gemm.VARIANTS)
+VARIANTS = (stft_triton_cells.VARIANTS + stft_triton_waves.VARIANTS + stft_triton_fft.VARIANTS
+            + stft_triton_gemm.VARIANTS)
 
 
 def distance(
@@ -44,11 +44,11 @@ def distance(
 
 def _resolution(job: Job, k: int, bank: Tensor | None, mode: str | None) -> None:
     "One resolution, some utterances at a time; no mode: by the FFT"
-    step = (triton_stft_gemm if mode else triton_stft_fft).utterances(job, job.plan.resolutions[k])
+    step = (stft_triton_gemm if mode else stft_triton_fft).utterances(job, job.plan.resolutions[k])
     for first in range(0, len(job.x), step):
         chunk = Chunk(job, k, first, min(step, len(job.x) - first))
-        if mode: triton_stft_gemm.run(chunk, mode)
-        else: triton_stft_fft.run(chunk, bank)
+        if mode: stft_triton_gemm.run(chunk, mode)
+        else: stft_triton_fft.run(chunk, bank)
 
 
 #: Relative error of the gradient above which a split is not trusted. Measured in emulation: 2e-4
@@ -62,7 +62,7 @@ def precision(device: torch.device) -> str | None:
 
     A test on the device, not on a version: compilers have lost the third product before.
     """
-    for mode in triton_stft_gemm.TILES:
+    for mode in stft_triton_gemm.TILES:
         if (error := gradient_error(device, mode)) <= TRUSTED: return mode
         warnings.warn(f'{mode} products on {device} leave an error of {error:.1e} in the gradient: not used')
     return None
@@ -71,7 +71,7 @@ def precision(device: torch.device) -> str | None:
 def gradient_error(device: torch.device, mode: str | None) -> float:
     "Relative error of the gradient of sc + log_l1 on white over tilted noise, against float64; no mode: by the FFT"
     from .stft_distance import Plan, Resolution
-    from .stft_terms import utterance_terms
+    from .stft_torch import utterance_terms
     resolution = Resolution(128, 32, 100)
     plan = Plan((resolution,), ('sc', 'log_l1'), (1., 1.), filtered=(False,))
     y, noise = torch.randn(2, 1, 1600, generator=torch.Generator().manual_seed(0), dtype=torch.float64)

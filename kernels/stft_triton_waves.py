@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .triton_stft_cells import (PARTIALS, PLAIN, SLOPED, SLOTS, SUMMED, cells_kernel, finish_kernel,
+from .stft_triton_cells import (PARTIALS, PLAIN, SLOPED, SLOTS, SUMMED, cells_kernel, finish_kernel,
                                 frames_of, reflected, slots, variant)
 
 #: Samples of one program that adds frames, tile of one that cuts them
