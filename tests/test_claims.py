@@ -39,27 +39,25 @@ def claim(**more):
 
 # ------------------------------------------------------------------------- the registry itself
 
-@pytest.mark.parametrize('entry', CLAIMS, ids=lambda c: c.id)
-def test_entry_reads_well(entry):
-    assert entry.claim.endswith('.') and len(entry.claim) < 200
-    assert entry.id == entry.id.lower() and ' ' not in entry.id
-    assert list(entry.scales) == [s for s in SCALES if s in entry.scales], 'in rising order'
-    assert entry.scales[-1] == 'paper', 'what a small scale can ask, the large one can too'
+def ill_said(entry):
+    "What is wrong with an entry of the registry: a sentence each"
+    if not entry.claim.endswith('.') or len(entry.claim) >= 200: yield f'{entry.id}: a sentence below 200 characters'
+    if entry.id != entry.id.lower() or ' ' in entry.id: yield f'{entry.id}: lower case, without spaces'
+    if list(entry.scales) != [s for s in SCALES if s in entry.scales]: yield f'{entry.id}: scales in rising order'
+    if entry.scales[-1] != 'paper': yield f'{entry.id}: what a small scale can ask, the large one can too'
+    if entry.kind == 'expected tie' and entry.holds['kind'] != 'within': yield f'{entry.id}: a tie has a margin'
 
 
-def test_ids_are_unique():
+def test_entries_read_well():
+    wrong = [fault for entry in CLAIMS for fault in ill_said(entry)]
+    assert CLAIMS and not wrong, '\n'.join(wrong)
     assert len({c.id for c in CLAIMS}) == len(CLAIMS)
 
 
-@pytest.mark.parametrize('results', kept_results(), ids=lambda results: results['paper'])
-def test_kept_verdicts_are_what_the_registry_says_of_kept_numbers(results):
-    assert results['claims'] == judge_all(results['paper'], results['numbers'], results['scale']).rows()
-
-
-def test_a_tie_is_claimed_with_a_margin():
-    for entry in CLAIMS:
-        if entry.kind == 'expected tie':
-            assert entry.holds['kind'] == 'within', entry.id
+def test_kept_verdicts_are_what_the_registry_says_of_kept_numbers():
+    for results in kept_results():
+        said = judge_all(results['paper'], results['numbers'], results['scale']).rows()
+        assert results['claims'] == said, results['paper']
 
 
 def test_smoke_asks_only_what_two_minutes_can_answer():
