@@ -192,10 +192,12 @@ def answer(entry, good: bool):
 @pytest.mark.parametrize('good', [True, False])
 def test_registry_over_a_run(scale, good, tmp_path):
     for paper in {c.paper for c in CLAIMS}:
-        asked = []
-        for c in CLAIMS:    # one by one: two claims may ask the same number opposite questions
-            shown = judge_all(paper, {name: answer(c, good) for name in c.measure}, scale)
-            asked += [v for v in shown if v.claim == c and not v.verdict.startswith('needs')]
+        claims, asked = [c for c in CLAIMS if c.paper == paper], []
+        for c in claims:    # one by one: two claims may ask the same number opposite questions
+            verdict = judge(c, {name: answer(c, good) for name in c.measure}, scale)
+            if not verdict.verdict.startswith('needs'): asked.append(verdict)
+        numbers = {name: answer(c, good) for c in claims for name in c.measure}
+        assert judge_all(paper, numbers, scale) == Verdicts(judge(c, numbers, scale) for c in claims)
         assert asked and {v.verdict for v in asked} == {'reproduced' if good else 'not reproduced'}
         assert bool(failures(dict(claims=Verdicts(asked).rows()))) == (not good)
 
