@@ -10,6 +10,7 @@ import copy
 import io
 import pickle
 from collections.abc import Callable
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 
@@ -98,12 +99,19 @@ AT_REST = ('both silent', 'identity')    # a minimum has no gradient
 # --- helpers ---
 
 def build(case: Case, reduction: str = 'none') -> nn.Module:
-    "The loss of a case; running statistics are primed and then held by `eval()`"
-    loss = case.make(reduction=reduction)
-    if case.state:
-        call(case, loss, *waves(seed=99))
-        loss.eval()
-    return loss
+    "The loss of a case, to do anything with; running statistics are primed and then held by `eval()`"
+    return copy.deepcopy(_built(case, reduction))      # a copy shares nothing, see `test_copies`
+
+
+@cache
+def _built(case: Case, reduction: str) -> nn.Module:
+    with torch.random.fork_rng(devices=[]):            # the same, whichever test asks first
+        torch.manual_seed(0)
+        loss = case.make(reduction=reduction)
+        if case.state:
+            call(case, loss, *waves(seed=99))
+            loss.eval()
+        return loss
 
 
 def call(case: Case, loss, enhanced, clean, noisy=None, **options) -> Tensor:
@@ -117,6 +125,21 @@ def value_and_grad(case: Case, loss, enhanced, clean, noisy=None, **options):
     value = call(case, loss, enhanced, clean, noisy, **options)
     value.sum().backward()
     return value.detach(), enhanced.grad
+
+
+@cache
+def plain(case: Case) -> tuple:
+    "The value and gradient of `waves()`, to which other calls are held"
+    return value_and_grad(case, build(case), *waves())
+
+
+@contextmanager
+def about(what: str):
+    "Say in the message of a failure what it was about"
+    try: yield
+    except Exception as error:
+        error.add_note(f'that was: {what}')
+        raise
 
 
 def close(case: Case, found, wanted, rtol: float = RTOL):
@@ -165,25 +188,24 @@ class LossContract:
         close(case, stereo, value.reshape(2, 2).mean(1))
         close_grad(stereo_grad, grad.reshape(2, 2, T) / 2)
 
-    @pytest.mark.parametrize('dtype', DTYPES, ids=lambda d: str(d).removeprefix('torch.'))
-    def test_dtypes(self, case, dtype):
-        loss, given = build(case), waves(dtype=dtype)
-        wide = torch.float64 if dtype == torch.float64 else torch.float32
-        wanted, wanted_grad = value_and_grad(case, loss, *(w.to(wide) for w in given))
-        enhanced = given[0].clone().requires_grad_()
-        value = call(case, loss, enhanced, *given[1:])
-        assert value.dtype == wide
-        assert value.equal(wanted)
-        scale = 2 ** 12                       # a gradient per sample is small for float16
-        (value.sum() * scale).backward()
-        assert enhanced.grad.dtype == dtype
-        close_grad(enhanced.grad.double() / scale, wanted_grad, 1e-2)
+    def test_dtypes(self, case):
+        loss = build(case)
+        for dtype in DTYPES:
+            given, scale = waves(dtype=dtype), 2 ** 12     # a gradient per sample is small for float16
+            wide = torch.float64 if dtype == torch.float64 else torch.float32
+            wanted, wanted_grad = value_and_grad(case, loss, *(w.to(wide) for w in given))
+            enhanced = given[0].clone().requires_grad_()
+            with about(str(dtype)):
+                value = call(case, loss, enhanced, *given[1:])
+                assert value.dtype == wide
+                assert value.equal(wanted)
+                (value.sum() * scale).backward()
+                assert enhanced.grad.dtype == dtype
+                close_grad(enhanced.grad.double() / scale, wanted_grad, 1e-2)
 
     def test_double_agrees_with_float(self, case):
-        loss = build(case)
-        value, grad = value_and_grad(case, loss, *waves())
-        exact, exact_grad = value_and_grad(
-            case, copy.deepcopy(loss).double(), *waves(dtype=torch.float64))
+        loss, (value, grad) = build(case), plain(case)
+        exact, exact_grad = value_and_grad(case, build(case).double(), *waves(dtype=torch.float64))
         assert exact.dtype == torch.float64
         close(case, value.double(), exact)
         close_grad(grad, exact_grad)
@@ -193,7 +215,7 @@ class LossContract:
 
     def test_layouts(self, case):
         loss, given = build(case), waves()
-        value, grad = value_and_grad(case, loss, *given)
+        value, grad = plain(case)
         layouts = dict(
             strided=lambda w: torch.stack([w, w], -1).flatten(1)[:, ::2],
             transposed=lambda w: w.t().contiguous().t(),
@@ -203,17 +225,18 @@ class LossContract:
             leaf = given[0].clone().requires_grad_()
             laid_out = layout(leaf)
             assert name == 'offset' or not laid_out.is_contiguous()
-            other = call(case, loss, laid_out, *map(layout, given[1:]))
-            close(case, other, value)
-            other.sum().backward()
-            close_grad(leaf.grad, grad)
+            with about(name):
+                other = call(case, loss, laid_out, *map(layout, given[1:]))
+                close(case, other, value)
+                other.sum().backward()
+                close_grad(leaf.grad, grad)
         expanded = call(case, loss, *(w[:1].expand(B, T) for w in given))
         close(case, expanded, value[:1].expand(B))
 
     def test_grad_output(self, case):
         "Expanded (from a sum), strided, and of one utterance alone"
         loss, (enhanced, *rest) = build(case), waves()
-        _, grad = value_and_grad(case, loss, enhanced, *rest)
+        _, grad = plain(case)
         for weight in (torch.ones(()).expand(B), torch.arange(1., 1 + 2 * B)[::2],
                        torch.eye(B)[1]):
             leaf = enhanced.clone().requires_grad_()
@@ -221,8 +244,7 @@ class LossContract:
             close_grad(leaf.grad, grad * weight[:, None])
 
     def test_reductions(self, case):
-        given = waves()
-        each, grad = value_and_grad(case, build(case), *given)
+        given, (each, grad) = waves(), plain(case)
         for reduction, share in (('mean', 1 / B), ('sum', 1)):
             value, reduced = value_and_grad(case, build(case, reduction), *given)
             assert value.shape == ()
@@ -243,7 +265,7 @@ class LossContract:
 
     def test_batch_mates(self, case):
         loss, given = build(case), waves()
-        value, grad = value_and_grad(case, loss, *given)
+        value, grad = plain(case)
         for i in range(B):
             alone, alone_grad = value_and_grad(case, loss, *(w[i:i + 1] for w in given))
             close(case, alone[0], value[i])
@@ -253,36 +275,34 @@ class LossContract:
         close(case, moved, value[order])
         close_grad(moved_grad, grad[order])
 
-    @pytest.mark.parametrize('mate', ['loud', 'silent', 'nan'])
-    def test_bad_batch_mate(self, case, mate):
-        loss, given = build(case), waves()
-        value, grad = value_and_grad(case, loss, *given)
-        change = dict(loud=1e3, silent=0., nan=torch.nan)[mate]
-        given = [torch.cat([w[:1], w[1:2] * change, w[2:]]) for w in given]
-        other, other_grad = value_and_grad(case, loss, *given)
-        keep = [0, 2]
-        close(case, other[keep], value[keep])
-        close_grad(other_grad[keep], grad[keep])
+    def test_bad_batch_mate(self, case):
+        loss, (value, grad), keep = build(case), plain(case), [0, 2]
+        for mate, change in dict(loud=1e3, silent=0., nan=torch.nan).items():
+            given = [torch.cat([w[:1], w[1:2] * change, w[2:]]) for w in waves()]
+            other, other_grad = value_and_grad(case, loss, *given)
+            with about(f'a batch mate that is {mate}'):
+                close(case, other[keep], value[keep])
+                close_grad(other_grad[keep], grad[keep])
 
     # lengths
 
-    @pytest.mark.parametrize('padding', ['zero', 'noise', 'nan'])
-    def test_padding_does_not_count(self, case, padding):
+    def test_padding_does_not_count(self, case):
         "The value and gradient of each utterance are those of the utterance cut to its length"
-        loss, given = build(case), [w.clone() for w in waves()]
-        fill = dict(zero=0., noise=5., nan=torch.nan)[padding]
-        for i, n in enumerate(LENGTHS):
-            for w in given: w[i, n:] = fill * torch.randn(T - n)
-        value, grad = value_and_grad(case, loss, *given, lengths=torch.tensor(LENGTHS))
-        for i, n in enumerate(LENGTHS):
-            alone, alone_grad = value_and_grad(case, loss, *(w[i:i + 1, :n] for w in given))
-            close(case, value[i], alone[0])
-            close_grad(grad[i, :n], alone_grad[0])
-            assert (grad[i, n:] == 0).all()
+        loss, given = build(case), waves()
+        alone = [value_and_grad(case, loss, *(w[i:i + 1, :n] for w in given)) for i, n in enumerate(LENGTHS)]
+        for padding, fill in dict(zero=0., noise=5., nan=torch.nan).items():
+            for i, n in enumerate(LENGTHS):
+                for w in given: w[i, n:] = fill * torch.randn(T - n)
+            value, grad = value_and_grad(case, loss, *given, lengths=torch.tensor(LENGTHS))
+            for i, n in enumerate(LENGTHS):
+                with about(f'padding of {padding}, {n} samples'):
+                    close(case, value[i], alone[i][0][0])
+                    close_grad(grad[i, :n], alone[i][1][0])
+                    assert (grad[i, n:] == 0).all()
 
     def test_full_lengths_are_no_lengths(self, case):
         loss, given = build(case), waves()
-        value, grad = value_and_grad(case, loss, *given)
+        value, grad = plain(case)
         for lengths in (torch.full((B,), T), [T] * B, torch.full((B,), T, dtype=torch.int32)):
             full, full_grad = value_and_grad(case, loss, *given, lengths=lengths)
             close(case, full, value)
@@ -313,18 +333,20 @@ class LossContract:
         assert (call(case, loss, enhanced, clean, noisy) > at_clean).all()
         assert (call(case, loss, torch.zeros_like(clean), clean, noisy) > at_clean).all()
 
-    @pytest.mark.parametrize('name', HARD)
-    def test_hard_input(self, case, name):
-        enhanced, clean = hard_inputs()[name]
-        loss = build(case)
-        value, grad = value_and_grad(case, loss, enhanced, clean, waves()[2])
-        assert value.isfinite().all(), value
-        assert grad.isfinite().all()
-        if name not in AT_REST + case.blind:
-            assert (grad.abs().amax(-1) > 0).all(), 'the gradient vanishes'
-        if name == 'both silent' and 'both silent' not in case.blind:
-            torch.testing.assert_close(
-                value, torch.full((B,), case.identity), rtol=0, atol=max(1e-5, case.atol))
+    def test_hard_inputs(self, case):
+        "All in one batch: an utterance is nobody else's business"
+        enhanced, clean = (torch.cat(waves) for waves in zip(*hard_inputs().values()))
+        values, grads = value_and_grad(
+            case, build(case), enhanced, clean, waves()[2].repeat(len(HARD), 1))
+        for name, value, grad in zip(HARD, values.split(B), grads.split(B), strict=True):
+            with about(name):
+                assert value.isfinite().all(), value
+                assert grad.isfinite().all()
+                if name not in AT_REST + case.blind:
+                    assert (grad.abs().amax(-1) > 0).all(), 'the gradient vanishes'
+                if name == 'both silent' and 'both silent' not in case.blind:
+                    torch.testing.assert_close(
+                        value, torch.full((B,), case.identity), rtol=0, atol=max(1e-5, case.atol))
 
     def test_nan_propagates(self, case):
         loss = build(case)
@@ -415,7 +437,7 @@ class LossContract:
 
     def test_autocast(self, case):
         loss, given = build(case), waves()
-        value, grad = value_and_grad(case, loss, *given)
+        value, grad = plain(case)
         enhanced = given[0].clone().requires_grad_()
         with torch.autocast('cpu', torch.bfloat16):
             inside = call(case, loss, enhanced, *given[1:])
