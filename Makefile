@@ -51,7 +51,7 @@ notebooks: $(ready)
 # With a cache of its own, so that the code of today trains; only the corpora are shared.
 define share_corpora
 from pathlib import Path
-from speechloss.audio import home
+from speechloss.common.files import home
 corpora, mine = home().absolute()/'corpora', Path('build/home')
 for folder in corpora, mine: folder.mkdir(parents=True, exist_ok=True)
 (mine/'corpora').symlink_to(corpora)

@@ -10,7 +10,7 @@ config.read(here / 'settings.ini', encoding='utf-8')
 cfg = config['DEFAULT']
 
 # The losses need these three alone.
-core = ['torch>=2.4', 'numpy', 'soundfile>=0.12']
+core = ['torch>=2.4', 'numpy', 'soundfile>=0.12', 'filelock']
 metrics = ['pesq>=0.0.4', 'pystoi>=0.4', 'speechmos>=0.0.1.1', 'onnxruntime', 'librosa', 'scipy', 'soxr', 'typer', 'rich',
            'safetensors', 'torchmetrics', 'pyarrow', 'matplotlib']
 train = ['accelerate>=1.0', 'safetensors', 'huggingface_hub', 'tensorboard', 'pyroomacoustics', 'tqdm']

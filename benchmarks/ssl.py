@@ -7,9 +7,9 @@ from functools import cache, partial
 
 import torch
 
+from speechloss.common.libraries import transformers_module
+from speechloss.common.weights import SHIPPED
 from speechloss.losses import SSLLoss
-from speechloss.shipped import SHIPPED
-from speechloss.torchaudio_parts import transformers_module
 
 from .common import DEVICE, Contest, noisy_pair
 

@@ -22,7 +22,7 @@ def refuse(
     lacking: list[str],  # packages
 ) -> int:                # the exit code
     "Say what the command line lacks and which command brings it."
-    from speechloss.audio import extra
+    from speechloss.common.libraries import extra
     print(f'speechloss: the command line needs {" and ".join(lacking)}: {extra("reproduce")}',
           file=sys.stderr)
     return 2

@@ -10,7 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .audio import SAMPLE_RATE, SpeechLossError, extra
+from .audio import SAMPLE_RATE
+from .common.errors import SpeechLossError
+from .common.libraries import extra
 
 FADE = 0.05  # s of cross-fade where a short noise is repeated
 

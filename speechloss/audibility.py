@@ -11,7 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .audio import SpeechLossError
+from .common.errors import SpeechLossError
 from .masking import MaskingModel
 from .spectral import istft, stft
 

@@ -10,7 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .audio import SAMPLE_RATE, SpeechLossError, extra
+from .audio import SAMPLE_RATE
+from .common.errors import SpeechLossError
+from .common.libraries import extra
 from .enhancer import SILENCE, check_frame, check_waves, frame_total, spectrum
 from .spectral import frame_mask, istft
 

@@ -18,7 +18,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .audio import SpeechLossError, home, write_text
+from .common.errors import SpeechLossError
+from .common.files import home, write_text
 from .corpus import get
 from .manifest import Manifest
 from .mixing import Mixtures

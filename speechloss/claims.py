@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import speechloss
-from .audio import SpeechLossError
+from .common.errors import SpeechLossError
 from .tables import as_markdown
 
 # %% ../nbs/reproduce/claims.ipynb #bb5fe3bc

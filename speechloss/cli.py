@@ -111,7 +111,8 @@ def pairs(
     target: Path,
 ) -> list[tuple[Path, Path]]:     # (noisy, enhanced)
     "What to enhance and where to; raises `SpeechLossError` when a file would overwrite its source."
-    from speechloss.audio import SUFFIXES, SpeechLossError, scan
+    from speechloss.audio import SUFFIXES, scan
+    from speechloss.common.errors import SpeechLossError
     if source.is_dir():
         if target.resolve() == source.resolve():
             raise SpeechLossError(f'{target} is the source too: choose another folder')

@@ -58,7 +58,7 @@ def data_make(
 ):
     "Make a corpus of folders of your own: --speech and --noise, or --clean and --noisy."
     from speechloss import corpus
-    from speechloss.audio import SpeechLossError
+    from speechloss.common.errors import SpeechLossError
     if manifest.suffix != '.jsonl':
         raise SpeechLossError(f'{manifest} is no manifest: end its name in .jsonl')
     if split:
@@ -90,7 +90,8 @@ def data_check(
         help='A corpus that is here, or the path of a manifest (.jsonl).')],
 ):
     "Read every recording of a corpus, and check that no speaker or noise is in two splits."
-    from speechloss.audio import SpeechLossError, load
+    from speechloss.audio import load
+    from speechloss.common.errors import SpeechLossError
     from speechloss.progress import bar
     manifest, bad = here(name).check(), 0
     with bar(f'check {name}') as draw:
@@ -111,7 +112,7 @@ def speaker_in(
     pattern: str,  # regular expression
 ):                 # the speaker of a path
     "Who speaks, by the name of the file; a file whose name says nothing is an `AudioError`, and so is skipped"
-    from speechloss.audio import AudioError, SpeechLossError
+    from speechloss.common.errors import AudioError, SpeechLossError
     try: name = re.compile(pattern)
     except re.error as error:
         raise SpeechLossError(f'--speaker {pattern!r} is no regular expression: {error}') from None
@@ -126,7 +127,7 @@ def speaker_in(
 def here(name: str):
     "The manifest of a corpus that is on this machine; raises `SpeechLossError` when it is not."
     from speechloss import corpus
-    from speechloss.audio import SpeechLossError
+    from speechloss.common.errors import SpeechLossError
     from speechloss.doctor import present
     if name.endswith('.jsonl'):
         if not Path(name).is_file():

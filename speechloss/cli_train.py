@@ -46,7 +46,7 @@ def train(
 
 def read_recipe(path: Path) -> dict:
     "The fields of a recipe file; raises `SpeechLossError` when it cannot be read."
-    from speechloss.audio import SpeechLossError
+    from speechloss.common.errors import SpeechLossError
     if not path.is_file():
         raise SpeechLossError(f'recipe {path} does not exist: name a .toml or .json file')
     try:
@@ -64,7 +64,7 @@ def read_recipe(path: Path) -> dict:
 
 def overrides(args: list[str]) -> dict[str, Any]:
     "`['--steps', '5', '--lr=1e-3']` as fields; values are JSON, else text."
-    from speechloss.audio import SpeechLossError
+    from speechloss.common.errors import SpeechLossError
     found, rest = {}, list(args)
     while rest:
         key, equals, value = rest.pop(0).partition('=')
@@ -82,7 +82,7 @@ def overrides(args: list[str]) -> dict[str, Any]:
 def build_recipe(kind: type, fields: dict, options: dict[str, Any]) -> Any:
     "A recipe from fields and dotted options; raises `SpeechLossError` for one it does not have."
     from dataclasses import asdict
-    from speechloss.audio import SpeechLossError
+    from speechloss.common.errors import SpeechLossError
     defaults = asdict(kind())
     for name in [*fields, *(key.split('.')[0] for key in options)]:
         one_of('field', name, defaults)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, distributed, nn
 from torch.nn import functional as F
 
-from .audio import SpeechLossError
+from .common.errors import SpeechLossError
 from .kernels import nearest_code
 from .spectral import frame_mask
 

@@ -16,11 +16,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .audio import SAMPLE_RATE, SpeechLossError, optional
-from .checkpoints import load_tensors, save_tensors, write_folder
+from .audio import SAMPLE_RATE
+from .common.errors import SpeechLossError
+from .common.files import write_folder
+from .common.libraries import optional
+from .common.weights import load_tensors, save_tensors, folder_of
 from .features import Features, Frozen, chosen_layers
 from .masking import full_scale_power
-from .shipped import folder_of
 from .spectral import frame_count, frame_mask, istft, stft
 
 # %% ../nbs/features/codec.ipynb #0a6017ae

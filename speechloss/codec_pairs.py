@@ -22,8 +22,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from .audio import (
-    SAMPLE_RATE, AudioError, SpeechLossError, atomic, info, load, optional, scan, sha256, write_text)
+from .audio import SAMPLE_RATE, info, load, scan
+from .common.errors import AudioError, SpeechLossError
+from .common.files import atomic, sha256, write_text
+from .common.libraries import optional
 
 # %% ../nbs/features/codec_pairs.ipynb #c98d1dd1
 #: kbit/s of MPEG layer III at each rate, Hz: MPEG-2.5, MPEG-2 and MPEG-1

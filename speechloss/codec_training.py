@@ -15,9 +15,9 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from .audio import SAMPLE_RATE
-from .checkpoints import load_tensors
 from .codec import CodecNet, layer_scales, log_power, save_codec, skill
 from .codec_pairs import CodecPairs, build_pairs
+from .common.weights import load_tensors
 from .corpus import get
 from .loop import fit, once
 from .outputs import finished

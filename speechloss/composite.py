@@ -12,7 +12,8 @@ from functools import lru_cache
 import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
 
-from .audio import SAMPLE_RATE, SpeechLossError
+from .audio import SAMPLE_RATE
+from .common.errors import SpeechLossError
 from .distortion import as_pair
 from .listeners import pesq_wb
 

@@ -22,16 +22,16 @@ FILE_SYSTEM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCE
 
 def verdict_of(error: BaseException) -> tuple[str, int] | None:
     "The sentence and the exit code of an error, None for a bug."
-    from speechloss.audio import SpeechLossError
+    from speechloss.common.errors import NotebookError, SpeechLossError
     if isinstance(error, SpeechLossError):
         return str(error), 2
-    if type(error).__name__ == 'NotebookError':
+    if isinstance(error, NotebookError):
         return str(error), 1
     if isinstance(error, OSError) and error.errno in FILE_SYSTEM:
         return (f'{error.filename or "the output"} cannot be written ({error.strerror}): '
                 'choose another place or make room'), 2
     if isinstance(error, ModuleNotFoundError) and not (error.name or '').startswith('speechloss'):
-        from speechloss.audio import extra
+        from speechloss.common.libraries import extra
         return f'this needs {error.name}: {extra("reproduce")}', 2
     if isinstance(error, KeyboardInterrupt):
         return 'stopped', 130
@@ -93,7 +93,7 @@ def one_of(
     choices: Iterable[str],
 ) -> str:                   # `got`
     "Raises `SpeechLossError` with the nearest choice, and all of them."
-    from speechloss.study import ReproduceError, unknown
+    from speechloss.common.errors import ReproduceError, unknown
     if got not in (choices := list(choices)):
         raise ReproduceError(unknown(what, got, choices))
     return got
@@ -102,7 +102,7 @@ def one_of(
 def torch_device(name: str | None) -> str:
     "A device that torch has; None is the GPU if there is one."
     import torch
-    from speechloss.audio import SpeechLossError
+    from speechloss.common.errors import SpeechLossError
     there = ['cpu', *(f'cuda:{k}' for k in range(torch.cuda.device_count()))]
     if torch.backends.mps.is_available():
         there.append('mps')

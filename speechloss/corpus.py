@@ -12,10 +12,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Callable
 
-from . import audio
-from .audio import AudioError, load, scan, sha256
-from .fetch import alone, laptop, opened, say
-from .manifest import SPLITS, CorpusError, Manifest, Recording
+from .audio import load, scan
+from .common import files
+from .common.errors import AudioError, CorpusError
+from .common.files import sha256, lock
+from .fetch import laptop, opened, say
+from .manifest import SPLITS, Manifest, Recording
 from .wheels import mini
 
 __all__ = ['CORPORA', 'CorpusError', 'Manifest', 'Recording', 'from_folder', 'from_pairs', 'get']
@@ -27,7 +29,7 @@ def get(
     name: str,                 # 'mini', 'laptop', or the path of a manifest (.jsonl)
     *,
     from_dir=None,             # local folder to take the published files from: no network
-    home: Path | None = None,  # cache folder; None: `speechloss.audio.home()`
+    home: Path | None = None,  # cache folder; None: `speechloss.common.files.home()`
 ) -> Manifest:
     "A corpus by name, fetched once and cached; `CorpusError` says what is missing"
     if str(name).endswith('.jsonl'): return Manifest.load(name).check()
@@ -37,10 +39,10 @@ def get(
     if from_dir is not None and not Path(from_dir).is_dir():
         raise CorpusError(f'{from_dir} is not a folder: give one that holds the published files '
                           f'of {name}')
-    folder = Path(home or audio.home()).absolute() / 'corpora' / name
+    folder = Path(home or files.home()).absolute() / 'corpora' / name
     try:
         if found := opened(folder): return found
-        with alone(folder): return opened(folder) or CORPORA[name](folder, from_dir)
+        with lock(folder): return opened(folder) or CORPORA[name](folder, from_dir)
     except OSError as e:
         raise CorpusError(f'{folder} cannot be written ({e.strerror or e}): free some space or '
                           'set SPEECHLOSS_HOME to another folder') from None

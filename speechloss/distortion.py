@@ -12,7 +12,8 @@ from functools import lru_cache
 import numpy as np
 import torch
 
-from .audio import SAMPLE_RATE, SpeechLossError, resample
+from .audio import SAMPLE_RATE, resample
+from .common.errors import SpeechLossError
 from .masking import MaskingModel
 from .spectral import mel_filters, stft
 

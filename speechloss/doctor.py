@@ -19,7 +19,8 @@ from pathlib import Path
 
 import speechloss
 from . import __version__
-from .audio import extra, home
+from .common.files import home
+from .common.libraries import extra
 
 # %% ../nbs/reproduce/doctor.ipynb #8be508a7
 #: Distributions whose version can change a number, and the extra that brings each.

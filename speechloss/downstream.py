@@ -16,7 +16,8 @@ from functools import cached_property
 import numpy as np
 from torch import Tensor
 
-from .audio import SAMPLE_RATE, SpeechLossError
+from .audio import SAMPLE_RATE
+from .common.errors import SpeechLossError
 from .hearing import BATCH, Listener
 from .metrics import reason
 from .probes import (

@@ -11,7 +11,7 @@ from typing import Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
-from .audio import SpeechLossError
+from .common.errors import SpeechLossError
 
 # %% ../nbs/enhance/encoders.ipynb #567ddb1e
 @runtime_checkable

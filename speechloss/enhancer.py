@@ -11,7 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .audio import SAMPLE_RATE, SpeechLossError, extra
+from .audio import SAMPLE_RATE
+from .common.errors import SpeechLossError
+from .common.libraries import extra
 from .spectral import frame_mask, istft, window_of
 
 try:

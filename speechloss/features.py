@@ -14,10 +14,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .audio import SpeechLossError
 from .auditory import gammatone_filters
-from .spectral import (
-    compress, frame_count, magnitude, mel_filters, shortest, stft)
+from .common.errors import SpeechLossError
+from .spectral import compress, frame_count, magnitude, mel_filters, shortest, stft
 
 # %% ../nbs/features/features.ipynb #d5a2e144
 class Frozen(nn.Module):

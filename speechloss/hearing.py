@@ -13,8 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .audio import SAMPLE_RATE, SpeechLossError, optional, resample
-from .torchaudio_parts import complete, quiet, said, transformers_module
+from .audio import SAMPLE_RATE, resample
+from .common.errors import SpeechLossError
+from .common.libraries import optional, complete, quiet, said, transformers_module
 
 # %% ../nbs/enhance/hearing.ipynb #398a05f5
 def as_wave(

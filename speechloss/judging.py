@@ -13,8 +13,8 @@ from pathlib import Path
 
 import torch
 
-from .audio import home
 from .bench import FORMAT, about, cached, digest, enhance_clips, waves_of
+from .common.files import home
 from .downstream import DEFAULT, Jury
 from .models import load_enhancer
 from .results import plain

@@ -12,7 +12,9 @@ from pathlib import Path
 
 import numpy as np
 
-from .audio import SAMPLE_RATE, SpeechLossError, optional
+from .audio import SAMPLE_RATE
+from .common.errors import SpeechLossError
+from .common.libraries import optional
 from .distortion import as_pair, as_wave
 
 # %% ../nbs/enhance/listeners.ipynb #7b965392

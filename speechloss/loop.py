@@ -15,11 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from . import checkpoints
-from .audio import extra
-from .fetch import alone
+from .common.errors import TrainingError
+from .common.files import lock, recover
+from .common.libraries import extra
 from .losses.functional import si_sdr
 from .outputs import Log, claim, finished, read_log, save_averaged
-from .recipe import Recipe, TrainingError
+from .recipe import Recipe
 from .state import TrainingState
 
 # %% ../nbs/enhance/loop.ipynb #00ae60f3
@@ -102,7 +103,7 @@ def fit(
     out, about, accelerator = Path(out), about or {}, _accelerator(recipe)
     main = accelerator.is_main_process
     # two runs in one folder would mix their rows: the second waits, and finds it done
-    with _settled(recipe, accelerator.device), alone(out) if main else nullcontext():
+    with _settled(recipe, accelerator.device), lock(out) if main else nullcontext():
         if finished(out, recipe, about): return out / 'final'
         if main: claim(out, recipe, about)
         return _Loop(accelerator, model, objective, recipe, out, judge).go(
@@ -114,7 +115,7 @@ def once(write: Callable[[], object], target: Path) -> None:
     from accelerate.state import PartialState
     place = PartialState()
     if place.is_main_process:
-        with alone(target):    # a run that waited for this one finds it finished, and comes here as well
+        with lock(target):    # a run that waited for this one finds it finished, and comes here as well
             if not target.exists(): write()
     place.wait_for_everyone()
 
@@ -154,7 +155,7 @@ class _Loop:
         self.main, self.device = accelerator.is_main_process, accelerator.device
         self.state = TrainingState(
             model.to(self.device), objective.to(self.device).train(), recipe)
-        if self.main: checkpoints.recover(out / 'best')
+        if self.main: recover(out / 'best')
         found = checkpoints.latest(out / 'checkpoints')
         if found: self._resume(*found)
         # accelerate wraps what it returns; the state keeps the plain model and optimiser

@@ -13,7 +13,9 @@ import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
-from .audio import SAMPLE_RATE, SpeechLossError, extra
+from .audio import SAMPLE_RATE
+from .common.errors import SpeechLossError
+from .common.libraries import extra
 from .composite import composite, llr, seg_snr, wss
 from .distortion import lsd, mcd, nmr, si_sdr, wave_snr
 from .listeners import dnsmos, dnsmos_fast, estoi, pesq_nb, pesq_wb, stoi, visqol

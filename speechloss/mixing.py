@@ -16,8 +16,9 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from .acoustics import coloured, convolve, looped, room
-from .audio import SAMPLE_RATE, AudioError, info, load, mix, rms_db
-from .manifest import SPLITS, CorpusError, Manifest, Recording
+from .audio import SAMPLE_RATE, info, load, mix, rms_db
+from .common.errors import AudioError, CorpusError
+from .manifest import SPLITS, Manifest, Recording
 
 ENDLESS = 2**31 - 1      # length of a stream
 CACHE_BYTES = 2**30      # waves kept in memory per data set; larger corpora read from disk

@@ -12,9 +12,9 @@ from pathlib import Path
 
 from torch import nn
 
-from .audio import SpeechLossError
 from .autoencoder import SpectralAutoencoder
-from .checkpoints import CheckpointError, load_tensors
+from .common.errors import SpeechLossError, CheckpointError
+from .common.weights import load_tensors
 from .encoders import HasEncoder, encoder_modules, encoder_parameters
 from .enhancer import SpectralEnhancer
 from .streaming import enhance_file, enhance_wave

@@ -10,9 +10,11 @@ import json
 from dataclasses import asdict
 from pathlib import Path
 
-from .audio import extra, write_text
-from .checkpoints import save_tensors, write_folder, writing
-from .recipe import Recipe, TrainingError
+from .common.errors import TrainingError
+from .common.files import write_text, write_folder, writing
+from .common.libraries import extra
+from .common.weights import save_tensors
+from .recipe import Recipe
 from .state import TrainingState
 
 # %% ../nbs/enhance/outputs.ipynb #def37ec4

@@ -18,15 +18,17 @@ from torch.nn import functional as F
 from torch.utils.data import Dataset
 
 from .audio import SAMPLE_RATE, load
-from .checkpoints import load_tensors, save_tensors, write_folder
+from .common.errors import CorpusError, TrainingError
+from .common.files import write_folder
+from .common.libraries import quiet, transformers_module
+from .common.weights import load_tensors, save_tensors
 from .corpus import get
 from .loop import fit
+from .manifest import Recording
 from .outputs import finished
-from .manifest import CorpusError, Recording
-from .recipe import Recipe, TrainingError
+from .recipe import Recipe
 from .ssl import SSLFeatures
 from .ssl_models import Standard
-from .torchaudio_parts import quiet, transformers_module
 
 # %% ../nbs/enhance/pretraining.ipynb #615067c4
 WINDOW, HOP = 400, 320     # samples at 16 kHz: 50 frames a second

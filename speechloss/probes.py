@@ -14,7 +14,8 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from .audio import SAMPLE_RATE, SpeechLossError
+from .audio import SAMPLE_RATE
+from .common.errors import SpeechLossError
 from .hearing import as_wave, package
 from .recognition import decode, decoder, feed
 from .voice import PITCH_HOP, VOICED

@@ -13,9 +13,10 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from .audio import SAMPLE_RATE, SpeechLossError
+from .audio import SAMPLE_RATE
+from .common.errors import SpeechLossError
+from .common.libraries import quiet, transformers_module
 from .hearing import Listener, from_hub, package
-from .torchaudio_parts import quiet, transformers_module
 
 # %% ../nbs/enhance/recognition.ipynb #eded1fe7
 @lru_cache

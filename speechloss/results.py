@@ -20,10 +20,12 @@ from pathlib import Path
 from typing import Any
 
 from . import __version__
-from .audio import save, write_text
+from .audio import save
 from .claims import Verdicts, failures, judge_all, registry
+from .common.errors import ReproduceError
+from .common.files import write_text
 from .progress import PROGRESS, progress
-from .study import ReproduceError, Study
+from .study import Study
 
 # %% ../nbs/reproduce/results.ipynb #3888069d
 def write_json(

@@ -19,10 +19,12 @@ from functools import cache, partial
 from pathlib import Path
 
 from . import __version__
-from .audio import SUFFIXES, AudioError, SpeechLossError, atomic, info, scan, sha256
+from .audio import SUFFIXES, info, scan
+from .common.errors import AudioError, SpeechLossError
+from .common.files import atomic, sha256
+from .common.weights import folder_of
 from .metrics import cards_of
 from .scoring import as_scored
-from .shipped import folder_of
 from .stats import paired_bootstrap
 from .tables import FORMATS, Journal, read_table, write_table
 

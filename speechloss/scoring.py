@@ -18,7 +18,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from .audio import SAMPLE_RATE, SpeechLossError, available_cores, load
+from .audio import SAMPLE_RATE, load
+from .common.errors import SpeechLossError
+from .common.processes import available_cores
 from .metrics import DEFAULT, METRICS, cards_of, no_score, reason, score_one
 
 # %% ../nbs/enhance/scoring.ipynb #2f842747

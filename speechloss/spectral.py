@@ -13,7 +13,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from .kernels.framing import frame_count, frame_mask, pad_reflect, shortest, window_of  # noqa: F401
+from .kernels.framing import frame_count, frame_mask, pad_reflect, shortest, window_of# noqa: F401
 from .kernels.stft_distance import EPS
 
 _all_ = ['EPS', 'frame_count', 'frame_mask', 'pad_reflect', 'shortest', 'window_of']

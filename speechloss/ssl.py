@@ -16,11 +16,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from .audio import SAMPLE_RATE, SpeechLossError
+from .audio import SAMPLE_RATE
+from .common.errors import SpeechLossError
+from .common.libraries import torchaudio_module, transformers_module
 from .features import Features, Frozen, randomized
 from .spectral import shortest
 from .ssl_models import Stages, open_stages
-from .torchaudio_parts import torchaudio_module, transformers_module
 
 # %% ../nbs/features/ssl.ipynb #225ed498
 WORDS = ('later', 'all', 'conv', 'last')

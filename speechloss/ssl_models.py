@@ -14,10 +14,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from .audio import SAMPLE_RATE, SpeechLossError
-from .shipped import folder_of
+from .audio import SAMPLE_RATE
+from .common.errors import SpeechLossError
+from .common.libraries import (
+    complete, quiet, said, torchaudio_module, transformers_module)
+from .common.weights import folder_of
 from .spectral import mel_filters
-from .torchaudio_parts import complete, quiet, said, torchaudio_module, transformers_module
 
 # %% ../nbs/features/ssl_models.ipynb #5f611a6d
 class Standard(nn.Module):

@@ -13,8 +13,9 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from .common.errors import TrainingError
 from .encoders import encoder_modules, encoder_parameters
-from .recipe import Recipe, TrainingError
+from .recipe import Recipe
 
 # %% ../nbs/enhance/state.ipynb #cc07e88c
 PATIENCE = 10   # steps without a finite gradient before the run gives up

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .audio import SpeechLossError
+from .common.errors import SpeechLossError
 
 # %% ../nbs/enhance/stats.ipynb #f7816bc7
 MIN_CLUSTERS = 8    # with fewer, files are drawn

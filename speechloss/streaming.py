@@ -14,7 +14,9 @@ import soundfile
 import torch
 from torch import Tensor, nn
 
-from .audio import AudioError, SpeechLossError, atomic, info, load, resample
+from .audio import info, load, resample
+from .common.errors import AudioError, SpeechLossError
+from .common.files import atomic
 
 SECONDS, CONTEXT, FADE = 20., 2., .1   # of a block without its context; before and after it; of a fade
 

@@ -11,9 +11,12 @@ import io
 import json
 import math
 import os
+from contextlib import ExitStack
 from pathlib import Path
 
-from .audio import SpeechLossError, atomic, optional
+from .common.errors import SpeechLossError
+from .common.files import atomic, lock
+from .common.libraries import optional
 
 # %% ../nbs/signal/tables.ipynb #c7e1f6f8
 FORMATS = ('.csv', '.jsonl', '.parquet')
@@ -104,21 +107,14 @@ class Journal:
     ):
         self.path, self.rows = Path(path), {}
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.file = open(self.path, 'a+b')
+        self._held = ExitStack()
+        self._held.enter_context(lock(self.path, wait=False))
+        self.file = self._held.enter_context(open(self.path, 'a+b'))
         try:
-            self._lock()
             self._open(json.loads(json.dumps(about)), resume)
         except BaseException:
-            self.file.close()
+            self._held.close()
             raise
-
-    def _lock(self) -> None:
-        try: import fcntl
-        except ImportError: return
-        try: fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise SpeechLossError(f'{self.path} is being written by another process: wait for it, or choose another '
-                                  'output') from None
 
     def _open(self, about: dict, resume: bool) -> None:
         self.file.seek(0)
@@ -143,7 +139,8 @@ class Journal:
         self._write([key, row])
 
     def close(self, *, remove: bool = False) -> None:
-        "Give the file free; `remove` it when its rows are safe elsewhere"
-        if remove: self.path.unlink(missing_ok=True)
-        else: os.fsync(self.file.fileno())
+        "Flush and close the file; `remove` deletes it, for when its rows are safe elsewhere"
+        os.fsync(self.file.fileno())
         self.file.close()
+        if remove: self.path.unlink(missing_ok=True)
+        self._held.close()

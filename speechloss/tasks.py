@@ -15,7 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .audio import SAMPLE_RATE, SpeechLossError
+from .audio import SAMPLE_RATE
+from .common.errors import SpeechLossError
 from .hearing import Listener, from_hub
 from .recognition import recogniser, word_errors
 from .voice import (

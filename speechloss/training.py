@@ -14,14 +14,15 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from .audio import SpeechLossError, available_cores
+from .common.errors import SpeechLossError, TrainingError
+from .common.processes import available_cores
 from .corpus import get
 from .loop import collate, fit, validate
 from .losses import build_objective
 from .mixing import Mixtures
 from .models import enhancer, load_enhancer
 from .outputs import finished, read_log
-from .recipe import BASE, Recipe, TrainingError
+from .recipe import BASE, Recipe
 
 _all_ = ['BASE', 'Recipe', 'TrainingError', 'collate', 'fit', 'read_log', 'validate']
 

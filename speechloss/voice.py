@@ -15,9 +15,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .audio import SAMPLE_RATE, SpeechLossError
+from .audio import SAMPLE_RATE
+from .common.errors import SpeechLossError
+from .common.libraries import torchaudio_module
 from .hearing import Listener, from_hub, package
-from .torchaudio_parts import torchaudio_module
 
 # %% ../nbs/enhance/voice.ipynb #08cdf26b
 LEVEL = 10 ** (-30 / 20)  # root mean square at which Resemblyzer listens

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .audio import SpeechLossError, extra
+from .common.errors import SpeechLossError
+from .common.libraries import extra
 from .enhancer import check_waves
 from .features import Frozen
 from .kernels import token_cross_entropy

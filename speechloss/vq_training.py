@@ -16,13 +16,14 @@ import numpy as np
 import torch
 from torch import nn
 
-from .checkpoints import load_tensors
+from .common.errors import TrainingError
+from .common.weights import load_tensors
 from .corpus import get
 from .loop import fit, once
 from .manifest import Manifest
 from .mixing import Mixtures
 from .outputs import finished
-from .recipe import Recipe, TrainingError
+from .recipe import Recipe
 from .scoring import score
 from .vq_enhancer import SelfDistillation, VQEnhancer, spectral_ratio
 from .vqscore import VQScore, cosine

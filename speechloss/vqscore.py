@@ -16,10 +16,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .audio import SAMPLE_RATE, AudioError, SpeechLossError, resample
+from .audio import SAMPLE_RATE, resample
+from .common.errors import AudioError, SpeechLossError
+from .common.weights import folder_of
 from .features import Frozen
 from .kernels.backends import check_floating
-from .shipped import folder_of
 from .spectral import check_lengths
 from .vqvae import LEVEL, VQVAE, at_level, load_vqvae
 

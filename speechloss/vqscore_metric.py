@@ -9,7 +9,9 @@ __all__ = ['MeanVQScore']
 import torch
 from torch import Tensor
 
-from .audio import SAMPLE_RATE, SpeechLossError, extra, resample
+from .audio import SAMPLE_RATE, resample
+from .common.errors import SpeechLossError
+from .common.libraries import extra
 from .vqscore import VQScore
 
 try:

@@ -16,11 +16,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .audio import SAMPLE_RATE, SpeechLossError, optional, sha256
-from .checkpoints import load_tensors, save_tensors, write_folder
+from .audio import SAMPLE_RATE
 from .codebook import Codebook, Quantised
+from .common.errors import SpeechLossError
+from .common.files import sha256, write_folder
+from .common.libraries import optional
+from .common.weights import load_tensors, save_tensors, folder_of
 from .features import Features, Frozen, chosen_layers, randomized
-from .shipped import folder_of
 from .spectral import frame_count, frame_mask, stft, valid_part
 
 # %% ../nbs/features/vqvae.ipynb #9860f27d

@@ -18,9 +18,11 @@ from typing import NamedTuple
 import numpy as np
 from torch import Tensor
 
-from .audio import SAMPLE_RATE, load, save, sha256
+from .audio import SAMPLE_RATE, load, save
+from .common.errors import CorpusError
+from .common.files import sha256
 from .fetch import say, seal, table
-from .manifest import CorpusError, Manifest, Recording
+from .manifest import Manifest, Recording
 
 
 class Wheel(NamedTuple):

@@ -3,7 +3,8 @@ import pytest
 import torch
 
 from speechloss.audibility import NAMES, audible, errors_of
-from speechloss.audio import SpeechLossError, load, resample
+from speechloss.audio import load, resample
+from speechloss.common.errors import SpeechLossError
 from speechloss.corpus import get
 from speechloss.losses import MaskingLoss
 from speechloss.masking import MaskingModel

@@ -12,8 +12,11 @@ import soundfile
 import torch
 from hypothesis import given, settings, strategies as st
 
-from speechloss.audio import (AudioError, SpeechLossError, active_level, active_speech, home,
-                              load, mix, optional, resample, rms_db, save, scan, set_level)
+from speechloss.audio import (
+    active_level, active_speech, load, mix, resample, rms_db, save, scan, set_level)
+from speechloss.common.errors import AudioError, SpeechLossError
+from speechloss.common.files import home
+from speechloss.common.libraries import optional
 
 RATE = 16000
 

@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from speechloss import bench as shared
-from speechloss.audio import SpeechLossError
 from speechloss.claims import text
+from speechloss.common.errors import SpeechLossError
 from speechloss.models import enhancer
 from speechloss.results import Run, load_results
 from speechloss.training import Recipe

@@ -7,7 +7,9 @@ import pytest
 import torch
 
 from speechloss import checkpoints
-from speechloss.checkpoints import CheckpointError, latest, save_checkpoint, write_folder
+from speechloss.checkpoints import latest, save_checkpoint
+from speechloss.common.errors import CheckpointError
+from speechloss.common.files import write_folder
 
 
 def save(root, step, size=1000):

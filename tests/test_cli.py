@@ -1,5 +1,11 @@
-"""The command, as a user types it: what it prints where, its exit codes, and bad input."""
+"""The command, as a user types it: what it prints where, its exit codes, and bad input.
+
+Most commands run in this process, through the `main` of `python -m speechloss`. A process of its own
+(`in_a_process`) has what is a matter of processes: start-up, streams, closed pipes, full disks, Ctrl-C.
+"""
+import contextlib
 import functools
+import io
 import json
 import os
 import resource
@@ -9,6 +15,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -16,20 +23,30 @@ import soundfile
 import torch
 from typer.testing import CliRunner
 
+from speechloss.__main__ import main
 from speechloss.cli import app
 
 RATE = 16000
 
 
-def speechloss(*args, **more) -> subprocess.CompletedProcess:
+def in_a_process(*args, **more) -> subprocess.CompletedProcess:
     "The command in a process of its own"
     return subprocess.run([sys.executable, '-m', 'speechloss', *map(str, args)], text=True,
                           stdin=subprocess.DEVNULL, capture_output=True, timeout=300, **more)
 
 
-def refused(*args, code: int = 2, **more) -> str:
+def speechloss(*args, **env) -> subprocess.CompletedProcess:
+    "The command in this process, with some variables of the environment; a bug is raised"
+    out, err, argv = io.StringIO(), io.StringIO(), ['speechloss', *map(str, args)]
+    with (mock.patch.object(sys, 'argv', argv), mock.patch.dict(os.environ, env),
+          contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), pytest.raises(SystemExit) as end):
+        main()
+    return subprocess.CompletedProcess(argv, end.value.code or 0, out.getvalue(), err.getvalue())
+
+
+def refused(*args, command=speechloss, code: int = 2, **more) -> str:
     "The one sentence that a refused command says, on stderr alone"
-    done = speechloss(*args, **more)
+    done = command(*args, **more)
     assert done.returncode == code, done.stderr
     assert done.stdout == '', done.stdout
     lines = [line for line in done.stderr.splitlines() if line.startswith('speechloss: ')]
@@ -67,7 +84,7 @@ def test_help_is_quick():
     times = []
     for _ in range(2):
         before = spent()
-        assert 'reproduce' in speechloss('--help').stdout
+        assert 'reproduce' in in_a_process('--help').stdout
         times.append(spent() - before)
     assert min(times) < .5
 
@@ -104,7 +121,7 @@ def test_losses_are_the_cards():
 
 
 def test_doctor_reports():
-    done = speechloss('doctor', '--json')
+    done = in_a_process('doctor', '--json')
     rows = {row['name']: row for row in json.loads(done.stdout)}
     assert done.returncode == 0 and done.stderr == ''
     assert rows['torch']['found'].startswith(torch.__version__)
@@ -209,7 +226,7 @@ def test_enhance_a_tree_with_bad_files(model, tmp_path):
         soundfile.write(source / name, wave(), RATE)
     (source / 'deep/bad.wav').write_bytes(b'RIFF')
     (source / 'notes.txt').write_text('not audio')
-    done = speechloss('enhance', source, tmp_path / 'out', '--model', model)
+    done = in_a_process('enhance', source, tmp_path / 'out', '--model', model)
     assert done.returncode == 1 and '1 of 5 files failed' in done.stderr and 'bad.wav' in done.stderr
     assert files(tmp_path / 'out') == ['a.wav', 'deep/b.flac', 'deep/er/c.wav', 'z.wav']
     assert len(done.stdout.splitlines()) == 4
@@ -283,20 +300,18 @@ def test_enhance_refuses_a_bad_model(model, tmp_path):
 
 def test_enhance_without_network_refuses_a_hub_name(tmp_path):
     soundfile.write(tmp_path / 'a.wav', wave(), RATE)
-    offline = {**os.environ, 'HF_HUB_OFFLINE': '1', 'HF_HOME': str(tmp_path / 'hub')}
-    assert 'network' in refused('enhance', tmp_path / 'a.wav', tmp_path / 'b.wav',
-                                '--model', 'somebody/model', env=offline)
+    assert 'network' in refused('enhance', tmp_path / 'a.wav', tmp_path / 'b.wav', '--model', 'somebody/model')
 
 
 def test_enhance_on_a_full_disk(model, tmp_path):
     soundfile.write(tmp_path / 'a.wav', wave(5), RATE)
     said = refused('enhance', tmp_path / 'a.wav', tmp_path / 'b.wav', '--model', model, '--quiet',
-                   preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000)))
+                   command=in_a_process, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000)))
     assert 'b.wav' in said and files(tmp_path) == ['a.wav']
 
 
 def test_ctrl_c_leaves_nothing_half_written(model, tmp_path):
-    soundfile.write(tmp_path / 'a.wav', wave(1200), RATE)
+    soundfile.write(tmp_path / 'a.wav', wave(300), RATE)
     # a script starts its background jobs deaf to SIGINT, and pytest may be one of them
     hear = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
     process = subprocess.Popen([sys.executable, '-m', 'speechloss', 'enhance', tmp_path / 'a.wav',
@@ -339,10 +354,9 @@ def test_data_get_from_a_folder_that_does_not_hold_it(home, tmp_path):
 
 def test_data_get_without_network(home):
     closed = 'http://127.0.0.1:9'
-    no_network = {**os.environ, 'SPEECHLOSS_SOURCE_URL': closed, 'PIP_INDEX_URL': closed, 'PIP_RETRIES': '0',
-                  'PIP_NO_INDEX': '1'}
     for name in ('mini', 'laptop'):
-        said = refused('data', 'get', name, env=no_network)
+        said = refused('data', 'get', name, SPEECHLOSS_SOURCE_URL=closed, PIP_INDEX_URL=closed, PIP_RETRIES='0',
+                       PIP_NO_INDEX='1')
         assert 'network' in said or '--from' in said
         assert not list(home.rglob('manifest.jsonl'))
 

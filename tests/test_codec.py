@@ -7,11 +7,13 @@ from importlib.util import find_spec
 import pytest
 import torch
 
-from speechloss.audio import SpeechLossError, sha256
 from speechloss.codec import (
-    BANDS, FLOOR, CodecFeatures, CodecNet, layer_scales, load_codec, log_power, save_codec, skill, with_gain)
+    BANDS, FLOOR, CodecFeatures, CodecNet, layer_scales, load_codec, log_power, save_codec, skill,
+    with_gain)
+from speechloss.common.errors import SpeechLossError
+from speechloss.common.files import sha256
+from speechloss.common.weights import SHIPPED
 from speechloss.losses import CodecLoss, build
-from speechloss.shipped import SHIPPED
 
 WIDTHS = (4, 6, 8)
 

@@ -13,8 +13,9 @@ import soundfile
 import torch
 from torch.utils.data import DataLoader
 
-from speechloss.audio import AudioError, SpeechLossError, load, resample, save
+from speechloss.audio import load, resample, save
 from speechloss.codec_pairs import BIT_RATES, Codec, CodecPairs, build_pairs, source_wave
+from speechloss.common.errors import AudioError, SpeechLossError
 from speechloss.corpus import get
 
 if find_spec('lameenc') is None: pytest.skip('without lameenc', allow_module_level=True)

@@ -497,7 +497,7 @@ def test_log_and_plot(recipe, first, tmp_path):    # noqa: F811
 
 
 def test_key_follows_the_earlier_model_and_the_default_features(recipe, first, tmp_path, monkeypatch):    # noqa: F811
-    from speechloss.shipped import SHIPPED
+    from speechloss.common.weights import SHIPPED
     second = train(replace(recipe, seed=4), tmp_path / 'second')
     def key(**options): return replace(recipe, objective=dict(terms=dict(a=dict(name='contrastive') | options))).key
 

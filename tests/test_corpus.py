@@ -17,7 +17,8 @@ import torch
 
 from speechloss import fetch, wheels
 from speechloss.audio import info, load, save
-from speechloss.corpus import CORPORA, CorpusError, Manifest, Recording, from_folder, from_pairs, get
+from speechloss.common.errors import CorpusError
+from speechloss.corpus import CORPORA, Manifest, Recording, from_folder, from_pairs, get
 from speechloss.fetch import opened, table
 
 RATE = 16000

@@ -10,14 +10,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from speechloss.audio import SpeechLossError
+from speechloss.common.errors import SpeechLossError
+from speechloss.common.libraries import transformers_module
 from speechloss.downstream import (
     DEFAULT, TASKS, Jury, Listener, cards_of, classifier, fit_probe, frame_labels, frames_of, judge,
     phone_segments, pooled, pooled_frames, probe_task, recogniser, task_table, verifier)
 from speechloss.features import MelFeatures
 from speechloss.hearing import as_wave
 from speechloss.recognition import word_errors
-from speechloss.torchaudio_parts import transformers_module
 from speechloss.voice import equal_error_rate, pitch_counts
 
 if lacking := [p for p in ('transformers', 'jiwer', 'pocketsphinx', 'resemblyzer', 'silero_vad', 'torchcrepe')

@@ -18,16 +18,16 @@ from loss_contract import close_grad, waves
 from test_loss_contract import TinyModel
 from torch import nn
 
-from speechloss.audio import SpeechLossError
+from speechloss.common.errors import SpeechLossError
 from speechloss.features import RandomFeatures, STFTFeatures, randomized
 from speechloss.kernels import Resolution
 from speechloss.losses import (
-    CARDS, Balancer, CompressedComplexLoss, ConsistencyLoss, FeatureDistance, MelLoss,
-    ModelAsLoss, MultiResolutionSTFTLoss, Objective, SISDRLoss, SNRLoss, STFTLoss, WaveL1Loss,
-    WaveL2Loss, build, build_objective, cards, from_auraloss, functional, preset)
+    CARDS, Balancer, CompressedComplexLoss, ConsistencyLoss, FeatureDistance, MelLoss, ModelAsLoss,
+    MultiResolutionSTFTLoss, Objective, SISDRLoss, SNRLoss, STFTLoss, WaveL1Loss, WaveL2Loss, build,
+    build_objective, cards, from_auraloss, functional, preset)
 from speechloss.losses.functional import (
-    compressed_complex, consistency, feature_distance, mel, multi_resolution_stft, si_sdr,
-    snr, wave_l1, wave_l2)
+    compressed_complex, consistency, feature_distance, mel, multi_resolution_stft, si_sdr, snr,
+    wave_l1, wave_l2)
 from speechloss.losses.model_as_loss import feature_health
 from speechloss.losses.spectral import RESOLUTIONS
 from speechloss.models import enhancer

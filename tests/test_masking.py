@@ -7,10 +7,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from speechloss.audio import SpeechLossError, resample
+from speechloss.audio import resample
+from speechloss.common.errors import SpeechLossError
 from speechloss.losses import MaskingLoss, WaveL2Loss, build
 from speechloss.losses.functional import masking
-from speechloss.masking import MaskingModel, bark, noise_offset, quiet_threshold, spread, tone_offset, tones
+from speechloss.masking import (
+    MaskingModel, bark, noise_offset, quiet_threshold, spread, tone_offset, tones)
 from speechloss.metrics import nmr, score_one
 
 #: Table D.1 of ISO/IEC 11172-3, layer I at 44.1 kHz: Hz, Bark, dB in quiet

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 
 from speechloss import composite, listeners
 from speechloss import metrics as M
-from speechloss.audio import SpeechLossError, resample
+from speechloss.audio import resample
+from speechloss.common.errors import SpeechLossError
 from speechloss.composite import composite_ratings, llr, seg_snr, wss
 
 pytest.importorskip('pesq')

@@ -11,9 +11,10 @@ from torch.utils.data import DataLoader, Subset
 
 from speechloss import mixing
 from speechloss.acoustics import coloured, convolve, looped, room
-from speechloss.audio import AudioError, active_level, rms_db, save
+from speechloss.audio import active_level, rms_db, save
+from speechloss.common.errors import AudioError, CorpusError
 from speechloss.corpus import get
-from speechloss.manifest import CorpusError, Manifest, Recording
+from speechloss.manifest import Manifest, Recording
 from speechloss.mixing import ENDLESS, GENERATED, Mixtures, Waves
 
 RATE = 16000

@@ -15,7 +15,8 @@ import nbformat
 import pytest
 
 from speechloss.claims import load_claims
-from speechloss.reproduce import NotebookError, ReproduceError, Study, load_results, papers, run
+from speechloss.common.errors import NotebookError, ReproduceError
+from speechloss.reproduce import Study, load_results, papers, run
 
 HEAD = ("# parameters\nscale, seed, out = 'smoke', 0, 'runs'\ncorpus = corpus_dir = workers = None",
         'from speechloss.reproduce import Run\n'
@@ -184,7 +185,7 @@ def test_killed_and_started_again(how, tmp_path):
 
 @pytest.mark.parametrize('cell, kind, said', [
     ('1 / 0', NotebookError, 'ZeroDivisionError: division by zero'),
-    ("from speechloss.corpus import CorpusError\nraise CorpusError('no corpus:\\nfetch it')",
+    ("from speechloss.common.errors import CorpusError\nraise CorpusError('no corpus:\\nfetch it')",
      ReproduceError, 'no corpus: fetch it'),
     ("raise OSError(28, 'No space left on device')", ReproduceError, 'No space left'),
     ('import os; os._exit(1)', NotebookError, 'the kernel died'),

@@ -14,8 +14,8 @@ import pytest
 import soundfile
 from typer.testing import CliRunner
 
-from speechloss.audio import SpeechLossError
 from speechloss.cli import app
+from speechloss.common.errors import SpeechLossError
 from speechloss.metrics import METRICS, score_one
 from speechloss.score_files import REFERENCED, jobs_of, score_files, summary_of
 from speechloss.tables import read_table

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from speechloss.audio import SpeechLossError, save
+from speechloss.audio import save
+from speechloss.common.errors import SpeechLossError
 from speechloss.scoring import score
 
 RATE = 16_000

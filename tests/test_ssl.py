@@ -8,13 +8,13 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from speechloss.audio import SpeechLossError
+from speechloss.common.errors import SpeechLossError
+from speechloss.common.libraries import torchaudio_module, transformers_module
+from speechloss.common.weights import SHIPPED
 from speechloss.features import MelFeatures
 from speechloss.losses import SSLLoss, build
-from speechloss.shipped import SHIPPED
 from speechloss.ssl import CachedFeatures, SSLFeatures, layer_names
 from speechloss.ssl_models import open_stages, stages_of
-from speechloss.torchaudio_parts import torchaudio_module, transformers_module
 
 SMALL = dict(hidden_size=24, num_hidden_layers=4, num_attention_heads=2, intermediate_size=32,
              conv_dim=(8,) * 7, num_conv_pos_embeddings=16, num_conv_pos_embedding_groups=2)
@@ -375,7 +375,7 @@ def test_the_shipped_network_is_small_and_has_its_card():
     stages = open_stages('small')
     assert sum(p.numel() for p in stages.parameters()) <= 5e6 and weights.stat().st_size < 10e6
     assert isinstance(stages.front, type(stages_of(hugging('Hubert', LARGE)).front))
-    from speechloss.audio import sha256
+    from speechloss.common.files import sha256
     card = (folder / 'README.md').read_text(encoding='utf-8')
     assert sha256(weights) in card and 'CC BY 4.0' in card
 

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from speechloss.audio import SpeechLossError
+from speechloss.common.errors import SpeechLossError
 from speechloss.stats import MIN_CLUSTERS, Interval, compare, paired_bootstrap
 
 

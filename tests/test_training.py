@@ -15,17 +15,16 @@ import torch
 from torch import nn
 
 from speechloss import checkpoints
-from speechloss.audio import SpeechLossError, sha256
-from speechloss.checkpoints import CheckpointError
 from speechloss.cli_train import overrides
+from speechloss.common.errors import SpeechLossError, CheckpointError, TrainingError
+from speechloss.common.files import sha256
 from speechloss.losses import Objective, build_objective
 from speechloss.losses.model_as_loss import feature_health
 from speechloss.manifest import Manifest, Recording
 from speechloss.models import enhancer, load_enhancer
 from speechloss.recipe import recipe_fields
 from speechloss.state import PATIENCE, TrainingState
-from speechloss.training import (
-    Recipe, TrainingError, data_of, fit, model_of, read_log, train, train_many)
+from speechloss.training import Recipe, data_of, fit, model_of, read_log, train, train_many
 
 
 def recording(folder, name, kind, split, wave) -> Recording:
@@ -495,7 +494,7 @@ def test_two_runs_in_one_folder_wait_for_each_other(recipe, tmp_path):
 
 def test_key_follows_the_network_of_a_loss(recipe, tmp_path, monkeypatch):
     "Its weights count, also those of the default; where they are drawn anew its shape alone"
-    from speechloss.shipped import SHIPPED
+    from speechloss.common.weights import SHIPPED
     for name in 'abc':
         (tmp_path / name).mkdir()
         (tmp_path / name / 'config.json').write_text('{}' if name != 'c' else '{"depth": 2}')

@@ -11,12 +11,12 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from speechloss.audio import SpeechLossError, load, save
+from speechloss.audio import load, save
+from speechloss.common.errors import SpeechLossError, TrainingError
 from speechloss.corpus import get
 from speechloss.manifest import Manifest
 from speechloss.mixing import Mixtures
 from speechloss.models import enhancer, load_enhancer
-from speechloss.recipe import TrainingError
 from speechloss.spectral import istft, stft
 from speechloss.vq_enhancer import SelfDistillation, VQEnhancer, adversarial, spectral_ratio
 from speechloss.vq_training import VQDistillation, VQTraining, mean_pesq, restores, train_vqvae

@@ -10,10 +10,11 @@ import pytest
 import torch
 from scipy.stats import spearmanr
 
-from speechloss.audio import SpeechLossError, load, mix, resample
+from speechloss.audio import load, mix, resample
+from speechloss.common.errors import SpeechLossError
+from speechloss.common.weights import SHIPPED
 from speechloss.corpus import get
 from speechloss.metrics import score_one
-from speechloss.shipped import SHIPPED
 from speechloss.vqscore import VQScore, vq_score
 from speechloss.vqvae import VQVAE, VQFeatures, load_vqvae, save_vqvae
 

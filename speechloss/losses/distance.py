@@ -9,7 +9,7 @@ __all__ = ['DISTANCES', 'cosine_distance', 'feature_distance', 'masked_var', 'Fe
 import torch
 from torch import Tensor
 
-from ..audio import SpeechLossError
+from ..common.errors import SpeechLossError
 from ..features import Features
 from .balance import Balancer
 from .base import Loss, Waves, masked_mean

@@ -12,7 +12,8 @@ from os import PathLike
 
 from torch import nn
 
-from ..audio import SpeechLossError
+from ..codec import CodecFeatures
+from ..common.errors import SpeechLossError
 from ..features import (
     Features, GammatoneFeatures, MelFeatures, RandomFeatures, STFTFeatures, randomized)
 from .base import Loss
@@ -27,7 +28,6 @@ from .spectral import (
 from .ssl import SSLLoss
 from .vq import VQLoss
 from .waveform import SISDRLoss, SNRLoss, WaveL1Loss, WaveL2Loss
-from ..codec import CodecFeatures
 from ..ssl import SSLFeatures
 from ..vqvae import VQFeatures
 

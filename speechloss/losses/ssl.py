@@ -11,7 +11,8 @@ import inspect
 import torch
 from torch.nn import functional as F
 
-from ..audio import SAMPLE_RATE, SpeechLossError
+from ..audio import SAMPLE_RATE
+from ..common.errors import SpeechLossError
 from ..features import Features
 from .distance import FeatureDistance
 from ..spectral import shortest
