@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from speechloss.kernels.framing import pad_reflect
-from speechloss.kernels.stft_distance import EPS, SC_FLOOR, Plan, Resolution
+from speechloss.kernels.stft_plan import EPS, SC_FLOOR, Plan, Resolution
 from speechloss.kernels.stft_torch import reference_terms
 from speechloss.kernels.stft_triton_tables import exact
 

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 
 from . import stft_triton_cells, stft_triton_fft, stft_triton_gemm, stft_triton_waves
+from .stft_plan import Plan, Resolution
+from .stft_torch import utterance_terms
 from .stft_triton_tables import capability, method_of
 from .stft_triton_waves import Chunk, Job, sizes_of
 
@@ -23,7 +25,7 @@ def distance(
     clean: Tensor,               # (B, T)
     lengths: Tensor | None,      # (B,) valid samples
     filters: list[Tensor],       # (bins, bands) of each filtered resolution
-    plan,                        # stft_distance.Plan, norm 'utterance'
+    plan: Plan,                  # with norm 'utterance'
     need_grad: bool,
     method: str | None = None,   # 'fft' or 'gemm' for all that have no filters; None: by the table
 ) -> tuple[Tensor, Tensor]:      # (B, resolutions, terms), (outputs, B, T) or empty
@@ -70,8 +72,6 @@ def precision(device: torch.device) -> str | None:
 
 def gradient_error(device: torch.device, mode: str | None) -> float:
     "Relative error of the gradient of sc + log_l1 on white over tilted noise, against float64; no mode: by the FFT"
-    from .stft_distance import Plan, Resolution
-    from .stft_torch import utterance_terms
     resolution = Resolution(128, 32, 100)
     plan = Plan((resolution,), ('sc', 'log_l1'), (1., 1.), filtered=(False,))
     y, noise = torch.randn(2, 1, 1600, generator=torch.Generator().manual_seed(0), dtype=torch.float64)

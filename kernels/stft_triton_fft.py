@@ -9,6 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .framing import kept_window
+from .stft_plan import Resolution
 from .stft_triton_tables import capability
 from .stft_triton_cells import FUSION, floored, load_pair, store_pair, variant
 from .stft_triton_waves import Chunk, Job, cells, cut, frame_count, overlap
@@ -57,7 +58,7 @@ def unbank_kernel(slope_ptr, bank_ptr, spectrum_ptr, out_ptr, rows, per_output, 
     store_pair(out_ptr + 2 * (f * bins + n), re * slope, im * slope, mask)
 
 
-def utterances(job: Job, resolution) -> int:
+def utterances(job: Job, resolution: Resolution) -> int:
     "How many utterances go into one chunk"
     n, bins, outputs = resolution.n_fft, resolution.bins, job.plan.outputs
     frame = 8 * n + 16 * bins                       # both frames, both spectra

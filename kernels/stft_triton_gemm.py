@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .stft_plan import Resolution
 from .stft_triton_tables import Folded, folded
 from .stft_triton_cells import (FUSION, PLAIN, SLOTS, floored, frames_of, load_pair, reflected, slots,
                                 store_slopes, store_sums, variant)
@@ -197,7 +198,7 @@ def unfolded_kernel(slope_ptr, cos_ptr, cos_low_ptr, sin_ptr, sin_low_ptr, frame
 
 # ------------------------------------------------------------------------------- launchers
 
-def utterances(job: Job, resolution) -> int:
+def utterances(job: Job, resolution: Resolution) -> int:
     "How many utterances go into one chunk"
     frame = 8 + (job.plan.outputs * (8 * resolution.bins + 4 * resolution.win_length) if job.waves is not None else 0)
     return max(1, BUDGET // (frame * frame_count(job, resolution)))

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from .framing import WINDOWS
+from .stft_plan import Resolution
 
 METHODS = ('fft', 'gemm')
 #: The longest window, in samples, whose DFT is a matrix product, by compute capability; the FFT
@@ -29,7 +30,7 @@ LONGEST = {80: 320, 86: 0, 89: 0, 90: 320, 100: 320, 120: 0}
 PAD = 128
 
 
-def method_of(resolution, filtered: bool, capability: int) -> str:
+def method_of(resolution: Resolution, filtered: bool, capability: int) -> str:
     """'fft' or 'gemm' for a resolution on a compute capability (90 is 9.0).
 
     `SPEECHLOSS_STFT=fft` or `gemm` overrides the table. A filter bank takes the FFT always.
@@ -60,7 +61,7 @@ class Folded(NamedTuple):
     unit: float    # power of two that the products are to be multiplied with
 
 
-def exact(resolution) -> tuple[Tensor, Tensor, int]:
+def exact(resolution: Resolution) -> tuple[Tensor, Tensor, int]:
     "Cosine and sine tables (samples, bins) times the window in float64, and the first sample"
     n, size = resolution.n_fft, resolution.win_length
     window = resolution.gain * WINDOWS[resolution.window](size, dtype=torch.float64)
@@ -75,7 +76,7 @@ def exact(resolution) -> tuple[Tensor, Tensor, int]:
 
 @lru_cache(maxsize=64)
 def folded(
-    resolution,
+    resolution: Resolution,
     precision: str,          # 'fp16x3': float16 in two parts; else float32
     device: torch.device,
 ) -> Folded:

@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .stft_plan import Plan, Resolution
 from .stft_triton_cells import (PARTIALS, PLAIN, SLOPED, SLOTS, SUMMED, cells_kernel, finish_kernel,
                                 frames_of, reflected, slots, variant)
 
@@ -83,7 +84,7 @@ class Job(NamedTuple):
     x: Tensor               # (B, T) contiguous float32
     y: Tensor               # (B, T)
     lengths: Tensor         # (B,) int32
-    plan: object            # stft_distance.Plan
+    plan: Plan
     parts: Tensor           # (B, resolutions, terms), to be written
     waves: Tensor | None    # (outputs, B, T), to be added to; None: no gradient
 
@@ -96,7 +97,7 @@ class Chunk(NamedTuple):
     size: int               # utterances
 
     @property
-    def resolution(self): return self.job.plan.resolutions[self.k]
+    def resolution(self) -> Resolution: return self.job.plan.resolutions[self.k]
 
     @property
     def frames(self) -> int: return frame_count(self.job, self.resolution)
@@ -109,7 +110,7 @@ class Chunk(NamedTuple):
     def empty(self, *shape: int) -> Tensor: return self.job.x.new_empty(shape)
 
 
-def frame_count(job: Job, resolution) -> int:
+def frame_count(job: Job, resolution: Resolution) -> int:
     return 1 + (job.x.shape[1] - resolution.n_fft % 2) // resolution.hop_length
 
 

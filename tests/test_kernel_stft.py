@@ -9,7 +9,8 @@ import torch
 
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from speechloss.kernels.stft_distance import EPS, TERMS, Plan, Resolution, _outputs, _plan, stft_distance
+from speechloss.kernels.stft_distance import EPS, TERMS, Plan, Resolution, _outputs, stft_distance
+from speechloss.kernels.stft_plan import plan_of
 
 MAGNITUDES = tuple(name for name in TERMS if name != 'complex')
 DEFAULTS = (Resolution(1024, 120, 600), Resolution(2048, 240, 1200), Resolution(512, 50, 240))
@@ -404,7 +405,7 @@ def test_autocast_changes_nothing():
 def test_plan_survives_its_text():
     plan = Plan((Resolution(64, 16, 48, 'hamming', .125, 1 / 3), Resolution(100, 25)), ('sc', 'complex'), (.1, 2.),
                 1e-7, 'clamp', 1 / 3, 'batch', 0., 1e-5, (False, False))
-    assert _plan(plan.text()) == plan
+    assert plan_of(plan.text()) == plan
 
 
 # ----------------------------------------------------------------------------------- bad input

@@ -8,9 +8,9 @@ import torch
 pytest.importorskip('triton')
 
 from interpreted import run_interpreted
-from speechloss.kernels import stft_triton_tables
+from speechloss.kernels import stft_torch, stft_triton_tables
 from speechloss.kernels.framing import WINDOWS
-from speechloss.kernels.stft_distance import TERMS, Plan, Resolution, _torch, stft_distance
+from speechloss.kernels.stft_distance import TERMS, Plan, Resolution, stft_distance
 from test_kernel_stft import DEFAULTS, FLOOR, apart, run
 
 METHODS = stft_triton_tables.METHODS
@@ -296,7 +296,7 @@ def test_operator_with_the_triton_back_end(method):
     from speechloss.kernels.stft_triton import distance
     parts, waves = distance(enhanced, clean, None, [], plan, True)
     assert parts.shape == (2, 2, 2) and waves.shape == (2, 2, 300)
-    right = _torch(enhanced.double(), clean.double(), None, [], plan, True)
+    right = stft_torch.distance(enhanced.double(), clean.double(), None, [], plan, True)
     assert apart(parts, right[0]) < 1e-5 and apart(waves, right[1]) < 1e-3
     assert distance(enhanced, clean, None, [], plan, False)[1].numel() == 0
 
