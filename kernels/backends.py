@@ -5,13 +5,17 @@ which alone has second derivatives; `torch`, the algorithm of the kernel in torc
 computes the gradient on the way forward and works on any device; `triton`; and `auto`, which
 takes Triton for float32 and shorter on a GPU and torch elsewhere.
 """
+import math
 import os
 from importlib.util import find_spec
+from numbers import Real
 
 import torch
 from torch import Tensor
 
 BACKENDS = ('auto', 'torch', 'triton', 'reference')
+#: Least temperature: with a smaller one scores of ordinary rows overflow
+LEAST_TEMPERATURE = 1e-6
 
 
 def why_not() -> str:
@@ -92,3 +96,14 @@ def check_floating(name: str, value) -> None:
     if not isinstance(value, Tensor) or not value.is_floating_point():
         got = value.dtype if isinstance(value, Tensor) else type(value).__name__
         raise TypeError(f'{name} is {got}: give a real floating point tensor')
+
+
+def check_temperature(
+    temperature: float,
+    learned: str,         # what to do for a temperature that is learned, for the message
+) -> None:
+    "Raise TypeError for what is not a number and ValueError for one below LEAST_TEMPERATURE or infinite"
+    if isinstance(temperature, bool) or not isinstance(temperature, Real):
+        raise TypeError(f'temperature is a {type(temperature).__name__}: give a number; to learn one, {learned}')
+    if not LEAST_TEMPERATURE <= temperature < math.inf:
+        raise ValueError(f'temperature is {temperature}: give a number of at least {LEAST_TEMPERATURE}')

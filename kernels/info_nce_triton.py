@@ -5,7 +5,7 @@ log-sum-exp. Backward, the slopes of a strip of keys are computed again, N times
 STRIP[1] numbers, and multiplied with the keys and with the queries. (Programs that keep the
 gradient of some rows would compute the slopes twice, and again for every 128 dims that fit
 their registers.) Every row is one sum in one order: no atomics. Scores are in units of ln 2,
-as in `info_nce`.
+as in `info_nce_torch`.
 """
 from contextlib import nullcontext
 from typing import NamedTuple
@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .info_nce import EPS, LOG2E, NONE_YET
+from .info_nce_torch import EPS, LOG2E, NONE_YET
 from .resources import Variant
 
 #: Programs that a large GPU holds at once: with fewer, the keys are dealt out to several

@@ -10,14 +10,11 @@ With `h` minus the logits the loss is `softplus(h_t + rest)`, and the gradient i
 two nearly equal numbers, however sure the frame is of its token. In the squared distances it is
 `u = w h'`, and in a frame `2 x sum_j u_j - 2 u C`, a matrix product.
 """
-import math
-from numbers import Real
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .backends import choose
+from .backends import check_temperature, choose
 from .nearest_code import anchor, check, counted, described, flat, unit, working
 
 METRICS = ('euclidean', 'squared', 'cosine')
@@ -25,8 +22,6 @@ METRICS = ('euclidean', 'squared', 'cosine')
 ROWS, COLUMNS, MATES = 256, 2048, 16
 #: The token of a frame that does not count: no loss, no gradient, whatever the frame holds
 LEFT_OUT = -1
-#: Least temperature: with a smaller one logits of ordinary frames overflow
-LEAST = 1e-6
 
 
 def token_cross_entropy(
@@ -55,11 +50,7 @@ def token_cross_entropy(
     """
     if metric not in METRICS:
         raise ValueError(f'metric is {metric!r}: choose one of {", ".join(METRICS)}')
-    if isinstance(temperature, bool) or not isinstance(temperature, Real):
-        raise TypeError(f'temperature is a {type(temperature).__name__}: give a number; to learn one with a metric '
-                        "but 'cosine', scale frames and codes")
-    if not LEAST <= temperature < math.inf:
-        raise ValueError(f'temperature is {temperature}: give a number of at least {LEAST}')
+    check_temperature(temperature, "scale frames and codes, with a metric other than 'cosine'")
     check(frames, codes)
     check_targets(frames, codes, targets, ignore_index)
     valid, ignored = counted(frames, lengths, mask), targets == ignore_index

@@ -9,6 +9,7 @@ from cuda_graph import replayed
 from interpreted import run_interpreted
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from speechloss.kernels import info_nce_torch
 from speechloss.kernels.info_nce import info_nce
 
 module = sys.modules['speechloss.kernels.info_nce']   # the package has the function by this name
@@ -26,7 +27,7 @@ OPTIONS = {
 
 @pytest.fixture(autouse=True)
 def small_tiles(monkeypatch):
-    monkeypatch.setattr(module, 'TILES', dict(cpu=(96, 56)))
+    monkeypatch.setattr(info_nce_torch, 'TILES', dict(cpu=(96, 56)))
 
 
 def example(N, D, *, groups=False, extra=0, dtype=torch.float32, seed=0, device='cpu', **options):
@@ -264,8 +265,8 @@ def test_no_matrix_of_rows_by_rows(name):
     q, k = tensors[0].detach(), torch.cat(tensors[1:]).detach()
     given = options.get('groups'), options.get('temperature', .1), options.get('normalize', True)
     with Largest() as seen:     # the operator hides what happens inside it: call what it calls
-        loss, *rest = module._forward(q, k, *given)
-        module._backward_tiles(torch.ones(N), q, k, given[0], [loss, *rest], *given[1:], [True, True])
+        loss, *rest = info_nce_torch.forward(q, k, *given)
+        info_nce_torch.backward(torch.ones(N), q, k, given[0], [loss, *rest], *given[1:], [True, True])
     assert seen.numel <= len(k) * D + 96 * 56       # N x N would be 4,000,000
     kept = {}
     def keep(x): kept[x.data_ptr()] = x.numel(); return x
