@@ -9,10 +9,10 @@ from functools import cache, partial
 
 import torch
 
-from speechloss.features import RandomFeatures, STFTFeatures
+from speechloss.features.base import RandomFeatures, STFTFeatures
+from speechloss.features.ssl import SSLFeatures
+from speechloss.features.vqvae import VQFeatures
 from speechloss.losses import ContrastiveRegularization, FeatureDistance
-from speechloss.ssl import SSLFeatures
-from speechloss.vqvae import VQFeatures
 
 from .common import DEVICE, Contest, noisy_pair
 

@@ -18,7 +18,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from speechloss.features import Frozen
+from speechloss.features.base import Frozen
 
 B, T = 3, 3001                  # a prime number of samples
 LENGTHS = (T, 1877, 2500)       # the shortest legal wave at n_fft 2048 has 1025

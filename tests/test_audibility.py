@@ -2,12 +2,12 @@
 import pytest
 import torch
 
-from speechloss.audibility import NAMES, audible, errors_of
-from speechloss.audio import load, resample
 from speechloss.common.errors import SpeechLossError
-from speechloss.corpus import get
+from speechloss.corpora.corpus import get
 from speechloss.losses import MaskingLoss
-from speechloss.masking import MaskingModel
+from speechloss.signal.audibility import NAMES, audible, errors_of
+from speechloss.signal.audio import load, resample
+from speechloss.signal.masking import MaskingModel
 
 RATE = 16_000
 

@@ -12,11 +12,11 @@ import soundfile
 import torch
 from hypothesis import given, settings, strategies as st
 
-from speechloss.audio import (
-    active_level, active_speech, load, mix, resample, rms_db, save, scan, set_level)
 from speechloss.common.errors import AudioError, SpeechLossError
 from speechloss.common.files import home
 from speechloss.common.libraries import optional
+from speechloss.signal.audio import (
+    active_level, active_speech, load, mix, resample, rms_db, save, scan, set_level)
 
 RATE = 16000
 
@@ -105,7 +105,7 @@ def test_save_keeps_the_old_file_on_failure(tmp_path):
 
 @pytest.mark.skipif(not hasattr(signal, 'SIGKILL'), reason='needs SIGKILL')
 def test_a_kill_leaves_no_half_written_file(tmp_path):
-    code = ('import torch; from speechloss.audio import save\n'
+    code = ('import torch; from speechloss.signal.audio import save\n'
             'print("go", flush=True)\n'
             f'for i in range(10**6): save(r"{tmp_path}/a.flac", torch.rand(160000), 16000)')
     p = subprocess.Popen([sys.executable, '-c', code], stdout=subprocess.PIPE)
@@ -233,8 +233,8 @@ def test_mix_refuses_unequal_lengths():
 
 
 def test_import_is_light():
-    code = ('import torch, sys, time; t = time.process_time(); import speechloss.audio, '
-            'speechloss.corpus, speechloss.mixing; print(time.process_time() - t); '
+    code = ('import torch, sys, time; t = time.process_time(); import speechloss.signal.audio, '
+            'speechloss.corpora.corpus, speechloss.corpora.mixing; print(time.process_time() - t); '
             'assert not {"soxr", "scipy", "pyroomacoustics"} & set(sys.modules)')
     r = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True,
                        env={**os.environ, 'OMP_NUM_THREADS': '1'})

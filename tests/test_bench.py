@@ -8,12 +8,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from speechloss import bench as shared
-from speechloss.claims import text
 from speechloss.common.errors import SpeechLossError
-from speechloss.models import enhancer
-from speechloss.results import Run, load_results
-from speechloss.training import Recipe
+from speechloss.models.catalogue import enhancer
+from speechloss.reproduce.claims import text
+from speechloss.reproduce.run import Run, load_results
+from speechloss.reproduce import protocol as shared
+from speechloss.training.train import Recipe
 
 
 @pytest.fixture

@@ -6,10 +6,10 @@ import signal
 import pytest
 import torch
 
-from speechloss import checkpoints
-from speechloss.checkpoints import latest, save_checkpoint
 from speechloss.common.errors import CheckpointError
 from speechloss.common.files import write_folder
+from speechloss.training.checkpoints import latest, save_checkpoint
+from speechloss.training import checkpoints
 
 
 def save(root, step, size=1000):

@@ -6,21 +6,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from speechloss.claims import (
-    KINDS,
-    RULES,
-    SCALES,
-    Claim,
-    Verdicts,
-    failures,
-    judge,
-    judge_all,
-    load_claims,
-    reading,
-    text,
-)
-from speechloss.results import Run, kept_results, load_results
-from speechloss.stats import Interval
+from speechloss.metrics.stats import Interval
+from speechloss.reproduce.claims import (
+    KINDS, RULES, SCALES, Claim, Verdicts, failures, judge, judge_all, load_claims, reading, text)
+from speechloss.reproduce.run import Run, kept_results, load_results
 
 CLAIMS = load_claims()
 finite = st.floats(-10, 10)

@@ -24,7 +24,7 @@ import torch
 from typer.testing import CliRunner
 
 from speechloss.__main__ import main
-from speechloss.cli import app
+from speechloss.cli.app import app
 
 RATE = 16000
 
@@ -67,7 +67,7 @@ def wave(seconds: float = .5, rate: int = RATE, channels: int = 1) -> np.ndarray
 @pytest.fixture(scope='session')
 def model(tmp_path_factory) -> Path:
     "A tiny enhancer, untrained, as training leaves it"
-    from speechloss.models import enhancer
+    from speechloss.models.catalogue import enhancer
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp('model')
     enhancer('tiny').save_pretrained(folder)
@@ -90,7 +90,7 @@ def test_help_is_quick():
 
 
 def test_help_imports_nothing_heavy():
-    code = ("import sys\nfrom typer.testing import CliRunner\nfrom speechloss.cli import app\n"
+    code = ("import sys\nfrom typer.testing import CliRunner\nfrom speechloss.cli.app import app\n"
             "assert CliRunner().invoke(app, ['--help']).exit_code == 0\n"
             "print(sorted({'torch', 'numpy', 'soundfile', 'pandas', 'papermill'} & set(sys.modules)))")
     assert subprocess.check_output([sys.executable, '-c', code], text=True).strip() == '[]'
@@ -175,7 +175,7 @@ def test_reproduce_refuses_a_place_that_is_taken(tmp_path):
 
 
 def test_reproduce_prints_the_verdicts_and_fails_on_what_must_hold(tmp_path, monkeypatch):
-    from speechloss import reproduce
+    from speechloss.reproduce import runner as reproduce
     folder = tmp_path / 'run'
     folder.mkdir()
     row = dict(id='c', kind='must hold', verdict='not reproduced', measured='x = 1')
@@ -189,7 +189,7 @@ def test_reproduce_prints_the_verdicts_and_fails_on_what_must_hold(tmp_path, mon
 
 
 def test_one_paper_of_all_that_fails_does_not_end_the_others(tmp_path, monkeypatch):
-    from speechloss import reproduce
+    from speechloss.reproduce import runner as reproduce
     done = []
 
     def run(study, **more):
@@ -419,7 +419,7 @@ def tone(speaker: int) -> np.ndarray:
 @pytest.fixture(scope='module')
 def corpus(tmp_path_factory) -> Path:
     "The manifest of a corpus of sounds, with the three splits"
-    from speechloss.corpus import from_folder
+    from speechloss.corpora.corpus import from_folder
     folder, made = tmp_path_factory.mktemp('corpus'), None
     for k, split in enumerate(('train', 'valid', 'test')):
         for kind, sound in (('speech', tone(k)), ('noise', wave(3)[:, 0] * (1 + k))):

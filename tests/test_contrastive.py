@@ -7,20 +7,19 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from helpers import Half, stop_at, untimed, weights
 from loss_contract import close_grad, waves
-from test_loss_contract import Half
-from test_training import corpus, recipe, stop_at, untimed, weights  # noqa: F401 (fixtures)
 from torch import nn
 
-from speechloss.features import Features, RandomFeatures, STFTFeatures
+from speechloss.features.base import Features, RandomFeatures, STFTFeatures
 from speechloss.kernels import contrastive as kernel
 from speechloss.losses import (
-    ContrastiveRegularization, Curriculum, CompressedComplexLoss, Objective, build, curriculum_weights,
-    plot_curriculum, pull_and_push)
+    ContrastiveRegularization, Curriculum, CompressedComplexLoss, Objective, build,
+    curriculum_weights, plot_curriculum, pull_and_push)
 from speechloss.losses.contrastive import frame_info_nce
 from speechloss.losses.earlier import Earlier
-from speechloss.models import enhancer, load_enhancer
-from speechloss.training import fit, read_log, train
+from speechloss.models.catalogue import enhancer, load_enhancer
+from speechloss.training.train import fit, read_log, train
 
 
 class Frames(Features):
@@ -344,7 +343,7 @@ def test_the_model_may_train_on():
     assert loss.train()(enhanced, clean, noisy=noisy).equal(before)
 
 
-def test_a_data_set_that_comes_again_asks_each_clip_once(recipe, tmp_path):    # noqa: F811
+def test_a_data_set_that_comes_again_asks_each_clip_once(recipe, tmp_path):
     class Counts(Half):
         asked = 0
         def forward(self, wave):
@@ -459,16 +458,16 @@ def objective(first, **options):
     return dict(terms=dict(base='compressed_complex', extra=term), weights=dict(extra=.3), balance='grad')
 
 
-@pytest.fixture
-def first(recipe, tmp_path):    # noqa: F811
+@pytest.fixture(scope='module')
+def first(recipe, tmp_path_factory):
     "The model of stage 1, which makes the second negative"
-    return train(replace(recipe, seed=3), tmp_path / 'first')
+    return train(replace(recipe, seed=3), tmp_path_factory.mktemp('first') / 'run')
 
 
 @pytest.mark.parametrize('options', [
     dict(curriculum=dict(level='dataset', rule='smooth')), dict(curriculum={}, cache=8), dict(form='info_nce')],
     ids=['data set', 'kept outputs', 'info_nce'])
-def test_stopped_and_resumed(recipe, first, tmp_path, options):    # noqa: F811
+def test_stopped_and_resumed(recipe, first, tmp_path, options):
     recipe = replace(recipe, objective=objective(first, **options), init=str(first), log_every=2)
     train(recipe, tmp_path / 'whole')
     for step in (2, 5, 10):
@@ -478,7 +477,7 @@ def test_stopped_and_resumed(recipe, first, tmp_path, options):    # noqa: F811
     assert untimed(tmp_path / 'parts/log.jsonl') == untimed(tmp_path / 'whole/log.jsonl')
 
 
-def test_log_and_plot(recipe, first, tmp_path):    # noqa: F811
+def test_log_and_plot(recipe, first, tmp_path):
     recipe = replace(recipe, objective=objective(first, curriculum={}), init=str(first), clean_fraction=0.)
     train(recipe, tmp_path / 'run')
     rows = read_log(tmp_path / 'run/log.jsonl')
@@ -496,7 +495,7 @@ def test_log_and_plot(recipe, first, tmp_path):    # noqa: F811
     with pytest.raises(ValueError, match="'base'"): plot_curriculum(rows, 'base')
 
 
-def test_key_follows_the_earlier_model_and_the_default_features(recipe, first, tmp_path, monkeypatch):    # noqa: F811
+def test_key_follows_the_earlier_model_and_the_default_features(recipe, first, tmp_path, monkeypatch):
     from speechloss.common.weights import SHIPPED
     second = train(replace(recipe, seed=4), tmp_path / 'second')
     def key(**options): return replace(recipe, objective=dict(terms=dict(a=dict(name='contrastive') | options))).key

@@ -15,11 +15,11 @@ import pytest
 import soundfile
 import torch
 
-from speechloss import fetch, wheels
-from speechloss.audio import info, load, save
 from speechloss.common.errors import CorpusError
-from speechloss.corpus import CORPORA, Manifest, Recording, from_folder, from_pairs, get
-from speechloss.fetch import opened, table
+from speechloss.corpora import download as fetch, mini as wheels
+from speechloss.corpora.corpus import CORPORA, Manifest, Recording, from_folder, from_pairs, get
+from speechloss.corpora.download import opened, table
+from speechloss.signal.audio import info, load, save
 
 RATE = 16000
 

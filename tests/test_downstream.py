@@ -12,13 +12,13 @@ from hypothesis import strategies as st
 
 from speechloss.common.errors import SpeechLossError
 from speechloss.common.libraries import transformers_module
-from speechloss.downstream import (
+from speechloss.features.base import MelFeatures
+from speechloss.judges.jury import (
     DEFAULT, TASKS, Jury, Listener, cards_of, classifier, fit_probe, frame_labels, frames_of, judge,
     phone_segments, pooled, pooled_frames, probe_task, recogniser, task_table, verifier)
-from speechloss.features import MelFeatures
-from speechloss.hearing import as_wave
-from speechloss.recognition import word_errors
-from speechloss.voice import equal_error_rate, pitch_counts
+from speechloss.judges.listener import as_wave
+from speechloss.judges.recognition import word_errors
+from speechloss.judges.voice import equal_error_rate, pitch_counts
 
 if lacking := [p for p in ('transformers', 'jiwer', 'pocketsphinx', 'resemblyzer', 'silero_vad', 'torchcrepe')
                if find_spec(p) is None]:
@@ -254,10 +254,10 @@ def cached(name: str) -> bool:
 
 @pytest.mark.slow
 def test_the_real_whisper_reads_a_real_voice():
-    from speechloss.doctor import present
+    from speechloss.reproduce.environment import present
     name = 'openai/whisper-tiny.en'
     if not cached(name) or not present()['laptop']: pytest.skip('needs the model and the corpus')
-    from speechloss.bench import bench, corpus_of, test_clips
+    from speechloss.reproduce.protocol import bench, corpus_of, test_clips
     scale = bench('laptop')
     clip = next(c for c in test_clips(scale, corpus_of(scale)) if c['id'] == '1688-142285-0004')
     text, = recogniser(name).transcribe([clip['clean']])

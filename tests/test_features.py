@@ -8,16 +8,16 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from helpers import TinyModel
 from loss_contract import close_grad, waves
-from test_loss_contract import TinyModel
 from torch import nn
 
-from speechloss.auditory import BANDWIDTH, erb_centres, erb_width, gammatone_filters
-from speechloss.features import (
+from speechloss.features.base import (
     EncoderFeatures, Features, Frozen, GammatoneFeatures, MelFeatures, RandomFeatures, STFTFeatures,
     randomized)
-from speechloss.models import enhancer
-from speechloss.spectral import (
+from speechloss.models.catalogue import enhancer
+from speechloss.signal.auditory import BANDWIDTH, erb_centres, erb_width, gammatone_filters
+from speechloss.signal.spectra import (
     compress, frame_count, frame_mask, hz_to_mel, istft, magnitude, mel_filters, mel_to_hz,
     pad_reflect, stft)
 

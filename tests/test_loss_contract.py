@@ -3,48 +3,23 @@ from functools import partial
 
 import pytest
 import torch
+from helpers import LARGE, Half, TinyModel, hugging, whisper
 from loss_contract import Case, LossContract
-from torch import nn
 
-from speechloss.codec import CodecNet
-from speechloss.features import (
+from speechloss.features.base import (
     EncoderFeatures, GammatoneFeatures, MelFeatures, RandomFeatures, STFTFeatures)
+from speechloss.features.codec import CodecNet
+from speechloss.features.vqvae import VQVAE
 from speechloss.losses import (
-    CARDS, CodecLoss, CompressedComplexLoss, ContrastiveRegularization, FeatureDistance, MaskingLoss, MelLoss,
-    ModelAsLoss, MultiResolutionSTFTLoss, Objective, SISDRLoss, SNRLoss, SSLLoss, STFTLoss, VQLoss, WaveL1Loss,
-    WaveL2Loss, preset)
-from speechloss.models import enhancer
-from speechloss.vqvae import VQVAE
-from test_ssl import LARGE, hugging, whisper
+    CARDS, CodecLoss, CompressedComplexLoss, ContrastiveRegularization, FeatureDistance,
+    MaskingLoss, MelLoss, ModelAsLoss, MultiResolutionSTFTLoss, Objective, SISDRLoss, SNRLoss,
+    SSLLoss, STFTLoss, VQLoss, WaveL1Loss, WaveL2Loss, preset)
+from speechloss.models.catalogue import enhancer
 
 # A magnitude knows no direction at exact silence.
 MAGNITUDE = ('silent enhanced',)
 # SI-SDR looks for the clean wave in the enhanced one: either may be missing.
 SCALE_FREE = ('silent clean', 'silent enhanced', 'both silent')
-
-
-class TinyModel(nn.Module):
-    "The smallest model with a recurrent encoder and skips; `eval()` matters to its dropout"
-    def __init__(self, bias: bool = True):
-        super().__init__()
-        torch.manual_seed(7)
-        self.conv = nn.Conv1d(1, 8, 80, 40, bias=bias)
-        self.drop = nn.Dropout(.5)
-        self.gru = nn.GRU(8, 6, num_layers=2, dropout=.5, batch_first=True, bias=bias)
-
-    def encode(self, wave, *, skips=False):
-        x = self.drop(torch.tanh(self.conv(wave[:, None])).transpose(1, 2))
-        bottleneck = self.gru(x)[0]
-        return [x, bottleneck] if skips else bottleneck
-
-
-class Half(nn.Module):
-    "The earlier model of a contrastive loss: half of what it hears, a little smeared"
-    def __init__(self):
-        super().__init__()
-        self.register_parameter('taps', nn.Parameter(torch.tensor([[[.1, .5, .1]]])))
-
-    def forward(self, wave): return nn.functional.conv1d(wave[:, None], self.taps, padding=1)[:, 0]
 
 
 TWO = ((512, 128), (256, 64))

@@ -14,12 +14,12 @@ import torch
 import two_processes
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from helpers import TinyModel
 from loss_contract import close_grad, waves
-from test_loss_contract import TinyModel
 from torch import nn
 
 from speechloss.common.errors import SpeechLossError
-from speechloss.features import RandomFeatures, STFTFeatures, randomized
+from speechloss.features.base import RandomFeatures, STFTFeatures, randomized
 from speechloss.kernels import Resolution
 from speechloss.losses import (
     CARDS, Balancer, CompressedComplexLoss, ConsistencyLoss, FeatureDistance, MelLoss, ModelAsLoss,
@@ -30,8 +30,8 @@ from speechloss.losses.functional import (
     wave_l1, wave_l2)
 from speechloss.losses.model_as_loss import feature_health
 from speechloss.losses.spectral import RESOLUTIONS
-from speechloss.models import enhancer
-from speechloss.spectral import stft
+from speechloss.models.catalogue import enhancer
+from speechloss.signal.spectra import stft
 
 SMALL = ((64, 16, 64), (128, 40, 100))
 CLOSED = {

@@ -7,13 +7,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from speechloss.audio import resample
 from speechloss.common.errors import SpeechLossError
 from speechloss.losses import MaskingLoss, WaveL2Loss, build
 from speechloss.losses.functional import masking
-from speechloss.masking import (
+from speechloss.metrics.cards import nmr, score_one
+from speechloss.signal.audio import resample
+from speechloss.signal.masking import (
     MaskingModel, bark, noise_offset, quiet_threshold, spread, tone_offset, tones)
-from speechloss.metrics import nmr, score_one
 
 #: Table D.1 of ISO/IEC 11172-3, layer I at 44.1 kHz: Hz, Bark, dB in quiet
 TABLE = np.array([

@@ -12,11 +12,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from speechloss import composite, listeners
-from speechloss import metrics as M
-from speechloss.audio import resample
 from speechloss.common.errors import SpeechLossError
-from speechloss.composite import composite_ratings, llr, seg_snr, wss
+from speechloss.metrics import cards as M, composite, packaged as listeners
+from speechloss.metrics.composite import composite_ratings, llr, seg_snr, wss
+from speechloss.signal.audio import resample
 
 pytest.importorskip('pesq')
 RATE = 16_000
@@ -266,6 +265,6 @@ def test_a_crash_in_a_metric_is_a_reason(monkeypatch):
 
 def test_import_is_light():
     heavy = ['pesq', 'pystoi', 'scipy', 'librosa', 'onnxruntime']
-    code = f'import sys, speechloss.scoring; print([m for m in {heavy} if m in sys.modules])'
+    code = f'import sys, speechloss.metrics.scoring; print([m for m in {heavy} if m in sys.modules])'
     done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True)
     assert done.stdout == '[]\n', done.stdout + done.stderr

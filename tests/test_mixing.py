@@ -9,13 +9,13 @@ import torch
 from hypothesis import given, settings, strategies as st
 from torch.utils.data import DataLoader, Subset
 
-from speechloss import mixing
-from speechloss.acoustics import coloured, convolve, looped, room
-from speechloss.audio import active_level, rms_db, save
 from speechloss.common.errors import AudioError, CorpusError
-from speechloss.corpus import get
-from speechloss.manifest import Manifest, Recording
-from speechloss.mixing import ENDLESS, GENERATED, Mixtures, Waves
+from speechloss.corpora import mixing
+from speechloss.corpora.acoustics import coloured, convolve, looped, room
+from speechloss.corpora.corpus import get
+from speechloss.corpora.manifest import Manifest, Recording
+from speechloss.corpora.mixing import ENDLESS, GENERATED, Mixtures, Waves
+from speechloss.signal.audio import active_level, rms_db, save
 
 RATE = 16000
 

@@ -11,12 +11,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from speechloss import models, streaming
-from speechloss.audio import info, load
 from speechloss.common.errors import AudioError, SpeechLossError, CheckpointError
-from speechloss.models import (
-    SpectralAutoencoder, SpectralEnhancer, encoder_modules, encoder_parameters, enhance_file,
-    enhance_wave, enhancer, load_enhancer)
+from speechloss.models.catalogue import (
+    catalogue as models, blockwise as streaming, SpectralAutoencoder, SpectralEnhancer,
+    encoder_modules, encoder_parameters, enhance_file, enhance_wave, enhancer, load_enhancer)
+from speechloss.signal.audio import info, load
 
 KINDS = {'both ways': dict(causal=False), 'causal': dict(causal=True),
          'deep': dict(layers=2, kernel=2), 'hop 1/4': dict(n_fft=128, hop_length=32, causal=True),

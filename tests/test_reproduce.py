@@ -14,16 +14,16 @@ from typing import Any
 import nbformat
 import pytest
 
-from speechloss.claims import load_claims
 from speechloss.common.errors import NotebookError, ReproduceError
-from speechloss.reproduce import Study, load_results, papers, run
+from speechloss.reproduce.claims import load_claims
+from speechloss.reproduce.runner import Study, load_results, papers, run
 
 HEAD = ("# parameters\nscale, seed, out = 'smoke', 0, 'runs'\ncorpus = corpus_dir = workers = None",
-        'from speechloss.reproduce import Run\n'
+        'from speechloss.reproduce.runner import Run\n'
         "run = Run('toy', scale=scale, seed=seed, out=out, corpus=corpus, workers=workers)")
 DRIVER = """
 import sys
-from speechloss.reproduce import Study, run
+from speechloss.reproduce.runner.runner import Study, run
 run(Study('toy', out=sys.argv[1]), notebook=sys.argv[2], progress=False)
 """
 
@@ -264,7 +264,7 @@ def test_a_place_that_cannot_be_written(tmp_path):
 
 
 def test_every_paper_has_claims_and_a_parameters_cell():
-    from speechloss.reproduce import read_notebook
+    from speechloss.reproduce.runner import read_notebook
     for name, path in papers().items():
         read_notebook(path)
         assert load_claims(name), f'{name} claims nothing'

@@ -14,12 +14,12 @@ import pytest
 import soundfile
 from typer.testing import CliRunner
 
-from speechloss.cli import app
+from speechloss.cli.app import app
 from speechloss.common.errors import SpeechLossError
-from speechloss.metrics import METRICS, score_one
-from speechloss.score_files import REFERENCED, jobs_of, score_files, summary_of
-from speechloss.tables import read_table
-from speechloss.vqscore import vq_score
+from speechloss.common.tables import read_table
+from speechloss.metrics.cards import METRICS, score_one
+from speechloss.metrics.files import REFERENCED, jobs_of, score_files, summary_of
+from speechloss.metrics.vqscore import vq_score
 
 RATE = 16_000
 
@@ -228,7 +228,7 @@ def test_what_changed_is_scored_anew_whenever_it_changed(folder, monkeypatch):
     done = []
     again = score_files(jobs, out=out, resume=True, workers=1, progress=lambda *a: done.append(a))
     assert done[0] == ('scoring', 4, 5) and again[0]['vqscore'] != first[0]['vqscore'] and again[1:] == first[1:]
-    monkeypatch.setattr('speechloss.score_files._weights', lambda: 'of another network')
+    monkeypatch.setattr('speechloss.metrics.files._weights', lambda: 'of another network')
     score_files(jobs, out=out, resume=True, workers=1, progress=lambda *a: done.append(a))
     assert ('scoring', 0, 5) in done
 
@@ -267,7 +267,7 @@ def test_output_for_people_and_programs(folder):
     assert 'vqscore: mean' in err and 'over 5 files' in err
     rows = json.loads(run(folder/'in', '--workers', 1, '--json', '-q')[1])
     assert len(rows) == 5 and all(isinstance(row['vqscore'], float) for row in rows)
-    summary = json.loads(run(folder/'in', '--out', folder/'s.csv', '--json', '-q',
+    summary = json.loads(run(folder/'in', '--out', folder/'s.csv', '--workers', 1, '--json', '-q',
                              '--metrics', 'vqscore, dnsmos_fast')[1])
     assert [line['column'] for line in summary][:2] == ['vqscore', 'dnsmos_fast_ovrl']
     assert summary[0]['low'] <= summary[0]['mean'] <= summary[0]['high']
@@ -308,7 +308,7 @@ def test_mistakes_are_one_sentence(folder, monkeypatch, args, words):
 
 
 def test_two_at_once_do_not_mix(folder):
-    from speechloss.tables import Journal
+    from speechloss.common.tables import Journal
     held = Journal(folder/'s.csv.part', dict(metrics=['vqscore']))
     code, _, err = run(folder/'in', '--out', folder/'s.csv', '--resume')
     assert code == 2 and 'another process' in err

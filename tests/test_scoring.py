@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import torch
 
-from speechloss.audio import save
 from speechloss.common.errors import SpeechLossError
-from speechloss.scoring import score
+from speechloss.metrics.scoring import score
+from speechloss.signal.audio import save
 
 RATE = 16_000
 RNG = np.random.default_rng(0)
@@ -57,7 +57,7 @@ def test_a_pool_gives_ordered_rows_and_survives_its_killers(tmp_path):
 def test_a_script_without_a_main_guard_still_gets_its_rows(tmp_path):
     script = tmp_path / 'plain.py'
     script.write_text('import numpy as np\n'
-                      'from speechloss.scoring import score\n'
+                      'from speechloss.metrics.scoring import score\n'
                       'w = np.random.default_rng(0).standard_normal(16000)\n'
                       'pair = dict(enhanced=w, clean=w, sample_rate=16000)\n'
                       'rows = score([pair] * 3, "lsd", workers=2)\n'

@@ -4,6 +4,7 @@ import socket
 
 import pytest
 import torch
+from helpers import LARGE, SMALL, hugging, whisper
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
@@ -11,21 +12,12 @@ from torch.utils.flop_counter import FlopCounterMode
 from speechloss.common.errors import SpeechLossError
 from speechloss.common.libraries import torchaudio_module, transformers_module
 from speechloss.common.weights import SHIPPED
-from speechloss.features import MelFeatures
+from speechloss.features.base import MelFeatures
+from speechloss.features.ssl import CachedFeatures, SSLFeatures, layer_names
+from speechloss.features.ssl_networks import open_stages, stages_of
 from speechloss.losses import SSLLoss, build
-from speechloss.ssl import CachedFeatures, SSLFeatures, layer_names
-from speechloss.ssl_models import open_stages, stages_of
 
-SMALL = dict(hidden_size=24, num_hidden_layers=4, num_attention_heads=2, intermediate_size=32,
-             conv_dim=(8,) * 7, num_conv_pos_embeddings=16, num_conv_pos_embedding_groups=2)
-LARGE = SMALL | dict(feat_extract_norm='layer', do_stable_layer_norm=True, conv_bias=True)
 CONVS = [(8, 10, 5)] + [(8, 3, 2)] * 4 + [(8, 2, 2)] * 2
-
-
-def hugging(kind, options=SMALL):
-    package = transformers_module()
-    torch.manual_seed(3)
-    return getattr(package, f'{kind}Model')(getattr(package, f'{kind}Config')(**options))
 
 
 def of_torchaudio(mode='group_norm'):
@@ -48,16 +40,6 @@ def wavlm_of_torchaudio():
         encoder_num_buckets=32, encoder_max_distance=80, encoder_attention_dropout=0.,
         encoder_ff_interm_features=32, encoder_ff_interm_dropout=0., encoder_dropout=0.,
         encoder_layer_norm_first=False, encoder_layer_drop=0., aux_num_out=None)
-
-
-def whisper(positions=100):
-    package = transformers_module()
-    torch.manual_seed(3)
-    return package.WhisperModel(package.WhisperConfig(
-        d_model=24, encoder_layers=4, encoder_attention_heads=2, encoder_ffn_dim=32,
-        decoder_layers=1, decoder_attention_heads=2, decoder_ffn_dim=32, vocab_size=60,
-        pad_token_id=0, bos_token_id=1, eos_token_id=2, decoder_start_token_id=1,
-        max_source_positions=positions))
 
 
 NETS = {

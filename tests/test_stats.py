@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from speechloss.common.errors import SpeechLossError
-from speechloss.stats import MIN_CLUSTERS, Interval, compare, paired_bootstrap
+from speechloss.metrics.stats import MIN_CLUSTERS, Interval, compare, paired_bootstrap
 
 
 def plain(gap, cluster, draws, seed):

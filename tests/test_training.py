@@ -8,62 +8,21 @@ import sys
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 
-import numpy as np
 import pytest
-import soundfile
 import torch
+from helpers import stop_at, untimed, weights
 from torch import nn
 
-from speechloss import checkpoints
-from speechloss.cli_train import overrides
+from speechloss.cli.train import overrides
 from speechloss.common.errors import SpeechLossError, CheckpointError, TrainingError
-from speechloss.common.files import sha256
 from speechloss.losses import Objective, build_objective
 from speechloss.losses.model_as_loss import feature_health
-from speechloss.manifest import Manifest, Recording
-from speechloss.models import enhancer, load_enhancer
-from speechloss.recipe import recipe_fields
-from speechloss.state import PATIENCE, TrainingState
-from speechloss.training import Recipe, data_of, fit, model_of, read_log, train, train_many
-
-
-def recording(folder, name, kind, split, wave) -> Recording:
-    path = folder / f'{name}.wav'
-    soundfile.write(path, wave, 16000)
-    return Recording(id=name, path=str(path), kind=kind, split=split, frames=len(wave), sample_rate=16000,
-                     speaker=name if kind == 'speech' else '', sha256=sha256(path),
-                     licence='none', source='the tests')
-
-
-@pytest.fixture(scope='module')
-def corpus(tmp_path_factory) -> str:
-    "A manifest of buzzes that come and go, and of noise"
-    folder, rng = tmp_path_factory.mktemp('corpus'), np.random.default_rng(0)
-    t, made = np.arange(32000) / 16000, []
-    for k, split in enumerate(('train',) * 4 + ('valid', 'test')):
-        buzz = sum(np.sin(2 * np.pi * n * (100 + 20 * k) * t) / n for n in range(1, 12))
-        made.append(recording(folder, f's{k}', 'speech', split, .1 * buzz * np.sin(7 * t).clip(0)))
-    for split in ('train', 'valid', 'test'):
-        made.append(recording(folder, f'n-{split}', 'noise', split, rng.normal(size=32000) / 20))
-    return str(Manifest(tuple(made), name='buzz').save(folder / 'buzz.jsonl'))
-
-
-@pytest.fixture
-def recipe(corpus) -> Recipe:
-    return Recipe(model='tiny', corpus=corpus, steps=12, steps_per_epoch=4, batch_size=2, seconds=.25,
-                  lr=5e-3, warmup=3, eval_every=4, save_every=3, log_every=1, valid_size=1, device='cpu')
-
-
-def stop_at(step):
-    def progress(label, done, total):
-        if done == step: raise KeyboardInterrupt
-    return progress
-
-
-def weights(folder) -> bytes: return (folder / 'model.safetensors').read_bytes()
-
-
-def untimed(path) -> list[dict]: return [{**row, 'seconds': 0} for row in read_log(path)]
+from speechloss.models.catalogue import enhancer, load_enhancer
+from speechloss.training import checkpoints
+from speechloss.training.recipe import recipe_fields
+from speechloss.training.state import PATIENCE, TrainingState
+from speechloss.training.train import (
+    Recipe, data_of, fit, model_of, read_log, train, train_many)
 
 
 MAL = dict(terms=dict(base=dict(terms=dict(wave='si_sdr', spectrum='compressed_complex')),
@@ -71,7 +30,7 @@ MAL = dict(terms=dict(base=dict(terms=dict(wave='si_sdr', spectrum='compressed_c
 
 WORKER = '''
 import json, sys
-from speechloss.training import Recipe, train
+from speechloss.training.train.train import Recipe, train
 
 def main():
     recipe, out = sys.argv[1:]
@@ -97,17 +56,16 @@ def run_worker(recipe: Recipe, out: Path, kill_after: int | None = None) -> None
 
 
 @pytest.mark.slow
-def test_sigkill_at_three_random_steps(recipe, tmp_path):
+def test_sigkill_at_three_random_steps(recipe, whole, tmp_path):
     "Model as Loss with a moving snapshot and gradient balance: all the state there is"
-    start = train(recipe, tmp_path / 'start')
     recipe = replace(recipe, steps=60, steps_per_epoch=10, save_every=7, eval_every=11,
-                     init=str(start), objective=MAL)
+                     init=str(whole / 'final'), objective=MAL)
     train(recipe, tmp_path / 'undisturbed')
     kills = sorted(random.SystemRandom().sample(range(4, 50), 3))
     print('killed at', kills)
     for step in kills:
         run_worker(recipe, tmp_path / 'killed', kill_after=step)
-    run_worker(recipe, tmp_path / 'killed')
+    train(recipe, tmp_path / 'killed')
     for folder in ('final', 'best'):
         assert weights(tmp_path / 'killed' / folder) == weights(tmp_path / 'undisturbed' / folder), kills
     assert untimed(tmp_path / 'killed/log.jsonl') == untimed(tmp_path / 'undisturbed/log.jsonl')
@@ -117,16 +75,16 @@ def test_sigkill_at_three_random_steps(recipe, tmp_path):
     (dict(), (2, 7, 11)), (dict(ema=0., schedule='constant'), (7,)), (dict(workers=1), (4,)),
     (dict(gain_db=(-6, 6), clean_fraction=.5, extra_noise=('babble', 'pink'), seconds=.3), (5,))],
     ids=['plain', 'constant', 'worker', 'augmented'])
-def test_stopped_and_resumed(recipe, tmp_path, changes, stops):
+def test_stopped_and_resumed(recipe, whole, tmp_path, changes, stops):
     recipe = replace(recipe, **changes)
-    train(recipe, tmp_path / 'whole')
+    if changes: train(recipe, whole := tmp_path / 'whole')
     for step in stops:
         with pytest.raises(KeyboardInterrupt):
             train(recipe, tmp_path / 'parts', progress=stop_at(step))
     train(recipe, tmp_path / 'parts')
-    assert weights(tmp_path / 'parts/final') == weights(tmp_path / 'whole/final')
-    assert weights(tmp_path / 'parts/best') == weights(tmp_path / 'whole/best')
-    assert untimed(tmp_path / 'parts/log.jsonl') == untimed(tmp_path / 'whole/log.jsonl')
+    assert weights(tmp_path / 'parts/final') == weights(whole / 'final')
+    assert weights(tmp_path / 'parts/best') == weights(whole / 'best')
+    assert untimed(tmp_path / 'parts/log.jsonl') == untimed(whole / 'log.jsonl')
 
 
 @pytest.mark.slow
@@ -135,7 +93,7 @@ def test_two_threads(recipe, tmp_path):
     recipe = replace(recipe, threads=2, steps=6, seconds=1., batch_size=4)
     run_worker(recipe, tmp_path / 'whole')
     run_worker(recipe, tmp_path / 'parts', kill_after=4)
-    run_worker(recipe, tmp_path / 'parts')
+    train(recipe, tmp_path / 'parts')
     assert weights(tmp_path / 'parts/final') == weights(tmp_path / 'whole/final')
 
 
@@ -243,16 +201,16 @@ def test_best_is_best(recipe, tmp_path):
     assert scores[best['step']] == max(scores.values())
 
 
-def test_frozen_encoder(recipe, tmp_path):
-    start = train(recipe, tmp_path / 'start')
+def test_frozen_encoder(recipe, whole, tmp_path):
+    start = whole / 'final'
     end = train(replace(recipe, init=str(start), freeze_encoder=True), tmp_path / 'end')
     one, other = (load_enhancer(folder).state_dict() for folder in (start, end))
     for name in one:
         assert one[name].equal(other[name]) == name.startswith('encoder.'), name
 
 
-def test_start_is_that_of_init(recipe, tmp_path):
-    start = train(recipe, tmp_path / 'start')
+def test_start_is_that_of_init(recipe, whole):
+    start = whole / 'final'
     again = replace(recipe, init=str(start), model='base')
     assert weights(start) and all(
         a.equal(b) for a, b in zip(model_of(again).state_dict().values(), load_enhancer(start).state_dict().values()))
@@ -260,9 +218,8 @@ def test_start_is_that_of_init(recipe, tmp_path):
 
 # What goes wrong
 
-def test_checkpoint_damaged_between(recipe, tmp_path):
+def test_checkpoint_damaged_between(recipe, whole, tmp_path):
     "The newest is cut: the one before is used, and the end is the same. All cut: an error"
-    train(recipe, tmp_path / 'whole')
     out = tmp_path / 'parts'
     with pytest.raises(KeyboardInterrupt): train(recipe, out, progress=stop_at(10))
     folders = checkpoints.steps(out / 'checkpoints')
@@ -270,8 +227,8 @@ def test_checkpoint_damaged_between(recipe, tmp_path):
     with pytest.warns(UserWarning, match='going on from step-00000006'):
         with pytest.raises(KeyboardInterrupt): train(recipe, out, progress=stop_at(8))
     with pytest.warns(UserWarning): train(recipe, out)
-    assert weights(out / 'final') == weights(tmp_path / 'whole/final')
-    assert untimed(out / 'log.jsonl') == untimed(tmp_path / 'whole/log.jsonl')
+    assert weights(out / 'final') == weights(whole / 'final')
+    assert untimed(out / 'log.jsonl') == untimed(whole / 'log.jsonl')
 
 
 def cut(path): path.write_bytes(path.read_bytes()[:path.stat().st_size // 2])
@@ -286,18 +243,16 @@ def test_all_checkpoints_damaged(recipe, tmp_path):
     assert (tmp_path / 'log.jsonl').read_bytes() == before and not (tmp_path / 'final').exists()
 
 
-def test_torn_log(recipe, tmp_path):
-    train(recipe, tmp_path / 'whole')
+def test_torn_log(recipe, whole, tmp_path):
     with pytest.raises(KeyboardInterrupt): train(recipe, tmp_path / 'parts', progress=stop_at(10))
     log = tmp_path / 'parts/log.jsonl'
     log.write_bytes(log.read_bytes()[:-9])
     train(recipe, tmp_path / 'parts')
-    assert untimed(log) == untimed(tmp_path / 'whole/log.jsonl')
+    assert untimed(log) == untimed(whole / 'log.jsonl')
 
 
-def test_full_disk(recipe, tmp_path, monkeypatch):
+def test_full_disk(recipe, whole, tmp_path, monkeypatch):
     "One sentence, the checkpoint before it intact, and room again lets it go on"
-    train(recipe, tmp_path / 'whole')
     real = checkpoints.save_tensors
 
     def full(tensors, path):
@@ -311,7 +266,7 @@ def test_full_disk(recipe, tmp_path, monkeypatch):
     assert '\n' not in str(caught.value)
     assert checkpoints.latest(tmp_path / 'full/checkpoints')[0] == 6
     train(recipe, tmp_path / 'full')
-    assert weights(tmp_path / 'full/final') == weights(tmp_path / 'whole/final')
+    assert weights(tmp_path / 'full/final') == weights(whole / 'final')
 
 
 def test_another_runs_folder(recipe, tmp_path):
@@ -382,11 +337,10 @@ def test_key():
     assert len({replace(recipe, **{name: value}).key for name, value in other.items()} | {recipe.key}) == 7
 
 
-def test_key_follows_the_content_of_init(recipe, tmp_path):
-    start = train(recipe, tmp_path / 'a')
-    train(recipe, tmp_path / 'b')
-    one, other = (replace(recipe, init=str(tmp_path / name)).key for name in 'ab')
-    assert one == other == replace(recipe, init=str(start)).key
+def test_key_follows_the_content_of_init(recipe, whole, tmp_path):
+    train(recipe, tmp_path / 'again')
+    one, other = (replace(recipe, init=str(folder)).key for folder in (whole, tmp_path / 'again'))
+    assert one == other == replace(recipe, init=str(whole / 'final')).key
     assert one != recipe.key
 
 
@@ -419,7 +373,7 @@ def test_side_by_side(recipe, tmp_path):
 
 DISTRIBUTED = '''
 import json, sys
-from speechloss.training import Recipe, train
+from speechloss.training.train.train import Recipe, train
 train(Recipe.from_dict(json.loads(sys.argv[1])), sys.argv[2])
 '''
 
@@ -484,12 +438,12 @@ def test_key_follows_the_content_of_another_encoder(recipe, tmp_path):
     assert key(tmp_path / 'a') == key(tmp_path / 'b') != key(tmp_path / 'c')
 
 
-def test_two_runs_in_one_folder_wait_for_each_other(recipe, tmp_path):
+def test_two_runs_in_one_folder_wait_for_each_other(recipe, whole, tmp_path):
     command = [sys.executable, '-c', WORKER, json.dumps(asdict(recipe)), str(tmp_path / 'run')]
     both = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
     assert [process.wait(300) for process in both] == [0, 0]
     assert [row['step'] for row in read_log(tmp_path / 'run' / 'log.jsonl')] == list(range(1, 13))
-    assert weights(tmp_path / 'run' / 'final') == weights(train(recipe, tmp_path / 'alone'))
+    assert weights(tmp_path / 'run' / 'final') == weights(whole / 'final')
 
 
 def test_key_follows_the_network_of_a_loss(recipe, tmp_path, monkeypatch):

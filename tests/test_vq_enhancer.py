@@ -11,16 +11,16 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from speechloss.audio import load, save
 from speechloss.common.errors import SpeechLossError, TrainingError
-from speechloss.corpus import get
-from speechloss.manifest import Manifest
-from speechloss.mixing import Mixtures
-from speechloss.models import enhancer, load_enhancer
-from speechloss.spectral import istft, stft
-from speechloss.vq_enhancer import SelfDistillation, VQEnhancer, adversarial, spectral_ratio
-from speechloss.vq_training import VQDistillation, VQTraining, mean_pesq, restores, train_vqvae
-from speechloss.vqvae import VQVAE, load_vqvae
+from speechloss.corpora.corpus import get
+from speechloss.corpora.manifest import Manifest
+from speechloss.corpora.mixing import Mixtures
+from speechloss.features.vqvae import VQVAE, load_vqvae
+from speechloss.models.catalogue import enhancer, load_enhancer
+from speechloss.models.vq_enhancer import SelfDistillation, VQEnhancer, adversarial, spectral_ratio
+from speechloss.signal.audio import load, save
+from speechloss.signal.spectra import istft, stft
+from speechloss.training.vq import VQDistillation, VQTraining, mean_pesq, restores, train_vqvae
 
 FEW = dict(corpus='mini', steps=4, batch_size=4, seconds=1., valid_size=2, warmup=1, eval_every=2)
 SHAPE = dict(recipe='enhance', widths=(24, 16), size=48, blocks=0)
@@ -46,7 +46,7 @@ def test_attacks_lie_within_their_range_and_go_uphill(net, wave, monkeypatch):
         moved = adversarial(clean, gradient, strength)
         seen.append((clean.detach(), gradient, moved))
         return moved
-    monkeypatch.setattr('speechloss.vq_enhancer.adversarial', spy)
+    monkeypatch.setattr('speechloss.models.vq_enhancer.adversarial', spy)
     for seed in range(5):
         torch.manual_seed(seed)
         terms = distil(wave)
@@ -246,7 +246,7 @@ def test_the_second_stage_is_that_of_an_enhancer(tmp_path):
 def script_of(tmp_path):
     "A script that trains a small network into tmp_path/out"
     script = tmp_path/'train.py'
-    script.write_text('from speechloss.vq_training import VQTraining, train_vqvae\n'
+    script.write_text('from speechloss.training.vq import VQTraining, train_vqvae\n'
                       f'few = dict({", ".join(f"{k}={v!r}" for k, v in FEW.items())})\n'
                       f'print(train_vqvae(VQTraining(**few, network={SHAPE}), {str(tmp_path/"out")!r}))\n')
     return script

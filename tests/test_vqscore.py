@@ -10,13 +10,13 @@ import pytest
 import torch
 from scipy.stats import spearmanr
 
-from speechloss.audio import load, mix, resample
 from speechloss.common.errors import SpeechLossError
 from speechloss.common.weights import SHIPPED
-from speechloss.corpus import get
-from speechloss.metrics import score_one
-from speechloss.vqscore import VQScore, vq_score
-from speechloss.vqvae import VQVAE, VQFeatures, load_vqvae, save_vqvae
+from speechloss.corpora.corpus import get
+from speechloss.features.vqvae import VQVAE, VQFeatures, load_vqvae, save_vqvae
+from speechloss.metrics.cards import score_one
+from speechloss.metrics.vqscore import VQScore, vq_score
+from speechloss.signal.audio import load, mix, resample
 
 RATE = 16_000
 
@@ -220,7 +220,7 @@ def test_features_are_the_layers_of_the_encoder():
 # ---- the metric object
 
 def metric_of(rank: int, folder: str):
-    from speechloss.vqscore_metric import MeanVQScore
+    from speechloss.metrics.mean_vqscore import MeanVQScore
     torch.set_num_threads(1)
     torch.distributed.init_process_group('gloo', init_method=f'file://{folder}/store', rank=rank, world_size=2)
     metric = MeanVQScore(small())
@@ -237,7 +237,7 @@ def metric_waves():
 
 
 def test_two_processes_mean_as_one(tmp_path):
-    metrics = pytest.importorskip('speechloss.vqscore_metric')
+    metrics = pytest.importorskip('speechloss.metrics.mean_vqscore')
     torch.multiprocessing.spawn(metric_of, (str(tmp_path),), 2)
     one = metrics.MeanVQScore(small())
     one.update(metric_waves())
@@ -249,7 +249,7 @@ def test_two_processes_mean_as_one(tmp_path):
 
 def test_the_metric_object_lives_like_others(tmp_path):
     torchmetrics = pytest.importorskip('torchmetrics')
-    from speechloss.vqscore_metric import MeanVQScore
+    from speechloss.metrics.mean_vqscore import MeanVQScore
     metric, waves = MeanVQScore(small()), metric_waves()
     together = torchmetrics.MetricCollection(dict(vq=metric))
     together.update(waves)

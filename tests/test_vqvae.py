@@ -6,10 +6,10 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from speechloss.codebook import Codebook
 from speechloss.common.errors import SpeechLossError
 from speechloss.common.files import sha256
-from speechloss.vqvae import RECIPES, VQVAE, from_official
+from speechloss.features.codebook import Codebook
+from speechloss.features.vqvae import RECIPES, VQVAE, from_official
 
 PUBLISHED = {'quality': (452_928, 453_153, 2048 * 32), 'enhance': (1_456_512, 1_456_641, 4096 * 128)}
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..kernels.backends import check_floating
-from ..spectral import check_lengths, frame_mask
+from ..signal.spectra import check_lengths, frame_mask
 
 # %% ../../nbs/losses/base.ipynb #5c2392ca
 class Waves(NamedTuple):

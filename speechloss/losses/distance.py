@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from ..common.errors import SpeechLossError
-from ..features import Features
+from ..features.base import Features
 from .balance import Balancer
 from .base import Loss, Waves, masked_mean
-from ..spectral import EPS
+from ..signal.spectra import EPS
 
 # %% ../../nbs/losses/distance.ipynb #a00725a7
 def _l1(a, b): return (a - b).abs()

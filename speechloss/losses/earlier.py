@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..features import Features, Frozen, each_alone
+from ..features.base import Features, Frozen, each_alone
+from ..features.ssl import CachedFeatures
 from .model_as_loss import unwrapped
-from ..ssl import CachedFeatures
 
 # %% ../../nbs/losses/earlier.ipynb #1ed5fc29
 class _Output(Features):

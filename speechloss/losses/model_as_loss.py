@@ -9,9 +9,9 @@ __all__ = ['WRAPPERS', 'RULES', 'REFRESH', 'unwrapped', 'ModelAsLoss', 'feature_
 import torch
 from torch import Tensor, nn
 
-from ..features import EncoderFeatures
+from ..features.base import EncoderFeatures
 from .distance import FeatureDistance
-from ..spectral import frame_mask
+from ..signal.spectra import frame_mask
 
 # %% ../../nbs/losses/model_as_loss.ipynb #51b91eb5
 WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel)

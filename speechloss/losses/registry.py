@@ -12,10 +12,12 @@ from os import PathLike
 
 from torch import nn
 
-from ..codec import CodecFeatures
 from ..common.errors import SpeechLossError
-from ..features import (
+from ..features.base import (
     Features, GammatoneFeatures, MelFeatures, RandomFeatures, STFTFeatures, randomized)
+from ..features.codec import CodecFeatures
+from ..features.ssl import SSLFeatures
+from ..features.vqvae import VQFeatures
 from .base import Loss
 from .codec import CodecLoss
 from .contrastive import ContrastiveRegularization
@@ -28,8 +30,6 @@ from .spectral import (
 from .ssl import SSLLoss
 from .vq import VQLoss
 from .waveform import SISDRLoss, SNRLoss, WaveL1Loss, WaveL2Loss
-from ..ssl import SSLFeatures
-from ..vqvae import VQFeatures
 
 # %% ../../nbs/losses/registry.ipynb #bbcc048b
 @dataclass(frozen=True)

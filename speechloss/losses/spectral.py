@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ..kernels.framing import WINDOWS, window_of
 from ..kernels.stft_distance import EPS, SC_FLOOR, TERMS, Resolution, stft_distance
 from .base import Loss, prepare
-from ..spectral import frame_count, istft, mel_filters, stft
+from ..signal.spectra import frame_count, istft, mel_filters, stft
 
 # %% ../../nbs/losses/spectral.ipynb #e849f3c0
 def _resolutions(resolutions, window: str = 'hann', *, mean: bool = False) -> list[Resolution]:
@@ -276,7 +276,7 @@ def from_auraloss(
 
 # %% ../../nbs/losses/spectral.ipynb #ff412ae1
 def consistency(
-    spec: Tensor,                # complex (B, frames, bins), as from speechloss.spectral.stft
+    spec: Tensor,                # complex (B, frames, bins), as from speechloss.signal.spectra.stft
     *,
     n_fft: int = 512,            # samples
     hop_length: int = 128,       # samples
