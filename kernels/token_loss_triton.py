@@ -178,9 +178,18 @@ def codes_kernel(x_ptr, shift_ptr, c_ptr, norm_ptr, target_ptr, facts_ptr, out_p
     tl.store(out_ptr + tl.program_id(2).to(tl.int64) * k * (deep * DEPTH) + place, -2 * total, mask=keep)
 
 
-def forward(frames, codes, shift, norms, targets, scale, metric) -> tuple[Tensor, Tensor]:
-    "Loss (N,) and rest (N,); all tensors contiguous, codes less the shift"
-    n, (frames, codes, shift) = len(frames), map(aligned, (frames, codes, shift))
+def forward(
+    frames: Tensor,    # (N, D), contiguous, as all tensors here
+    codes: Tensor,     # (K, D), less the shift
+    shift: Tensor,     # (D,) to take from the frames
+    norms: Tensor,     # (K,) squared norms of the codes less the shift; zeros for 'cosine'
+    targets: Tensor,   # (N,) tokens, or `token_loss_torch.LEFT_OUT`
+    scale: float,      # logits are minus this times a distance
+    metric: str,       # one of `token_loss.METRICS`
+) -> tuple[Tensor, Tensor]:   # (N,), (N,)
+    "Compute the loss, and `rest`: the log-sum-exp of the logits of all codes but the target"
+    n = len(frames)
+    frames, codes, shift = aligned(frames), aligned(codes), aligned(shift)
     loss, rest = frames.new_empty(n), frames.new_empty(n)
     block_n, block_k, warps, stages = FORWARD
     if n:
@@ -191,13 +200,24 @@ def forward(frames, codes, shift, norms, targets, scale, metric) -> tuple[Tensor
     return loss, rest
 
 
-def backward(frames, codes, shift, norms, targets, scale, metric, rest, grad, of_frames, of_codes
-             ) -> tuple[Tensor, Tensor]:
-    "Gradients (N, D) and (K, D); empty where not asked for"
+def backward(
+    frames: Tensor,    # (N, D), contiguous, as all tensors here but grad
+    codes: Tensor,     # (K, D), less the shift
+    shift: Tensor,     # (D,) to take from the frames
+    norms: Tensor,     # (K,) squared norms of the codes less the shift; zeros for 'cosine'
+    targets: Tensor,   # (N,) tokens, or `token_loss_torch.LEFT_OUT`
+    scale: float,      # logits are minus this times a distance
+    metric: str,       # one of `token_loss.METRICS`
+    rest: Tensor,      # (N,), what `forward` returned
+    grad: Tensor,      # (N,), of the loss
+    need: list[bool],  # of frames, of codes
+) -> tuple[Tensor, Tensor]:   # (N, D), (K, D), empty where not needed
+    "Compute the gradients of frames and codes"
+    of_frames, of_codes = need
     n, (k, d), kind = len(frames), codes.shape, METRICS.index(metric)
     if n == 0:
         return frames.new_empty(frames.shape if of_frames else 0), codes.new_zeros(codes.shape if of_codes else 0)
-    frames, codes, shift = map(aligned, (frames, codes, shift))
+    frames, codes, shift = aligned(frames), aligned(codes), aligned(shift)
     width, sizes = width_of(codes.shape[-1]), (n, k, deep_of(codes))
     parts = triton.cdiv(codes.shape[-1], width)
     facts, of_x, of_c = frames.new_empty(4, n), frames.new_empty(0), codes.new_empty(0)

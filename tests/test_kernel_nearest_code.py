@@ -6,6 +6,8 @@ import torch
 from interpreted import run_interpreted
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from speechloss.kernels import nearest_code_torch as tiles
+from speechloss.kernels.frames_and_codes import unit
 from speechloss.kernels.nearest_code import METRICS, nearest_code
 
 module = sys.modules['speechloss.kernels.nearest_code']  # the package has the function by this name
@@ -91,7 +93,7 @@ def check_index(n, k, d, backend, metric, device='cpu'):
 def test_error_of_the_gradient(n, k, d, metric, dtype):
     frames, codes = data(n, k, d, dtype)
     index = every_distance(frames, codes, metric).argmin(-1)
-    won = lambda x, c: module.away(*((x, c) if metric != 'cosine' else (module.unit(x), module.unit(c))), index,
+    won = lambda x, c: module._distance(*((x, c) if metric != 'cosine' else (unit(x), unit(c))), index,
                                    metric)
     _, *true = gradients(won, frames.double(), codes.double())
     _, *base = gradients(lambda x, c: plain(x, c, metric).values, frames.float(), codes.float())
@@ -126,10 +128,10 @@ def test_an_offset_that_all_share_does_not_cost_digits(offset):
 @pytest.mark.parametrize('backend', ['torch', 'reference'])
 def test_ties_go_to_the_lowest_index(backend, metric, dtype):
     "Across the borders of groups and tiles, too"
-    codes = torch.randn(2 * module.COLUMNS + 100, 16, dtype=dtype)
+    codes = torch.randn(2 * tiles.COLUMNS + 100, 16, dtype=dtype)
     frames = codes[:40] + .01 * torch.randn(40, 16, dtype=dtype)
     places = torch.randperm(len(codes) - 40)[:120].view(3, 40) + 40     # three copies of each code
-    places[0, :4] = torch.tensor([module.GROUP, module.COLUMNS, module.COLUMNS - 1, 2 * module.COLUMNS])
+    places[0, :4] = torch.tensor([tiles.GROUP, tiles.COLUMNS, tiles.COLUMNS - 1, 2 * tiles.COLUMNS])
     codes[places] = codes[:40].clone()
     index = nearest_code(frames, codes, metric=metric, backend=backend).index
     if backend == 'torch':
@@ -240,7 +242,7 @@ def test_strides_offsets_and_expanded_grad_output():
 def test_the_matrix_is_never_stored():
     frames, codes = data(3000, 4096, 16)
     with Largest() as seen: nearest_code(frames.requires_grad_(), codes).distance.sum().backward()
-    assert seen.elements <= module.ROWS * module.COLUMNS < 3000 * 4096 / 20
+    assert seen.elements <= tiles.ROWS * tiles.COLUMNS < 3000 * 4096 / 20
     with Largest() as seen: plain(frames, codes, 'squared')
     assert seen.elements >= 3000 * 4096                                 # the counter counts
 
@@ -253,7 +255,7 @@ def test_no_frames():
 def test_registration():
     frames, codes = data(20, 70, 5)
     for euclidean in (True, False):
-        torch.library.opcheck(module.nearest_index, (frames, codes, euclidean, False))
+        torch.library.opcheck(module._nearest_index, (frames, codes, euclidean, 'torch'))
 
 
 @pytest.mark.parametrize('metric', METRICS)

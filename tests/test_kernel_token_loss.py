@@ -7,6 +7,7 @@ from interpreted import run_interpreted
 from test_kernel_nearest_code import DEVICES, Largest, data, relative
 
 from speechloss.kernels import token_loss as module
+from speechloss.kernels import token_loss_torch
 from speechloss.kernels.nearest_code import nearest_code
 from speechloss.kernels.token_loss import METRICS, token_cross_entropy
 
@@ -202,7 +203,7 @@ def test_the_input_may_be_overwritten_elsewhere_but_not_here():
 def test_the_matrix_is_never_stored(metric):
     frames, codes, targets, _ = inputs(2000, 4096, 16)
     with Largest() as seen: gradients(token_cross_entropy, frames, codes, targets, metric=metric)
-    assert seen.elements <= module.ROWS * module.COLUMNS < 2000 * 4096 / 15
+    assert seen.elements <= token_loss_torch.ROWS * token_loss_torch.COLUMNS < 2000 * 4096 / 15
 
 
 def test_one_number_per_frame_is_kept():
@@ -220,11 +221,11 @@ def test_registration():
     frames, codes, targets, _ = inputs(20, 33, 5)
     tensors = frames.requires_grad_(), codes.requires_grad_(), targets
     for metric in METRICS:
-        torch.library.opcheck(module.token_loss, (*tensors, .7, metric, False))
+        torch.library.opcheck(module._token_loss, (*tensors, .7, metric, 'torch'))
     grad = torch.linspace(.5, 1.5, 20)
-    rest = module.token_loss(*tensors, .7, 'squared', False)[1].detach()
-    torch.library.opcheck(module.token_loss_backward, (grad, frames.detach(), codes.detach(), targets, rest, .7,
-                                                       'squared', False, True, False))
+    rest = module._token_loss(*tensors, .7, 'squared', 'torch')[1].detach()
+    torch.library.opcheck(module._token_loss_backward, (grad, frames.detach(), codes.detach(), targets, rest, .7,
+                                                       'squared', 'torch', [True, False]))
 
 
 @pytest.mark.parametrize('metric', METRICS)
