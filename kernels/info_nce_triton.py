@@ -7,8 +7,7 @@ gradient of some rows would compute the slopes twice, and again for every 128 di
 their registers.) Every row is one sum in one order: no atomics. Scores are in units of ln 2,
 as in `info_nce_torch`.
 """
-from contextlib import nullcontext
-from typing import NamedTuple
+from typing import Any
 
 import torch
 import triton
@@ -16,27 +15,13 @@ import triton.language as tl
 from torch import Tensor
 
 from .info_nce_torch import EPS, LOG2E, NONE_YET
-from .resources import Variant
+from .launch import Tile, float32_product, on_device, pointer, share_of, tile_of
+from .resources import Variant, variant
 
-#: Programs that a large GPU holds at once: with fewer, the keys are dealt out to several
-BUSY = 264
 #: Rows of a program that multiplies no matrices, and dims that it reads at a time
 ROWS, DEPTH = 16, 128
-
-
 #: Keys of a strip, least and most; between them an eighth of the queries
 STRIP = 64, 1024
-
-
-class Tile(NamedTuple):
-    "Rows, columns and depth that a program multiplies at a time"
-    rows: int
-    cols: int
-    depth: int
-    warps: int
-    stages: int
-
-
 #: From this many rows of the result on: the tile
 TILES = {0: Tile(64, 64, 16, 8, 3), 4096: Tile(128, 64, 16, 8, 3)}
 
@@ -199,27 +184,43 @@ def across_kernel(grad_ptr, x_ptr, inverse_ptr, out_ptr, count, dims, ROWS: tl.c
 
 # ------------------------------------------------------------------------------- launchers
 
-def forward(queries: Tensor, keys: Tensor, groups: Tensor | None, temperature: float, normalize: bool):
-    "Loss and log-sum-exp of each query, inverse norms of queries and keys"
+def forward(
+    queries: Tensor,          # (N, D)
+    keys: Tensor,             # (N + M, D); key i belongs to query i
+    groups: Tensor | None,    # (N,) integers
+    temperature: float,
+    normalize: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:   # (N,), (N,), (N,), (N + M,)
+    "Compute the loss, log2-sum-exp2 of the scores, and the inverse norms of queries and keys"
     q, k = queries.contiguous(), keys.contiguous()
     pairs, dims = q.shape
-    tile = tile_of(pairs)
+    tile = tile_of(TILES, pairs)
     loss, lse, positive = (q.new_empty(pairs, dtype=torch.float32) for _ in range(3))
-    blocks, tiles = triton.cdiv(pairs, tile.rows), triton.cdiv(len(k), tile.cols)
-    share = triton.cdiv(tiles, min(tiles, triton.cdiv(BUSY, blocks))) * tile.cols
+    blocks = triton.cdiv(pairs, tile.rows)
+    share = share_of(triton.cdiv(len(k), tile.columns), blocks) * tile.columns
     shares = triton.cdiv(len(k), share)
     negative = loss.new_empty(shares, pairs)
     with on_device(q):
-        inverse_q, inverse_k = (inverse_norms(x, normalize) for x in (q, k))
+        inverse_q, inverse_k = (_inverse_norms(x, normalize) for x in (q, k))
         scores_kernel[blocks, shares](
-            q, k, inverse_q, inverse_k, marks(groups, q), positive, negative, pairs, len(k), dims, share,
-            LOG2E / temperature, GROUPS=groups is not None, NONE_YET=NONE_YET, **sizes(tile, precision(q, k)))
+            q, k, inverse_q, inverse_k, pointer(groups, q), positive, negative, pairs, len(k), dims, share,
+            LOG2E / temperature, GROUPS=groups is not None, NONE_YET=NONE_YET,
+            PRECISION=_precision(q, k), **_blocks(tile), **tile.options)
         loss_kernel[triton.cdiv(pairs, ROWS),](positive, negative, loss, lse, pairs, shares, 1 / LOG2E, ROWS)
     return loss, lse, inverse_q, inverse_k
 
 
-def backward(grad, queries, keys, groups, saved, temperature, normalize, need):
-    "Gradients of queries and keys, empty where not needed"
+def backward(
+    grad: Tensor,             # (N,), of the loss
+    queries: Tensor,          # (N, D)
+    keys: Tensor,             # (N + M, D); key i belongs to query i
+    groups: Tensor | None,    # (N,) integers
+    saved: list[Tensor],      # what `forward` returned
+    temperature: float,
+    normalize: bool,
+    need: list[bool],         # of queries, of keys
+) -> tuple[Tensor, Tensor]:   # (N, D), (N + M, D), empty where not needed
+    "Compute the gradients of queries and keys"
     loss, lse, inverse_q, inverse_k = saved
     q, k, grad = queries.contiguous(), keys.contiguous(), grad.to(torch.float32).contiguous()
     pairs, dims = q.shape
@@ -231,102 +232,72 @@ def backward(grad, queries, keys, groups, saved, temperature, normalize, need):
         for first in range(0, len(k), strip):
             last = min(first + strip, len(k))
             part, width = slice(first, last), last - first
-            tile = tile_of(pairs)
-            slopes_kernel[triton.cdiv(pairs, tile.rows), triton.cdiv(width, tile.cols)](
-                q, k, inverse_q, inverse_k, marks(groups, q), loss, lse, grad, slopes, first, last, pairs, dims,
-                LOG2E / temperature, temperature, GROUPS=groups is not None, **sizes(tile, precision(q, k)))
-            if need[0]: multiply(slopes, k[part], inverse_k[part], sums[0], pairs, width, ADD=first > 0)
-            if need[1]: multiply(slopes, q, inverse_q, sums[1][part], pairs, width, TRANSPOSED=True)
-        return tuple(through_norm(s, x, inverse, normalize and wanted)
-                     for s, x, inverse, wanted in zip(sums, (q, k), (inverse_q, inverse_k), need))
+            tile = tile_of(TILES, pairs)
+            slopes_kernel[triton.cdiv(pairs, tile.rows), triton.cdiv(width, tile.columns)](
+                q, k, inverse_q, inverse_k, pointer(groups, q), loss, lse, grad, slopes, first, last, pairs, dims,
+                LOG2E / temperature, temperature, GROUPS=groups is not None, PRECISION=_precision(q, k),
+                **_blocks(tile), **tile.options)
+            if need[0]: _multiply(slopes, k[part], inverse_k[part], sums[0], pairs, width, ADD=first > 0)
+            if need[1]: _multiply(slopes, q, inverse_q, sums[1][part], pairs, width, TRANSPOSED=True)
+        return (_through_norm(sums[0], q, inverse_q, normalize and need[0]),
+                _through_norm(sums[1], k, inverse_k, normalize and need[1]))
 
 
-def multiply(slopes, x, inverse, out, height, width, *, TRANSPOSED=False, ADD=False):
-    tile, dims = tile_of(len(out)), x.shape[1]
-    product_kernel[triton.cdiv(len(out), tile.rows), triton.cdiv(dims, tile.cols)](
-        slopes, x, inverse, out, height, width, dims, TRANSPOSED=TRANSPOSED, ADD=ADD, **sizes(tile, exact(x)))
+def _multiply(slopes: Tensor, x: Tensor, inverse: Tensor, out: Tensor, height: int, width: int, *,
+              TRANSPOSED: bool = False, ADD: bool = False) -> None:
+    "Launch `product_kernel`"
+    tile, dims = tile_of(TILES, len(out)), x.shape[1]
+    product_kernel[triton.cdiv(len(out), tile.rows), triton.cdiv(dims, tile.columns)](
+        slopes, x, inverse, out, height, width, dims, TRANSPOSED=TRANSPOSED, ADD=ADD,
+        PRECISION=float32_product(x.device), **_blocks(tile), **tile.options)
 
 
-def tile_of(rows: int) -> Tile:
-    "The tile for that many rows of a result"
-    return TILES[max(least for least in TILES if least <= rows)]
-
-
-def inverse_norms(x: Tensor, normalize: bool) -> Tensor:   # (N,)
+def _inverse_norms(x: Tensor, normalize: bool) -> Tensor:   # (N,)
     inverse = x.new_ones(len(x), dtype=torch.float32)
     if normalize: norms_kernel[triton.cdiv(len(x), ROWS),](x, inverse, *x.shape, EPS, ROWS, DEPTH)
     return inverse
 
 
-def through_norm(grad: Tensor, x: Tensor, inverse: Tensor, normalize: bool) -> Tensor:
+def _through_norm(grad: Tensor, x: Tensor, inverse: Tensor, normalize: bool) -> Tensor:
     if not normalize: return grad.to(x.dtype)
     out = torch.empty_like(x)
     across_kernel[triton.cdiv(len(x), ROWS),](grad, x, inverse, out, *x.shape, ROWS, DEPTH)
     return out
 
 
-def marks(groups: Tensor | None, like: Tensor) -> Tensor:
-    "A pointer for the kernels, which do not read it where there are no groups"
-    return like if groups is None else groups.contiguous()
+def _blocks(tile: Tile) -> dict[str, Any]: return tile.blocks('ROWS', 'COLS', 'DEPTH')
 
 
-def sizes(tile: Tile, precision: str) -> dict:
-    return dict(ROWS=tile.rows, COLS=tile.cols, DEPTH=tile.depth, PRECISION=precision, num_warps=tile.warps,
-                num_stages=tile.stages)
-
-
-def precision(*operands: Tensor) -> str:
-    "A product of these that is exact to float32: bfloat16 and float16 fit into one tf32"
-    best = exact(operands[0])
+def _precision(*operands: Tensor) -> str:
+    "The `input_precision` that keeps float32 in a product of these: a bfloat16 or float16 fits into one TF32"
+    best = float32_product(operands[0].device)
     short = all(x.dtype in (torch.bfloat16, torch.float16) for x in operands)
     return 'tf32' if short and best == 'tf32x3' else best
 
 
-def exact(x: Tensor) -> str:
-    "A product of float32 numbers that is exact to float32 on this device"
-    has_tf32 = x.is_cuda and torch.version.cuda and torch.cuda.get_device_capability(x.device) >= (8, 0)
-    return 'tf32x3' if has_tf32 else 'ieee'
-
-
-def on_device(x: Tensor):
-    "Launches go to the GPU of the tensor; in the interpreter there is none"
-    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
-
-
 # -------------------------------------------------------------------------------- resources
 
-def _variant(name: str, kernel, pointers: dict, numbers: str, constants: dict, tile: Tile | None = None) -> Variant:
-    "`numbers` are the names of integers; those that end in a dot are floats"
-    signature = dict(pointers)
-    for number in numbers.split(): signature[number.strip('.')] = 'fp32' if number.endswith('.') else 'i32'
-    if tile: constants = constants | dict(ROWS=tile.rows, COLS=tile.cols, DEPTH=tile.depth)
-    ordered = {name: signature.get(name, 'constexpr') for name in kernel.arg_names}
-    return Variant(f'info_nce {name}', kernel, ordered, constants, *((tile.warps, tile.stages) if tile else ()))
-
-
 def _variants(kind: str, scores: str) -> list[Variant]:
-    x, vector, found = f'*{kind}', '*fp32', []
-    both = dict(q_ptr=x, k_ptr=x, inverse_q_ptr=vector, inverse_k_ptr=vector, groups_ptr='*i64')
+    "What the launchers above compile for rows of a kind, with scores of a precision"
+    found, rows = [], dict(ROWS=ROWS, DEPTH=DEPTH)
+    types = dict(q_ptr=f'*{kind}', k_ptr=f'*{kind}', x_ptr=f'*{kind}', groups_ptr='*i64', scale='fp32',
+                 temperature='fp32')
+
+    def add(name: str, kernel, constants: dict, types: dict[str, str] = types, **options: Any):
+        found.append(variant(f'info_nce {name}', kernel, constants, types, **options))
+
     for tile in TILES.values():
-        name = f'{tile.rows}x{tile.cols}x{tile.depth} {kind}'
-        found += [
-            _variant(f'scores {name}', scores_kernel, both | dict(positive_ptr=vector, negative_ptr=vector),
-                     'pairs keys dims share scale.', dict(GROUPS=True, NONE_YET=NONE_YET, PRECISION=scores), tile),
-            _variant(f'slopes {name}', slopes_kernel,
-                     both | dict(loss_ptr=vector, lse_ptr=vector, grad_ptr=vector, slopes_ptr=vector),
-                     'first last pairs dims scale. temperature.', dict(GROUPS=True, PRECISION=scores), tile)]
-        found += [
-            _variant(f'{side} {name}', product_kernel,
-                     dict(slopes_ptr=vector, x_ptr=x, inverse_ptr=vector, out_ptr=vector), 'height width dims',
-                     dict(TRANSPOSED=side == 'keys', ADD=side == 'queries', PRECISION='tf32x3'), tile)
-            for side in ('queries', 'keys')]
-    rows = dict(ROWS=ROWS, DEPTH=DEPTH)
-    return found + [
-        _variant(f'norms {kind}', norms_kernel, dict(x_ptr=x, inverse_ptr=vector), 'count dims', dict(rows, EPS=EPS)),
-        _variant(f'across {kind}', across_kernel, dict(grad_ptr=vector, x_ptr=x, inverse_ptr=vector, out_ptr=x),
-                 'count dims', rows)]
+        name, blocks = f'{tile.rows}x{tile.columns}x{tile.depth} {kind}', _blocks(tile)
+        scored = dict(blocks, GROUPS=True, PRECISION=scores)
+        add(f'scores {name}', scores_kernel, dict(scored, NONE_YET=NONE_YET), **tile.options)
+        add(f'slopes {name}', slopes_kernel, scored, **tile.options)
+        for side in 'queries', 'keys':
+            add(f'{side} {name}', product_kernel, dict(blocks, TRANSPOSED=side == 'keys', ADD=side == 'queries',
+                                                       PRECISION='tf32x3'), **tile.options)
+    add(f'norms {kind}', norms_kernel, dict(rows, EPS=EPS))
+    add(f'across {kind}', across_kernel, rows, types | dict(out_ptr=f'*{kind}'))
+    return found
 
 
-VARIANTS = [*_variants('fp32', 'tf32x3'), *_variants('bf16', 'tf32'), _variant(
-    'loss', loss_kernel, dict.fromkeys(('positive_ptr', 'negative_ptr', 'loss_ptr', 'lse_ptr'), '*fp32'),
-    'pairs shares', dict(LN2=1 / LOG2E, ROWS=ROWS))]
+VARIANTS = [*_variants('fp32', 'tf32x3'), *_variants('bf16', 'tf32'),
+            variant('info_nce loss', loss_kernel, dict(LN2=1 / LOG2E, ROWS=ROWS))]

@@ -11,7 +11,7 @@ import sys
 import tempfile
 from importlib import import_module
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 FAMILIES = ('stft_triton', 'contrastive_triton', 'info_nce_triton', 'nearest_code_triton',
             'token_loss_triton')
@@ -25,13 +25,29 @@ SHARED = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 class Variant(NamedTuple):
     "One entry of a tile table: what the launcher would compile"
     name: str                   # for people
-    kernel: object              # the @triton.jit function
+    kernel: Any                 # the @triton.jit function
     signature: dict[str, str]   # argument -> '*fp32', 'i32', ... ; 'constexpr' for the constants
-    constants: dict[str, object]
+    constants: dict[str, Any]
     num_warps: int = 4
     num_stages: int = 2
     spill: int = 0              # bytes of stack that this entry is known to need
     fp_fusion: bool = True      # whether products and sums may be contracted
+
+
+def variant(
+    name: str,
+    kernel: Any,                               # the @triton.jit function
+    constants: dict[str, Any],                 # of the arguments in capitals
+    types: dict[str, str] | None = None,       # of arguments, where their names do not give them
+    *,
+    num_warps: int = 4,
+    num_stages: int = 2,
+    fp_fusion: bool = True,
+) -> Variant:
+    "Make an entry of a tile table; without a type, NAME_ptr is '*fp32' and another argument 'i32'"
+    types = dict.fromkeys(constants, 'constexpr') | {k: v for k, v in (types or {}).items() if k not in constants}
+    signature = {name: types.get(name, '*fp32' if name.endswith('_ptr') else 'i32') for name in kernel.arg_names}
+    return Variant(name, kernel, signature, constants, num_warps, num_stages, fp_fusion=fp_fusion)
 
 
 class Use(NamedTuple):

@@ -6,10 +6,12 @@ in `parts`, and its output where each term has a wave of its own. Sums are fixed
 inside a program, float64 over programs. Products and sums are not contracted (`FUSION`), so
 that equal waves have a distance of exactly zero.
 """
+from typing import Any
+
 import triton
 import triton.language as tl
 
-from .resources import Variant
+from .resources import Variant, variant
 
 FUSION = dict(enable_fp_fusion=False)
 #: How kernels without tiles of their own are launched
@@ -19,6 +21,10 @@ SLOTS = dict(sc='SC', log_l1='LOG1', log_l2='LOG2', lin_l1='LIN1', lin_l2='LIN2'
              compressed='POW', complex='CPLX')
 #: Cells of one program that adds them up, of one that stores slopes
 SUMMED, SLOPED = 1024, 512
+#: Types of the arguments of kernels that are not what `resources.variant` takes them for
+TYPES = dict(lengths_ptr='*i32') | dict.fromkeys(
+    ('eps', 'offset', 'power', 'sc_floor', 'unit', 'w_sc', 'w_log1', 'w_log2', 'w_lin1', 'w_lin2', 'w_pow', 'w_cplx'),
+    'fp32')
 #: Partial sums that are read at once; a power of two, fixed: it shapes the tree
 PARTIALS = 128
 
@@ -234,18 +240,10 @@ def finish_kernel(partial_ptr, parts_ptr, factor_ptr, lengths_ptr, first, width,
 
 # ----------------------------------------------------------------------------- tile table
 
-def signature(kernel, constants: dict, pointers: dict) -> dict[str, str]:
-    "Types of the arguments of a kernel of this family, by their names"
-    def kind(name):
-        if name in constants: return 'constexpr'
-        if name.endswith('_ptr'): return pointers.get(name, '*fp32')
-        return 'fp32' if name[:2] == 'w_' or name in ('eps', 'offset', 'power', 'sc_floor', 'unit') else 'i32'
-    return {name: kind(name) for name in kernel.arg_names}
-
-
-def variant(name: str, kernel, constants: dict, num_warps: int = 4, num_stages: int = 2, **pointers: str) -> Variant:
-    types = signature(kernel, constants, dict(lengths_ptr='*i32') | pointers)
-    return Variant(name, kernel, types, constants, num_warps, num_stages, fp_fusion=False)
+def stft_variant(name: str, kernel: Any, constants: dict[str, Any], types: dict[str, str] | None = None,
+                 **options: Any) -> Variant:
+    "Make an entry of a tile table of this family: see `resources.variant`"
+    return variant(name, kernel, constants, TYPES | (types or {}), fp_fusion=False, **options)
 
 
 def slots(*terms: str) -> dict[str, int]:
@@ -257,11 +255,11 @@ def slots(*terms: str) -> dict[str, int]:
 _pairs = dict(PAIR=True, MIXED=True, CLAMP=False)
 _sums, _slopes = dict(SUMS=True, SLOPES=False, BLOCK=SUMMED), dict(SUMS=False, SLOPES=True, BLOCK=SLOPED)
 VARIANTS = [
-    variant('stft cells, sc + log_l1, sums', cells_kernel, slots('sc', 'log_l1') | _pairs | _sums),
-    variant('stft cells, sc + log_l1, slopes', cells_kernel, slots('sc', 'log_l1') | _pairs | _slopes),
-    variant('stft cells, every term, sums', cells_kernel, slots(*SLOTS) | _pairs | _sums),
-    variant('stft cells, every term, slopes', cells_kernel, slots(*SLOTS) | _pairs | _slopes | dict(MIXED=False)),
-    variant('stft cells, mel, both', cells_kernel,
-            slots('log_l1', 'lin_l1') | _pairs | dict(PAIR=False, SUMS=True, SLOPES=True, BLOCK=SUMMED)),
-    variant('stft finish', finish_kernel, dict(TERMS=2, SC=0, COLUMNS=3, PADDED=4, BLOCK=PARTIALS)),
+    stft_variant('stft cells, sc + log_l1, sums', cells_kernel, slots('sc', 'log_l1') | _pairs | _sums),
+    stft_variant('stft cells, sc + log_l1, slopes', cells_kernel, slots('sc', 'log_l1') | _pairs | _slopes),
+    stft_variant('stft cells, every term, sums', cells_kernel, slots(*SLOTS) | _pairs | _sums),
+    stft_variant('stft cells, every term, slopes', cells_kernel, slots(*SLOTS) | _pairs | _slopes | dict(MIXED=False)),
+    stft_variant('stft cells, mel, both', cells_kernel,
+                 slots('log_l1', 'lin_l1') | _pairs | dict(PAIR=False, SUMS=True, SLOPES=True, BLOCK=SUMMED)),
+    stft_variant('stft finish', finish_kernel, dict(TERMS=2, SC=0, COLUMNS=3, PADDED=4, BLOCK=PARTIALS)),
 ]

@@ -9,14 +9,16 @@ import triton.language as tl
 from torch import Tensor
 
 from .framing import kept_window
+from .launch import Tile, float32_product
 from .stft_plan import Resolution
-from .stft_triton_tables import capability
-from .stft_triton_cells import FUSION, floored, load_pair, store_pair, variant
+from .stft_triton_cells import FUSION, floored, load_pair, store_pair, stft_variant
 from .stft_triton_waves import Chunk, Job, cells, cut, frame_count, overlap
 
 #: Bytes of scratch in one chunk of utterances
 BUDGET = 512 << 20
-BANK_TILE, BANK_OPTIONS = dict(BLOCK_F=64, BLOCK_K=32, BLOCK_N=64), dict(num_warps=8, num_stages=2)
+#: Of the product with a filter bank
+BANK_TILE = Tile(64, 64, 32, warps=8, stages=2)
+_BLOCKS = 'BLOCK_F', 'BLOCK_N', 'BLOCK_K'
 
 
 @triton.jit
@@ -76,44 +78,38 @@ def run(chunk: Chunk, bank: Tensor | None) -> None:
         slopes = cells(chunk, spectra, pair=True)
     else:
         bank = bank.to(torch.float32).contiguous()
-        slopes = cells(chunk, project(chunk, spectra, bank), pair=False)
-        if slopes is not None: slopes = unproject(chunk, slopes, bank, spectra[0])
+        slopes = cells(chunk, _project(chunk, spectra, bank), pair=False)
+        if slopes is not None: slopes = _unproject(chunk, slopes, bank, spectra[0])
     if slopes is None: return
     frames = torch.fft.irfft(torch.view_as_complex(slopes), r.n_fft, norm='forward')
     overlap(chunk, frames.contiguous(), window)
 
 
-def precision(device: torch.device) -> str:
-    "Of float32 products on this device: three products of TF32, where there is TF32"
-    return 'tf32x3' if capability(device) >= 80 else 'ieee'
-
-
-def project(chunk: Chunk, spectra: Tensor, bank: Tensor) -> Tensor:   # (2, b, frames, bands)
+def _project(chunk: Chunk, spectra: Tensor, bank: Tensor) -> Tensor:   # (2, b, frames, bands)
     "Magnitudes behind the bank"
     plan, (bins, bands) = chunk.job.plan, bank.shape
     mags = chunk.empty(*spectra.shape[:3], bands)
     rows = mags.numel() // bands
-    bank_kernel[(triton.cdiv(rows, BANK_TILE['BLOCK_F']), triton.cdiv(bands, BANK_TILE['BLOCK_N']))](
+    bank_kernel[(triton.cdiv(rows, BANK_TILE.rows), triton.cdiv(bands, BANK_TILE.columns))](
         spectra, bank, mags, rows, bins, bands, plan.eps, CLAMP=plan.floor == 'clamp',
-        PRECISION=precision(bank.device), **BANK_TILE,
-        **BANK_OPTIONS, **FUSION)
+        PRECISION=float32_product(bank.device), **BANK_TILE.blocks(*_BLOCKS), **BANK_TILE.options, **FUSION)
     return mags
 
 
-def unproject(chunk: Chunk, slopes: Tensor, bank: Tensor, spectrum: Tensor) -> Tensor:
+def _unproject(chunk: Chunk, slopes: Tensor, bank: Tensor, spectrum: Tensor) -> Tensor:
     "Slopes (outputs, b, frames, bands) to gradients (outputs, b, frames, bins, 2) in the spectrum"
     plan, (bins, bands) = chunk.job.plan, bank.shape
     found = chunk.empty(*slopes.shape[:3], bins, 2)
     rows = slopes.numel() // bands
-    unbank_kernel[(triton.cdiv(rows, BANK_TILE['BLOCK_F']), triton.cdiv(bins, BANK_TILE['BLOCK_N']))](
+    unbank_kernel[(triton.cdiv(rows, BANK_TILE.rows), triton.cdiv(bins, BANK_TILE.columns))](
         slopes, bank, spectrum, found, rows, rows // len(slopes), bins, bands, chunk.resolution.n_fft % 2,
-        plan.eps, CLAMP=plan.floor == 'clamp', PRECISION=precision(bank.device), **BANK_TILE,
-        **BANK_OPTIONS, **FUSION)
+        plan.eps, CLAMP=plan.floor == 'clamp', PRECISION=float32_product(bank.device),
+        **BANK_TILE.blocks(*_BLOCKS), **BANK_TILE.options, **FUSION)
     return found
 
 
-_bank = dict(CLAMP=False, PRECISION='tf32x3', **BANK_TILE)
+_bank = dict(CLAMP=False, PRECISION='tf32x3', **BANK_TILE.blocks(*_BLOCKS))
 VARIANTS = [
-    variant('stft filter bank', bank_kernel, _bank, **BANK_OPTIONS),
-    variant('stft filter bank, adjoint', unbank_kernel, _bank, **BANK_OPTIONS),
+    stft_variant('stft filter bank', bank_kernel, _bank, **BANK_TILE.options),
+    stft_variant('stft filter bank, adjoint', unbank_kernel, _bank, **BANK_TILE.options),
 ]

@@ -6,27 +6,37 @@ parts behind a power of two of their own for each frame, and multiplies them wit
 three products of float16 with one float32 sum are as accurate as float32. The gradient goes
 back through the same tables, split the same way.
 """
+from collections.abc import Iterator
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from .launch import Tile
+from .resources import Variant
 from .stft_plan import Resolution
 from .stft_triton_tables import Folded, folded
 from .stft_triton_cells import (FUSION, PLAIN, SLOTS, floored, frames_of, load_pair, reflected, slots,
-                                store_slopes, store_sums, variant)
+                                store_slopes, store_sums, stft_variant)
 from .stft_triton_waves import Chunk, Job, finish, frame_count, overlap, terms_of
 
 #: Bytes of scratch in one chunk of utterances
 BUDGET = 512 << 20
-#: Tile and launch options by precision: of the product with the epilogue, of its adjoint. A tile of
-#: 64 bins would halve the folding, and spills on compute capability 8.0.
+class Tiles(NamedTuple):
+    "Tiles of the product with the epilogue (frames, bins, samples) and of its adjoint (frames, samples, bins)"
+    product: Tile
+    adjoint: Tile
+
+
+#: By split: how float32 is put together from shorter numbers. A tile of 64 bins would halve the
+#: folding, and spills on compute capability 8.0.
 TILES = {
-    'fp16x3': (dict(BLOCK_F=64, BLOCK_N=32, BLOCK_K=16), dict(num_warps=8, num_stages=2),
-               dict(BLOCK_F=64, BLOCK_N=128, BLOCK_K=16), dict(num_warps=8, num_stages=2)),
-    'tf32x3': (dict(BLOCK_F=64, BLOCK_N=32, BLOCK_K=16), dict(num_warps=8, num_stages=1),
-               dict(BLOCK_F=64, BLOCK_N=64, BLOCK_K=16), dict(num_warps=8, num_stages=2)),
+    'fp16x3': Tiles(Tile(64, 32, 16, warps=8, stages=2), Tile(64, 128, 16, warps=8, stages=2)),
+    'tf32x3': Tiles(Tile(64, 32, 16, warps=8, stages=1), Tile(64, 64, 16, warps=8, stages=2)),
 }
+_BLOCKS = 'BLOCK_F', 'BLOCK_N', 'BLOCK_K'
 #: Terms of which one launch may have sums and slopes, and several outputs, without spills
 LIGHT, MOST = {'sc', 'log_l1', 'log_l2', 'lin_l1', 'lin_l2'}, 3
 #: Tile of the program that looks for the powers of two
@@ -204,38 +214,41 @@ def utterances(job: Job, resolution: Resolution) -> int:
     return max(1, BUDGET // (frame * frame_count(job, resolution)))
 
 
-def run(chunk: Chunk, mode: str) -> None:
+def run(chunk: Chunk, split: str) -> None:
     "Write the terms of a chunk, and add its gradients to the waves"
     job, r = chunk.job, chunk.resolution
-    table = folded(r, mode, job.x.device)
-    slopes = _forward(chunk, table, mode)
+    table = folded(r, split, job.x.device)
+    slopes = _forward(chunk, table, split)
     if slopes is None: return
-    tile, options = TILES[mode][2:]
+    tile = TILES[split].adjoint
     frames = chunk.empty(*slopes.shape[:3], r.win_length)
-    grid = (triton.cdiv(table.size, tile['BLOCK_N']), triton.cdiv(chunk.frames, tile['BLOCK_F']),
+    grid = (triton.cdiv(table.size, tile.columns), triton.cdiv(chunk.frames, tile.rows),
             len(slopes) * chunk.size)
     unfolded_kernel[grid](
         slopes, *table[:4], frames, job.lengths, chunk.first, chunk.size, chunk.frames, r.bins,
         table.cos.shape[1], r.win_length, table.size, table.skip, r.hop_length, r.n_fft % 2, table.unit,
-        PRECISION=mode, **tile, **options, **FUSION)
+        PRECISION=split, **tile.blocks(*_BLOCKS), **tile.options, **FUSION)
     overlap(chunk, frames, None, table.skip)
 
 
-def _forward(chunk: Chunk, table: Folded, mode: str) -> Tensor | None:
+def _forward(chunk: Chunk, table: Folded, split: str) -> Tensor | None:
     "Write the terms; gradients (outputs, b, frames, bins, 2) in the folded spectrum"
     job, r, frames = chunk.job, chunk.resolution, chunk.frames
     exponents = _exponents(chunk)
-    tile, options = TILES[mode][:2]
-    tiles = triton.cdiv(frames, tile['BLOCK_F']) * triton.cdiv(r.bins, tile['BLOCK_N'])
+    tile = TILES[split].product
+    tiles = triton.cdiv(frames, tile.rows) * triton.cdiv(r.bins, tile.columns)
     partial = chunk.empty(chunk.size, tiles, len(job.plan.terms) + 1)
     slopes = None if job.waves is None else chunk.empty(job.plan.outputs, chunk.size, frames, r.bins, 2)
+
+    stride = 0 if slopes is None else slopes.stride(0)
 
     def launch(factor: Tensor, out: Tensor | None, told: dict, sums: bool):
         folded_kernel[(tiles, chunk.size)](
             job.x, job.y, exponents, *table[:4], partial, factor, partial if out is None else out, job.lengths,
             chunk.first, frames, r.bins, table.cos.shape[1], r.win_length, table.size, table.skip, chunk.start,
-            r.hop_length, r.n_fft % 2, job.x.shape[1], tiles, 0 if out is None else slopes.stride(0), table.unit,
-            SUMS=sums, SLOPES=out is not None, PRECISION=mode, **tile, **options, **told, **FUSION)
+            r.hop_length, r.n_fft % 2, job.x.shape[1], tiles, 0 if out is None else stride, table.unit,
+            SUMS=sums, SLOPES=out is not None, PRECISION=split, **tile.blocks(*_BLOCKS), **tile.options, **told,
+            **FUSION)
 
     told, names = terms_of(chunk), job.plan.terms
     light = len(names) <= MOST and LIGHT.issuperset(names)
@@ -261,7 +274,10 @@ def _exponents(chunk: Chunk) -> Tensor:   # (2, b, frames)
     return found
 
 
-def _variants():
+# -------------------------------------------------------------------------------- resources
+
+def _variants() -> Iterator[Variant]:
+    "What the launchers above compile"
     half = dict.fromkeys(('cos_ptr', 'cos_low_ptr', 'sin_ptr', 'sin_low_ptr'), '*fp16')
     rows = [('sc + log_l1, sums', ('sc', 'log_l1'), True, True, False),
             ('sc + log_l1, slopes', ('sc', 'log_l1'), True, False, True),
@@ -269,15 +285,16 @@ def _variants():
             ('sc, log_l1, lin_l1, slopes', ('sc', 'log_l1', 'lin_l1'), False, False, True),
             ('every term, sums', tuple(SLOTS), True, True, False),
             ('every term, slopes', tuple(SLOTS), True, False, True)]
-    for mode, (tile, options, back, back_options) in TILES.items():
-        kinds = dict(exponent_ptr='*i32') | (half if mode == 'fp16x3' else {})
+    for split, (tile, adjoint) in TILES.items():
+        types = dict(exponent_ptr='*i32') | (half if split == 'fp16x3' else {})
         # the fall-back has the same tile: its tightest entries stand for the others
-        for name, terms, mixed, sums, slopes in rows if mode == 'fp16x3' else rows[1:6:4]:
-            yield variant(f'stft gemm {mode}, {name}', folded_kernel, slots(*terms) | tile | dict(
-                CLAMP=False, PRECISION=mode, MIXED=mixed, SUMS=sums, SLOPES=slopes), **options, **kinds)
-        yield variant(f'stft gemm {mode}, adjoint', unfolded_kernel, dict(PRECISION=mode, **back),
-                      **back_options, **kinds)
-    yield variant('stft gemm exponents', exponents_kernel, LOOK, exponent_ptr='*i32')
+        for name, terms, mixed, sums, slopes in rows if split == 'fp16x3' else rows[1:6:4]:
+            constants = slots(*terms) | tile.blocks(*_BLOCKS) | dict(
+                CLAMP=False, PRECISION=split, MIXED=mixed, SUMS=sums, SLOPES=slopes)
+            yield stft_variant(f'stft gemm {split}, {name}', folded_kernel, constants, types, **tile.options)
+        yield stft_variant(f'stft gemm {split}, adjoint', unfolded_kernel,
+                           dict(PRECISION=split, **adjoint.blocks(*_BLOCKS)), types, **adjoint.options)
+    yield stft_variant('stft gemm exponents', exponents_kernel, LOOK, dict(exponent_ptr='*i32'))
 
 
 VARIANTS = list(_variants())

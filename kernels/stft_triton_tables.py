@@ -43,13 +43,6 @@ def method_of(resolution: Resolution, filtered: bool, capability: int) -> str:
     return 'gemm' if resolution.win_length <= LONGEST.get(capability, 0) else 'fft'
 
 
-def capability(device: torch.device) -> int:
-    "Compute capability of a device, 90 for 9.0; 0 where it is not one of CUDA"
-    if device.type != 'cuda' or torch.version.cuda is None: return 0
-    major, minor = torch.cuda.get_device_capability(device)
-    return 10 * major + minor
-
-
 class Folded(NamedTuple):
     "Cosine and sine times window, each (samples, bins), high and low part; times 1 / `unit`"
     cos: Tensor
@@ -77,13 +70,13 @@ def exact(resolution: Resolution) -> tuple[Tensor, Tensor, int]:
 @lru_cache(maxsize=64)
 def folded(
     resolution: Resolution,
-    precision: str,          # 'fp16x3': float16 in two parts; else float32
+    split: str,              # 'fp16x3': float16 in two parts; else float32
     device: torch.device,
 ) -> Folded:
     "Tables of a resolution, made once for a device"
     tables, unit = exact(resolution), 1.
     skip = tables[2]
-    if precision == 'fp16x3':
+    if split == 'fp16x3':
         # up to 2^8, so that the low part stays clear of float16's smallest numbers
         top = max(float(table.abs().max()) for table in tables[:2])
         unit = 2. ** (math.frexp(top)[1] - 8) if top > 0 else 1.
@@ -92,7 +85,8 @@ def folded(
         rows, columns = (-(-size // PAD) * PAD for size in table.shape)
         padded = torch.zeros(rows, columns, dtype=torch.float64)
         padded[:table.shape[0], :table.shape[1]] = table / unit
-        dtype = torch.float16 if precision == 'fp16x3' else torch.float32
+        dtype = torch.float16 if split == 'fp16x3' else torch.float32
         high = padded.to(dtype)
         parts += [high.to(device), (padded - high.double()).to(dtype).to(device)]
-    return Folded(*parts, len(tables[0]), skip, unit)
+    cos, cos_low, sin, sin_low = parts
+    return Folded(cos, cos_low, sin, sin_low, len(tables[0]), skip, unit)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .stft_plan import Plan, Resolution
 from .stft_triton_cells import (PARTIALS, PLAIN, SLOPED, SLOTS, SUMMED, cells_kernel, finish_kernel,
-                                frames_of, reflected, slots, variant)
+                                frames_of, reflected, slots, stft_variant)
 
 #: Samples of one program that adds frames, tile of one that cuts them
 ADDED, CUT = 512, dict(BLOCK_F=4, BLOCK_N=256)
@@ -150,17 +150,17 @@ def cells(chunk: Chunk, both: Tensor, pair: bool) -> Tensor | None:
     slopes = None if job.waves is None else chunk.empty(*shape)
     factor = partial                                       # not looked at before it is there
 
-    def launch(sums: bool, slope: bool):
+    def launch(sums: bool, out: Tensor | None):
         block = SUMMED if sums else SLOPED
         cells_kernel[(triton.cdiv(frames * width, block), chunk.size)](
-            both, partial, factor, slopes if slope else partial, job.lengths, chunk.first, frames, width,
-            r.hop_length, r.n_fft % 2, tiles, slopes.stride(0) if slope else 0, PAIR=pair, SUMS=sums,
-            SLOPES=slope, BLOCK=block, **terms_of(chunk), **PLAIN)
+            both, partial, factor, partial if out is None else out, job.lengths, chunk.first, frames, width,
+            r.hop_length, r.n_fft % 2, tiles, 0 if out is None else out.stride(0), PAIR=pair, SUMS=sums,
+            SLOPES=out is not None, BLOCK=block, **terms_of(chunk), **PLAIN)
 
     twice = 'sc' in job.plan.terms and slopes is not None
-    launch(True, slopes is not None and not twice)
+    launch(True, None if twice else slopes)
     factor = finish(chunk, partial, width)
-    if twice: launch(False, True)
+    if twice: launch(False, slopes)
     return slopes
 
 
@@ -193,6 +193,6 @@ def sizes_of(lengths: Tensor | None, x: Tensor) -> Tensor:
 
 
 VARIANTS = [
-    variant('stft frames', frames_kernel, CUT),
-    variant('stft overlap-add', overlap_kernel, dict(WINDOW=True, BLOCK=ADDED)),
+    stft_variant('stft frames', frames_kernel, CUT),
+    stft_variant('stft overlap-add', overlap_kernel, dict(WINDOW=True, BLOCK=ADDED)),
 ]

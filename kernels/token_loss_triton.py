@@ -6,21 +6,26 @@ codes over frames, each from tiles made anew, WIDTH of the D dimensions at a tim
 128 dimensions the tiles are made again for every 128. No atomics: the gradient of the codes is
 summed over fixed shares of the frames.
 """
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .resources import Variant
-from .nearest_code_triton import BUSY, DEPTH, FLOATS, INTS, aligned, deep_of, on_device, products, read_frames
+from .frames_and_codes_triton import DEPTH, aligned, deep_of, products, read_frames
+from .launch import Tile, on_device, share_of
+from .resources import Variant, variant
 
 EUCLIDEAN, SQUARED, COSINE = (tl.constexpr(k) for k in range(3))
 METRICS = ('euclidean', 'squared', 'cosine')
-#: Frames and codes that a program multiplies at a time; warps; stages
-FORWARD = (64, 64, 4, 3)
-#: The same by the dimensions of the gradient that a program holds: the least that is enough, or the last
-OF_FRAMES = {32: (64, 32, 4, 1), 64: (64, 32, 4, 2), 128: (64, 32, 8, 2)}
-OF_CODES = {32: (32, 64, 8, 2), 64: (32, 64, 8, 2), 128: (32, 64, 8, 2)}
+_DEEP = DEPTH.value
+#: The tile of frames and codes of the forward pass
+FORWARD = Tile(64, 64, _DEEP, 4, 3)
+#: Tiles of the backward pass by WIDTH, the dimensions of the gradient that a program holds: of the
+#: gradient of frames, of that of codes
+OF_FRAMES = {32: Tile(64, 32, _DEEP, 4, 1), 64: Tile(64, 32, _DEEP, 4, 2), 128: Tile(64, 32, _DEEP, 8, 2)}
+OF_CODES = {32: Tile(32, 64, _DEEP, 8, 2), 64: Tile(32, 64, _DEEP, 8, 2), 128: Tile(32, 64, _DEEP, 8, 2)}
 #: Frames of a program that notes their facts
 FACTS = 64
 #: Partial gradients of the codes, at most
@@ -178,6 +183,8 @@ def codes_kernel(x_ptr, shift_ptr, c_ptr, norm_ptr, target_ptr, facts_ptr, out_p
     tl.store(out_ptr + tl.program_id(2).to(tl.int64) * k * (deep * DEPTH) + place, -2 * total, mask=keep)
 
 
+# ------------------------------------------------------------------------------- launchers
+
 def forward(
     frames: Tensor,    # (N, D), contiguous, as all tensors here
     codes: Tensor,     # (K, D), less the shift
@@ -191,12 +198,11 @@ def forward(
     n = len(frames)
     frames, codes, shift = aligned(frames), aligned(codes), aligned(shift)
     loss, rest = frames.new_empty(n), frames.new_empty(n)
-    block_n, block_k, warps, stages = FORWARD
     if n:
         with on_device(frames):
-            forward_kernel[triton.cdiv(n, block_n),](
+            forward_kernel[triton.cdiv(n, FORWARD.rows),](
                 frames, shift, codes, norms, targets, loss, rest, n, len(codes), deep_of(codes), scale,
-                METRICS.index(metric), block_n, block_k, num_warps=warps, num_stages=stages)
+                METRIC=METRICS.index(metric), **_blocks(FORWARD), **FORWARD.options)
     return loss, rest
 
 
@@ -218,7 +224,7 @@ def backward(
     if n == 0:
         return frames.new_empty(frames.shape if of_frames else 0), codes.new_zeros(codes.shape if of_codes else 0)
     frames, codes, shift = aligned(frames), aligned(codes), aligned(shift)
-    width, sizes = width_of(codes.shape[-1]), (n, k, deep_of(codes))
+    width, sizes = _width_of(codes.shape[-1]), (n, k, deep_of(codes))
     parts = triton.cdiv(codes.shape[-1], width)
     facts, of_x, of_c = frames.new_empty(4, n), frames.new_empty(0), codes.new_empty(0)
     inputs = (frames, shift, codes, norms, targets, facts)
@@ -226,51 +232,43 @@ def backward(
         facts_kernel[triton.cdiv(n, FACTS),](frames, shift, codes, targets, rest, grad.contiguous(), facts,
                                              n, deep_of(codes), scale, kind, FACTS)
         if of_frames:
-            block_n, block_k, warps, stages = OF_FRAMES[width]
-            of_x = torch.empty_like(frames)
-            frames_kernel[triton.cdiv(n, block_n), parts](
-                *inputs, of_x, *sizes, scale, kind, block_n, block_k, width, num_warps=warps, num_stages=stages)
+            tile, of_x = OF_FRAMES[width], torch.empty_like(frames)
+            frames_kernel[triton.cdiv(n, tile.rows), parts](
+                *inputs, of_x, *sizes, scale, METRIC=kind, WIDTH=width, **_blocks(tile), **tile.options)
         if of_codes:
-            block_n, block_k, warps, stages = OF_CODES[width]
-            rows, blocks = triton.cdiv(n, block_n), triton.cdiv(k, block_k)
-            share = triton.cdiv(rows, min(SHARES, rows, triton.cdiv(BUSY, blocks * parts))) * block_n
+            tile = OF_CODES[width]
+            blocks = triton.cdiv(k, tile.columns)
+            share = share_of(triton.cdiv(n, tile.rows), blocks * parts, SHARES) * tile.rows
             of_c = codes.new_empty(triton.cdiv(n, share), *codes.shape)
             codes_kernel[blocks, parts, len(of_c)](
-                *inputs, of_c, *sizes, share, scale, kind, block_n, block_k, width, num_warps=warps, num_stages=stages)
+                *inputs, of_c, *sizes, share, scale, METRIC=kind, WIDTH=width, **_blocks(tile), **tile.options)
             of_c = of_c.sum(0)
     return of_x[..., :d].contiguous(), of_c[..., :d].contiguous()
 
 
-def width_of(d: int) -> int:
-    "Dimensions of the gradient that a program holds"
+def _blocks(tile: Tile) -> dict[str, Any]: return tile.blocks('BLOCK_N', 'BLOCK_K')
+
+
+def _width_of(d: int) -> int:
+    "Dimensions of the gradient that a program holds: the least width that is enough, or the largest"
     return next((width for width in OF_FRAMES if width >= d), max(OF_FRAMES))
 
 
+# -------------------------------------------------------------------------------- resources
+
 def _variants() -> list[Variant]:
     "What the launchers above compile"
-    read = dict.fromkeys(('x_ptr', 'shift_ptr', 'c_ptr'), FLOATS)
-    norms, tokens = dict(norm_ptr=FLOATS), dict(target_ptr='*i64')
-    facts, sizes, scale = dict(facts_ptr=FLOATS), dict(n=INTS, k=INTS, deep=INTS), dict(scale='fp32')
-    found = []
+    types, found = dict(target_ptr='*i64', scale='fp32'), []
 
-    def add(name, kernel, signature, constants, warps=4, stages=3):
-        found.append(Variant(f'token_loss {name}', kernel, signature | dict.fromkeys(constants, 'constexpr'),
-                             constants, num_warps=warps, num_stages=stages))
+    def add(name: str, kernel, constants: dict[str, Any], **options: Any):
+        found.append(variant(f'token_loss {name}', kernel, constants, types, **options))
 
     for kind, metric in enumerate(METRICS):
-        n, k, *options = FORWARD
-        add(f'{metric} forward', forward_kernel,
-            read | norms | tokens | dict(loss_ptr=FLOATS, rest_ptr=FLOATS) | sizes | scale,
-            dict(METRIC=kind, BLOCK_N=n, BLOCK_K=k), *options)
-        add(f'{metric} facts', facts_kernel,
-            read | tokens | dict(rest_ptr=FLOATS, grad_ptr=FLOATS) | facts | dict(n=INTS, deep=INTS) | scale,
-            dict(METRIC=kind, BLOCK_N=FACTS))
-        inputs = read | norms | tokens | facts | dict(out_ptr=FLOATS) | sizes
-        for name, kernel, last, table in (('frames', frames_kernel, scale, OF_FRAMES),
-                                          ('codes', codes_kernel, dict(share=INTS) | scale, OF_CODES)):
-            for width, (n, k, *options) in table.items():
-                add(f'{metric} {name} {width}', kernel, inputs | last,
-                    dict(METRIC=kind, BLOCK_N=n, BLOCK_K=k, WIDTH=width), *options)
+        add(f'{metric} forward', forward_kernel, dict(METRIC=kind, **_blocks(FORWARD)), **FORWARD.options)
+        add(f'{metric} facts', facts_kernel, dict(METRIC=kind, BLOCK_N=FACTS), num_stages=3)
+        for name, kernel, table in ('frames', frames_kernel, OF_FRAMES), ('codes', codes_kernel, OF_CODES):
+            for width, tile in table.items():
+                add(f'{metric} {name} {width}', kernel, dict(METRIC=kind, WIDTH=width, **_blocks(tile)), **tile.options)
     return found
 
 

@@ -9,7 +9,7 @@ from cuda_graph import replayed
 from interpreted import run_interpreted
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from speechloss.kernels import info_nce_torch
+from speechloss.kernels import info_nce_torch, launch
 from speechloss.kernels.info_nce import info_nce
 
 module = sys.modules['speechloss.kernels.info_nce']   # the package has the function by this name
@@ -347,7 +347,7 @@ def test_triton_gradient_error_is_at_most_twice_the_plain_one(shape, name, dtype
 @pytest.mark.parametrize('device', DEVICES)
 @pytest.mark.parametrize('name', OPTIONS)
 def test_triton_equals_torch_over_many_tiles(name, device, triton_tiles, monkeypatch):
-    monkeypatch.setattr(triton_tiles, 'BUSY', 12)      # some shares of several tiles
+    monkeypatch.setattr(launch, 'BUSY', 12)      # some shares of several tiles
     tensors, options = example(75, 35, device=device, **OPTIONS[name])
     tensors[0] = tensors[0].detach()[:, torch.arange(35)].mT.contiguous().mT.requires_grad_()
     results = []

@@ -312,8 +312,8 @@ def test_triton_against_float64(n, k, d, metric, device):
 @pytest.mark.parametrize('shares', [1, 3, 100])
 def test_triton_ties_go_to_the_lowest_index(shares, device, monkeypatch):
     "Across tiles, and across the programs that share the codes"
-    from speechloss.kernels import nearest_code_triton as kernels
-    monkeypatch.setattr(kernels, 'BUSY', shares)
+    from speechloss.kernels import launch
+    monkeypatch.setattr(launch, 'BUSY', shares)
     codes = torch.randn(500, 5, device=device)
     frames = codes[:30] + .01 * torch.randn(30, 5, device=device)
     places = (torch.randperm(470)[:90].view(3, 30) + 30).to(device)

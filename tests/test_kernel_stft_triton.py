@@ -269,18 +269,18 @@ def test_split_that_lost_its_low_parts_is_not_trusted(monkeypatch):
     device = torch.device('cpu')
     for mode in (*stft_triton_gemm.TILES, None):
         assert stft_triton.gradient_error(device, mode) < 1e-4, mode
-    stft_triton.precision.cache_clear()
-    assert stft_triton.precision(device) == 'fp16x3'
+    stft_triton.trusted_split.cache_clear()
+    assert stft_triton.trusted_split(device) == 'fp16x3'
 
     def crippled(resolution, mode, device):
         table = stft_triton_tables.folded(resolution, mode, device)
         rough = [part.half().to(part.dtype) for part in table[:4]]
         return table._replace(cos=rough[0], cos_low=0 * rough[1], sin=rough[2], sin_low=0 * rough[3])
     monkeypatch.setattr(stft_triton_gemm, 'folded', crippled)
-    stft_triton.precision.cache_clear()
+    stft_triton.trusted_split.cache_clear()
     with pytest.warns(UserWarning, match='fp16x3 products on cpu leave an error of .* in the gradient: not used'):
-        assert stft_triton.precision(device) is None
-    stft_triton.precision.cache_clear()
+        assert stft_triton.trusted_split(device) is None
+    stft_triton.trusted_split.cache_clear()
 
 
 @pytest.mark.interpreted
@@ -340,7 +340,7 @@ def test_gpu_filter_banks():
 def test_gpu_splits_are_trusted_and_single_tf32_is_not(monkeypatch):
     from speechloss.kernels import stft_triton, stft_triton_gemm
     device = torch.device('cuda', torch.cuda.current_device())
-    assert stft_triton.precision(device) == 'fp16x3'
+    assert stft_triton.trusted_split(device) == 'fp16x3'
     for mode in stft_triton_gemm.TILES: assert stft_triton.gradient_error(device, mode) < stft_triton.TRUSTED
     monkeypatch.setitem(stft_triton_gemm.TILES, 'tf32', stft_triton_gemm.TILES['tf32x3'])
     assert stft_triton.gradient_error(device, 'tf32') > .01
