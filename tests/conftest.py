@@ -80,7 +80,7 @@ def corpus(tmp_path_factory) -> str:
 @pytest.fixture(scope='session')
 def recipe(corpus):
     "Twelve steps of a tiny enhancer"
-    from speechloss.training.train import Recipe
+    from speechloss.training.recipe import Recipe
     return Recipe(model='tiny', corpus=corpus, steps=12, steps_per_epoch=4, batch_size=2, seconds=.25,
                   lr=5e-3, warmup=3, eval_every=4, save_every=3, log_every=1, valid_size=1, device='cpu')
 

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from speechloss.metrics.stats import Interval
 from speechloss.reproduce.claims import (
     KINDS, RULES, SCALES, Claim, Verdicts, failures, judge, judge_all, load_claims, reading, text)
-from speechloss.reproduce.run import Run, kept_results, load_results
+from speechloss.reproduce.results import kept_results, load_results
+from speechloss.reproduce.run import Run
 
 CLAIMS = load_claims()
 finite = st.floats(-10, 10)

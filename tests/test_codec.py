@@ -172,8 +172,12 @@ def test_the_shipped_network_takes_off_what_the_codec_takes_off():
 @pytest.mark.slow
 @pytest.mark.skipif(find_spec('lameenc') is None, reason='without lameenc')
 def test_training_goes_on_where_it_was_stopped(tmp_path):
+    from speechloss.corpora.corpus import get
+    from speechloss.corpora.manifest import Manifest
     from speechloss.training.codec import CodecTraining, train_codec
-    options = CodecTraining(corpus='mini', steps=4, batch_size=2, seconds=.5, valid_size=3, warmup=1,
+    few = [r for split in ('train', 'valid', 'test') for r in get('mini').speech(split)[:12]]     # each is coded to MP3
+    corpus = str(Manifest(few, 'few').save(tmp_path/'few.jsonl'))
+    options = CodecTraining(corpus=corpus, steps=4, batch_size=2, seconds=.5, valid_size=3, warmup=1,
                             network=dict(widths=WIDTHS))
 
     class Stop(Exception): pass

@@ -11,7 +11,9 @@ from helpers import Half, stop_at, untimed, weights
 from loss_contract import close_grad, waves
 from torch import nn
 
-from speechloss.features.base import Features, RandomFeatures, STFTFeatures
+from speechloss.features.base import Features
+from speechloss.features.encoder import RandomFeatures
+from speechloss.features.spectra import STFTFeatures
 from speechloss.kernels import contrastive as kernel
 from speechloss.losses import (
     ContrastiveRegularization, Curriculum, CompressedComplexLoss, Objective, build,
@@ -19,7 +21,9 @@ from speechloss.losses import (
 from speechloss.losses.contrastive import frame_info_nce
 from speechloss.losses.earlier import Earlier
 from speechloss.models.catalogue import enhancer, load_enhancer
-from speechloss.training.train import fit, read_log, train
+from speechloss.training.loop import fit
+from speechloss.training.run_folder import read_log
+from speechloss.training.train import train
 
 
 class Frames(Features):

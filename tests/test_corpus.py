@@ -17,8 +17,9 @@ import torch
 
 from speechloss.common.errors import CorpusError
 from speechloss.corpora import download as fetch, mini as wheels
-from speechloss.corpora.corpus import CORPORA, Manifest, Recording, from_folder, from_pairs, get
+from speechloss.corpora.corpus import CORPORA, from_folder, from_pairs, get
 from speechloss.corpora.download import opened, table
+from speechloss.corpora.manifest import Manifest, Recording
 from speechloss.signal.audio import info, load, save
 
 RATE = 16000

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from speechloss.common.errors import SpeechLossError
 from speechloss.common.libraries import transformers_module
-from speechloss.features.base import MelFeatures
+from speechloss.features.spectra import MelFeatures
 from speechloss.judges.jury import (
     DEFAULT, TASKS, Jury, Listener, cards_of, classifier, fit_probe, frame_labels, frames_of, judge,
     phone_segments, pooled, pooled_frames, probe_task, recogniser, task_table, verifier)
@@ -254,11 +254,11 @@ def cached(name: str) -> bool:
 
 @pytest.mark.slow
 def test_the_real_whisper_reads_a_real_voice():
-    from speechloss.reproduce.environment import present
+    from speechloss.corpora.corpus import present
     name = 'openai/whisper-tiny.en'
     if not cached(name) or not present()['laptop']: pytest.skip('needs the model and the corpus')
-    from speechloss.reproduce.protocol import bench, corpus_of, test_clips
-    scale = bench('laptop')
+    from speechloss.reproduce.protocol import corpus_of, protocol_of, test_clips
+    scale = protocol_of('laptop')
     clip = next(c for c in test_clips(scale, corpus_of(scale)) if c['id'] == '1688-142285-0004')
     text, = recogniser(name).transcribe([clip['clean']])
     errors, words = word_errors(text, 'his statement of having been a shop boy was the thing I liked best of all')

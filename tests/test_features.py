@@ -12,9 +12,9 @@ from helpers import TinyModel
 from loss_contract import close_grad, waves
 from torch import nn
 
-from speechloss.features.base import (
-    EncoderFeatures, Features, Frozen, GammatoneFeatures, MelFeatures, RandomFeatures, STFTFeatures,
-    randomized)
+from speechloss.features.base import Features, Frozen, randomized
+from speechloss.features.encoder import EncoderFeatures, RandomFeatures
+from speechloss.features.spectra import GammatoneFeatures, MelFeatures, STFTFeatures
 from speechloss.models.catalogue import enhancer
 from speechloss.signal.auditory import BANDWIDTH, erb_centres, erb_width, gammatone_filters
 from speechloss.signal.spectra import (

@@ -6,9 +6,9 @@ import torch
 from helpers import LARGE, Half, TinyModel, hugging, whisper
 from loss_contract import Case, LossContract
 
-from speechloss.features.base import (
-    EncoderFeatures, GammatoneFeatures, MelFeatures, RandomFeatures, STFTFeatures)
 from speechloss.features.codec import CodecNet
+from speechloss.features.encoder import EncoderFeatures, RandomFeatures
+from speechloss.features.spectra import GammatoneFeatures, MelFeatures, STFTFeatures
 from speechloss.features.vqvae import VQVAE
 from speechloss.losses import (
     CARDS, CodecLoss, CompressedComplexLoss, ContrastiveRegularization, FeatureDistance,

@@ -19,7 +19,9 @@ from loss_contract import close_grad, waves
 from torch import nn
 
 from speechloss.common.errors import SpeechLossError
-from speechloss.features.base import RandomFeatures, STFTFeatures, randomized
+from speechloss.features.base import randomized
+from speechloss.features.encoder import RandomFeatures
+from speechloss.features.spectra import STFTFeatures
 from speechloss.kernels import Resolution
 from speechloss.losses import (
     CARDS, Balancer, CompressedComplexLoss, ConsistencyLoss, FeatureDistance, MelLoss, ModelAsLoss,

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from speechloss.common.errors import SpeechLossError
 from speechloss.losses import MaskingLoss, WaveL2Loss, build
 from speechloss.losses.functional import masking
-from speechloss.metrics.cards import nmr, score_one
+from speechloss.metrics.cards import score_one
+from speechloss.metrics.distances import nmr
 from speechloss.signal.audio import resample
 from speechloss.signal.masking import (
     MaskingModel, bark, noise_offset, quiet_threshold, spread, tone_offset, tones)

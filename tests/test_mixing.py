@@ -15,7 +15,8 @@ from speechloss.corpora.acoustics import coloured, convolve, looped, room
 from speechloss.corpora.corpus import get
 from speechloss.corpora.manifest import Manifest, Recording
 from speechloss.corpora.mixing import ENDLESS, GENERATED, Mixtures, Waves
-from speechloss.signal.audio import active_level, rms_db, save
+from speechloss.signal.audio import save
+from speechloss.signal.levels import active_level, rms_db
 
 RATE = 16000
 

@@ -12,9 +12,12 @@ from hypothesis import strategies as st
 from torch import nn
 
 from speechloss.common.errors import AudioError, SpeechLossError, CheckpointError
+from speechloss.models.autoencoder import SpectralAutoencoder
+from speechloss.models.blockwise import enhance_file, enhance_wave
+from speechloss.models.bottleneck import encoder_modules, encoder_parameters
 from speechloss.models.catalogue import (
-    catalogue as models, blockwise as streaming, SpectralAutoencoder, SpectralEnhancer,
-    encoder_modules, encoder_parameters, enhance_file, enhance_wave, enhancer, load_enhancer)
+    catalogue as models, blockwise as streaming, enhancer, load_enhancer)
+from speechloss.models.enhancer import SpectralEnhancer
 from speechloss.signal.audio import info, load
 
 KINDS = {'both ways': dict(causal=False), 'causal': dict(causal=True),

@@ -16,14 +16,17 @@ import pytest
 
 from speechloss.common.errors import NotebookError, ReproduceError
 from speechloss.reproduce.claims import load_claims
-from speechloss.reproduce.runner import Study, load_results, papers, run
+from speechloss.reproduce.results import load_results
+from speechloss.reproduce.runner import papers, run
+from speechloss.reproduce.study import Study
 
 HEAD = ("# parameters\nscale, seed, out = 'smoke', 0, 'runs'\ncorpus = corpus_dir = workers = None",
         'from speechloss.reproduce.runner import Run\n'
         "run = Run('toy', scale=scale, seed=seed, out=out, corpus=corpus, workers=workers)")
 DRIVER = """
 import sys
-from speechloss.reproduce.runner.runner import Study, run
+from speechloss.reproduce.runner import run
+from speechloss.reproduce.study import Study
 run(Study('toy', out=sys.argv[1]), notebook=sys.argv[2], progress=False)
 """
 

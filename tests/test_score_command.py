@@ -18,7 +18,8 @@ from speechloss.cli.app import app
 from speechloss.common.errors import SpeechLossError
 from speechloss.common.tables import read_table
 from speechloss.metrics.cards import METRICS, score_one
-from speechloss.metrics.files import REFERENCED, jobs_of, score_files, summary_of
+from speechloss.metrics.files import REFERENCED, score_files, summary_of
+from speechloss.metrics.jobs import jobs_of
 from speechloss.metrics.vqscore import vq_score
 
 RATE = 16_000

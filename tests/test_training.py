@@ -20,9 +20,11 @@ from speechloss.losses.model_as_loss import feature_health
 from speechloss.models.catalogue import enhancer, load_enhancer
 from speechloss.training import checkpoints
 from speechloss.training.recipe import recipe_fields
+from speechloss.training.loop import fit
+from speechloss.training.recipe import Recipe
+from speechloss.training.run_folder import read_log
 from speechloss.training.state import PATIENCE, TrainingState
-from speechloss.training.train import (
-    Recipe, data_of, fit, model_of, read_log, train, train_many)
+from speechloss.training.train import data_of, model_of, train, train_many
 
 
 MAL = dict(terms=dict(base=dict(terms=dict(wave='si_sdr', spectrum='compressed_complex')),
@@ -30,7 +32,8 @@ MAL = dict(terms=dict(base=dict(terms=dict(wave='si_sdr', spectrum='compressed_c
 
 WORKER = '''
 import json, sys
-from speechloss.training.train.train import Recipe, train
+from speechloss.training.recipe import Recipe
+from speechloss.training.train import train
 
 def main():
     recipe, out = sys.argv[1:]
@@ -373,7 +376,8 @@ def test_side_by_side(recipe, tmp_path):
 
 DISTRIBUTED = '''
 import json, sys
-from speechloss.training.train.train import Recipe, train
+from speechloss.training.recipe import Recipe
+from speechloss.training.train import train
 train(Recipe.from_dict(json.loads(sys.argv[1])), sys.argv[2])
 '''
 

@@ -16,7 +16,8 @@ from speechloss.corpora.corpus import get
 from speechloss.features.vqvae import VQVAE, VQFeatures, load_vqvae, save_vqvae
 from speechloss.metrics.cards import score_one
 from speechloss.metrics.vqscore import VQScore, vq_score
-from speechloss.signal.audio import load, mix, resample
+from speechloss.signal.audio import load, resample
+from speechloss.signal.levels import mix
 
 RATE = 16_000
 

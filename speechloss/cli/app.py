@@ -43,7 +43,9 @@ def reproduce(
 
     Exits with 1 when a claim that must hold does not.
     """
-    from speechloss.reproduce.runner import Study, find_paper, load_results, papers, run
+    from speechloss.reproduce.results import load_results
+    from speechloss.reproduce.runner import find_paper, papers, run
+    from speechloss.reproduce.study import Study
     study = Study(paper, scale=scale, seed=seed, out=out, corpus=corpus, corpus_dir=corpus_dir,
                   workers=workers)
     worst, names = 0, list(papers()) if paper == 'all' else [paper]
@@ -86,7 +88,8 @@ def enhance(
     jobs = pairs(source, target)
     device = torch_device(device)
     from speechloss.common.progress import bar
-    from speechloss.models.catalogue import enhance_file, load_enhancer
+    from speechloss.models.blockwise import enhance_file
+    from speechloss.models.catalogue import load_enhancer
     net, failed = load_enhancer(model).to(device).eval(), 0
     with bar('enhance', hide=quiet) as draw:
         for k, (noisy, enhanced) in enumerate(jobs):
@@ -146,7 +149,7 @@ def losses(as_json: Json = False):
 @app.command()
 def doctor(as_json: Json = False):
     "What this machine has, and what it would take to have the rest."
-    from speechloss.reproduce.environment import rows
+    from speechloss.cli.doctor import rows
     show(rows(), ('name', 'status', 'found', 'cure'), as_json)
 
 

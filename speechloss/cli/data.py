@@ -22,7 +22,7 @@ data = typer.Typer(no_args_is_help=True, help='Prepare corpora: fetch, make, lis
 @data.command('list')
 def data_list(as_json: Json = False):
     "The corpora, and which are on this machine."
-    from speechloss.reproduce.environment import present
+    from speechloss.corpora.corpus import present
     show((dict(corpus=name, here='yes' if folder else 'no', folder=folder or '')
           for name, folder in present().items()), ('corpus', 'here', 'folder'), as_json)
 
@@ -35,7 +35,7 @@ def data_get(
 ):
     "Fetch a corpus, check it and print where it lies."
     from speechloss.corpora import corpus
-    from speechloss.reproduce.environment import present
+    from speechloss.corpora.corpus import present
     one_of('corpus', name, corpus.CORPORA)
     manifest = corpus.get(name, from_dir=from_dir)
     complain(f'{name}: {len(manifest)} recordings, hash {manifest.hash[:16]}')
@@ -128,7 +128,7 @@ def here(name: str):
     "The manifest of a corpus that is on this machine; raises `SpeechLossError` when it is not."
     from speechloss.common.errors import SpeechLossError
     from speechloss.corpora import corpus
-    from speechloss.reproduce.environment import present
+    from speechloss.corpora.corpus import present
     if name.endswith('.jsonl'):
         if not Path(name).is_file():
             raise SpeechLossError(f'manifest {name} does not exist: name a .jsonl file')

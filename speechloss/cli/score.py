@@ -39,7 +39,8 @@ def score(
     from speechloss.common.progress import bar
     from speechloss.metrics.cards import cards_of
     from speechloss.metrics.files import (
-        FREE, REFERENCED, check_plot, jobs_of, plot_scores, score_files, summary_of)
+        FREE, REFERENCED, check_plot, plot_scores, score_files, summary_of)
+    from speechloss.metrics.jobs import jobs_of
     jobs = jobs_of(sources, ref)
     names = _names(metrics) or (REFERENCED if any(job.clean for job in jobs) else FREE)
     drawn = _names(columns) or [cards_of(names)[0].columns[0]]

@@ -114,20 +114,32 @@ def lock(
     """Hold `target` for this process while the block runs, by a lock file `.NAME.lock` beside it.
 
     The lock goes with the process, however that ends. Raises `error` when another process has it and
-    `wait` is False. A file system that knows no locks gives none.
+    `wait` is False; then the lock file is removed at the end, otherwise it stays for those who wait.
+    A file system that knows no locks gives none.
     """
-    from filelock import FileLock, Timeout
     target = Path(target)
     target.parent.mkdir(parents=True, exist_ok=True)
-    held = FileLock(target.with_name(f'.{target.name}.lock'), timeout=-1 if wait else 0)
-    try:
-        held.acquire()
-    except Timeout:
-        raise error(f'{target} is being written by another process: wait for it, or choose another '
-                    'place') from None
-    except (OSError, NotImplementedError):
-        pass
+    file = target.with_name(f'.{target.name}.lock')
+    held = _acquired(file, wait)
+    if held is None:
+        raise error(f'{target} is being written by another process: wait for it, or choose another place')
     try:
         yield
     finally:
+        if not wait: file.unlink(missing_ok=True)
         held.release()
+
+
+def _acquired(file: Path, wait: bool):
+    "Take a lock file that is still in its folder; None when another process has it"
+    from filelock import FileLock, Timeout
+    held = FileLock(file, timeout=-1 if wait else 0)
+    try:
+        while True:
+            held.acquire()
+            if file.exists(): return held
+            held.release()               # whoever had it removed it as we came
+    except Timeout:
+        return None
+    except (OSError, NotImplementedError):
+        return held

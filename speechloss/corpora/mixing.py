@@ -18,7 +18,8 @@ from torch.utils.data import Dataset
 from ..common.errors import AudioError, CorpusError
 from .acoustics import coloured, convolve, looped, room
 from .manifest import SPLITS, Manifest, Recording
-from ..signal.audio import SAMPLE_RATE, info, load, mix, rms_db
+from ..signal.audio import SAMPLE_RATE, info, load
+from ..signal.levels import mix, rms_db
 
 ENDLESS = 2**31 - 1      # length of a stream
 CACHE_BYTES = 2**30      # waves kept in memory per data set; larger corpora read from disk

@@ -9,7 +9,7 @@ __all__ = ['WRAPPERS', 'RULES', 'REFRESH', 'unwrapped', 'ModelAsLoss', 'feature_
 import torch
 from torch import Tensor, nn
 
-from ..features.base import EncoderFeatures
+from ..features.encoder import EncoderFeatures
 from .distance import FeatureDistance
 from ..signal.spectra import frame_mask
 

@@ -13,9 +13,10 @@ from os import PathLike
 from torch import nn
 
 from ..common.errors import SpeechLossError
-from ..features.base import (
-    Features, GammatoneFeatures, MelFeatures, RandomFeatures, STFTFeatures, randomized)
+from ..features.base import Features, randomized
 from ..features.codec import CodecFeatures
+from ..features.encoder import RandomFeatures
+from ..features.spectra import GammatoneFeatures, MelFeatures, STFTFeatures
 from ..features.ssl import SSLFeatures
 from ..features.vqvae import VQFeatures
 from .base import Loss

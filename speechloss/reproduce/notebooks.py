@@ -20,7 +20,7 @@ from ..common import errors
 from ..common.errors import NotebookError, ReproduceError
 from ..common.libraries import extra
 from ..common.progress import PROGRESS
-from .run import write_json
+from .results import write_json
 
 # %% ../../nbs/reproduce/notebooks.ipynb #90db9243
 PYTHON = dict(display_name='python3', language='python', name='python3')

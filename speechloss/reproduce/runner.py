@@ -20,8 +20,9 @@ from ..common.files import write_text, lock
 from .claims import registry
 from .notebooks import execute, need, read_notebook, tidy
 from .study import Study
-from ..common.progress import bar, progress, watch # noqa: F401 (with Run and Study: for users)
-from .run import Run, load_results, write_json # noqa: F401
+from ..common.progress import bar, progress, watch# noqa: F401 (with Run and Study: for users)
+from .results import load_results, write_json # noqa: F401
+from .run import Run # noqa: F401
 
 # %% ../../nbs/reproduce/runner.ipynb #5b4ad0e0
 def papers() -> dict[str, Path]:

@@ -1,4 +1,4 @@
-"""The shared bench: what is shared is shared, what is cached is computed once."""
+"""The shared protocol: what is shared is shared, what is cached is computed once."""
 import json
 import math
 
@@ -10,10 +10,13 @@ from hypothesis import strategies as st
 
 from speechloss.common.errors import SpeechLossError
 from speechloss.models.catalogue import enhancer
+from speechloss.metrics.stats import column, difference
 from speechloss.reproduce.claims import text
-from speechloss.reproduce.run import Run, load_results
-from speechloss.reproduce import protocol as shared
-from speechloss.training.train import Recipe
+from speechloss.reproduce.evaluation import cached, iterate, iterate_model, score_model
+from speechloss.reproduce.protocol import arm_recipe, model_folder, protocol_of, shared_recipe
+from speechloss.reproduce.results import load_results
+from speechloss.reproduce.run import Run
+from speechloss.training.recipe import Recipe
 
 
 @pytest.fixture
@@ -32,32 +35,32 @@ def clips():
 
 def saved(recipe: Recipe):
     "A model in the place of a trained one"
-    folder = shared.model_folder(recipe)
+    folder = model_folder(recipe)
     enhancer('small').save_pretrained(folder)
     return folder
 
 
 def test_stage_one_is_one_for_all(cache):
-    here, there = (shared.bench('laptop', corpus_dir=d) for d in ('a', 'b'))
-    assert shared.stage1(here, 0).key == shared.stage1(there, 0).key
-    assert shared.stage1(here, 0).key != shared.stage1(here, 1).key
+    here, there = (protocol_of('laptop', corpus_dir=d) for d in ('a', 'b'))
+    assert shared_recipe(here, 0).key == shared_recipe(there, 0).key
+    assert shared_recipe(here, 0).key != shared_recipe(here, 1).key
 
 
 def test_arms_start_from_stage_one_and_differ_in_the_loss_alone(cache):
-    bench = shared.bench('laptop')
-    start = saved(shared.stage1(bench, 0))
-    base, more = shared.arm(bench, 0), shared.arm(bench, 0, 'mel', ratio=.3)
+    protocol = protocol_of('laptop')
+    start = saved(shared_recipe(protocol, 0))
+    base, more = arm_recipe(protocol, 0), arm_recipe(protocol, 0, 'mel', ratio=.3)
     changed = {f for f in base.__dataclass_fields__ if getattr(base, f) != getattr(more, f)}
     assert changed == {'objective'} and base.init == str(start)
     assert more.objective['weights'] == {'extra': .3} and more.objective['balance'] == 'grad'
-    assert base.steps_per_epoch * bench.epochs == base.steps
-    assert len({shared.arm(bench, 0, t).key for t in (None, 'mel', 'snr')}) == 3
-    assert shared.arm(bench, 0, 'mel', alone=True).objective == {'terms': {'extra': 'mel'}}
+    assert base.steps_per_epoch * protocol.epochs == base.steps
+    assert len({arm_recipe(protocol, 0, t).key for t in (None, 'mel', 'snr')}) == 3
+    assert arm_recipe(protocol, 0, 'mel', alone=True).objective == {'terms': {'extra': 'mel'}}
 
 
 def test_unknown_scale_names_the_choices():
     with pytest.raises(SpeechLossError, match='smoke, laptop, paper'):
-        shared.bench('enormous')
+        protocol_of('enormous')
 
 
 def test_cache_computes_once_and_survives_a_failure(cache):
@@ -68,20 +71,20 @@ def test_cache_computes_once_and_survives_a_failure(cache):
         if len(calls) == 1: raise RuntimeError('power cut')
         return [dict(a=1.)]
 
-    with pytest.raises(RuntimeError): shared.cached('kind', 'key', compute)
-    assert [shared.cached('kind', 'key', compute) for _ in range(3)] == [[dict(a=1.)]] * 3
+    with pytest.raises(RuntimeError): cached('kind', 'key', compute)
+    assert [cached('kind', 'key', compute) for _ in range(3)] == [[dict(a=1.)]] * 3
     assert len(calls) == 2 and not list((cache / 'kind').glob('*.json.*'))
 
 
 def test_scores_are_those_of_the_clips(cache, clips):
-    rows = shared.score_model(None, clips, metrics=('si_sdr', 'lsd'))
+    rows = score_model(None, clips, metrics=('si_sdr', 'lsd'))
     expected = [10 * np.log10((c['clean'] ** 2).sum() / ((c['noisy'] - c['clean']) ** 2).sum()) for c in clips]
     assert np.allclose([r['si_sdr'] for r in rows], expected, atol=.2)
     assert [r['speaker'] for r in rows] == ['0', '1', '2']
     file, = (cache / 'scores').glob('*.json')
     assert json.loads(file.read_text()) == rows
     other = [c | dict(noisy=c['noisy'] / 2) for c in clips]
-    shared.score_model(None, other, metrics=('si_sdr', 'lsd'))
+    score_model(None, other, metrics=('si_sdr', 'lsd'))
     assert len(list((cache / 'scores').glob('*.json'))) == 2
 
 
@@ -90,21 +93,21 @@ def test_iteration_is_the_model_applied_again(cache, clips):
     noisy = torch.stack([c['noisy'] for c in clips])
     with torch.no_grad():
         once = model(noisy); twice = model(once)
-    kept = shared.iterate(model, noisy, (1, 2))
+    kept = iterate(model, noisy, (1, 2))
     assert torch.equal(kept[1][0], once) and torch.equal(kept[2][0], twice)
     assert kept[1][1].allclose((twice - once).norm(dim=-1) / once.norm(dim=-1))
 
 
 def test_iterated_rows_know_their_pass(cache, clips):
     folder = saved(Recipe())
-    rows = shared.iterate_model(folder, clips, (1, 3))
+    rows = iterate_model(folder, clips, (1, 3))
     assert [(r['pass'], r['id']) for r in rows] == [(k, str(i)) for k in (1, 3) for i in range(3)]
     assert {'si_sdr', 'estoi', 'lsd', 'drift', 'speech_kept'} <= set(rows[0])
 
 
 def test_difference_is_paired(clips):
     a = np.array([[1., 2., 3.], [3., 4., 5.]])
-    gap = shared.difference(a + 1, a, clips)
+    gap = difference(a + 1, a, clips)
     assert (gap.mean, gap.low, gap.high, gap.n) == (1, 1, 1, 3)
 
 
@@ -114,7 +117,7 @@ def test_the_interval_is_over_the_mean_of_the_seeds(values, against):
     a = np.array(values)
     a[:, 0] = 1.                # one clip that counts
     b = dict(number=.5, noisy=np.arange(6.)[None], each=a[::-1] / 2 + .1)[against]
-    gap = shared.difference(a, b, [dict(speaker=str(k // 2)) for k in range(6)])
+    gap = difference(a, b, [dict(speaker=str(k // 2)) for k in range(6)])
     assert len(gap.by_seed) == len(a) and np.mean(gap.by_seed) == pytest.approx(gap.mean)
     counted = ~np.isnan(a - b).any(0)
     assert gap.n == counted.sum() and gap.dropped == 6 - gap.n
@@ -126,9 +129,9 @@ def test_a_number_recorded_from_seeds_keeps_them(tmp_path):
     clips = [dict(speaker=str(k)) for k in range(5)]
     a = np.arange(15.).reshape(3, 5)
     run = Run('p', scale='laptop', out=tmp_path, corpus='mini')
-    run.record('a-b', shared.difference(a, np.zeros(5), clips), seeds=range(3), unit='dB')
-    run.record('a-other', shared.difference(a, a[:2], clips), seeds=range(3))
-    run.table('arms', [dict(arm='a', gap=shared.difference(a, 0., clips))])
+    run.record('a-b', difference(a, np.zeros(5), clips), seeds=range(3), unit='dB')
+    run.record('a-other', difference(a, a[:2], clips), seeds=range(3))
+    run.table('arms', [dict(arm='a', gap=difference(a, 0., clips))])
     run.finish()
     results = load_results(run.folder)
     assert results['numbers']['a-b']['by_seed'] == [2., 7., 12.]
@@ -140,4 +143,4 @@ def test_a_number_recorded_from_seeds_keeps_them(tmp_path):
 
 def test_a_metric_that_failed_is_nan():
     runs = [[dict(pesq=1.), dict(pesq=None)]]
-    assert np.isnan(shared.column(runs, 'pesq')[0, 1])
+    assert np.isnan(column(runs, 'pesq')[0, 1])
