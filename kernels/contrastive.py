@@ -5,13 +5,15 @@ no features, only the signs of the differences: two bits for each comparison, fo
 byte. For 'l2' and 'cosine' it reads the features again; what it needs to know beside them is at
 most two numbers a frame. Back ends: see `speechloss.kernels.backends`.
 """
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from . import contrastive_torch
 from .backends import check_floating, choose, wants_grad, working_dtype
-from .contrastive_torch import EPS, gradient_cosine, gradient_l1, gradient_l2, kept_dtype, regions, sums
+from .contrastive_torch import kept_dtype, regions, shape_of
 
 DISTANCES = ('l1', 'l2', 'cosine')
 #: Added to the mean size of the clean features, so that silence has a denominator
@@ -26,8 +28,13 @@ class ContrastiveTerms(NamedTuple):
     distances: Tensor      # (B, layers, 1 + K), to clean and to each negative
 
 
-def contrastive_ratio(enhanced, clean, negatives, **options) -> Tensor:
-    """Distance to clean over the weighted distance to negatives, summed over layers, `(B,)`.
+def contrastive_ratio(
+    enhanced: list[Tensor],
+    clean: list[Tensor],
+    negatives: list[list[Tensor]],
+    **options,                            # of `contrastive_terms`
+) -> Tensor:                              # (B,)
+    """Return distance to clean over the weighted distance to negatives, summed over layers.
 
     Arguments are those of `contrastive_terms`, whose `values` this is.
 
@@ -43,9 +50,9 @@ def contrastive_terms(
     negatives: list[list[Tensor]],        # K lists of the same layers
     *,
     weights: Tensor | None = None,        # (K,) or (B, K) >= 0, of the negatives; None: 1 / K
-    layer_weights=None,                   # one number per layer, a list or a tensor; None: 1
+    layer_weights: Sequence[float] | Tensor | None = None,   # one number per layer; None: 1
     distance: str = 'l1',                 # one of DISTANCES
-    frames=None,                          # (B,) valid frames, or a list of them per layer
+    frames: Tensor | Sequence[Tensor] | None = None,   # (B,) valid frames, or a list of them per layer
     eps: float = 1e-3,                    # > 0, of the mean size of the clean features
     backend: str = 'auto',                # see speechloss.kernels.backends
 ) -> ContrastiveTerms:
@@ -72,7 +79,7 @@ def contrastive_terms(
     with torch.autocast(first.device.type, enabled=False):
         clean, flat = [x.detach() for x in clean], [x.detach() for x in flat]
         if chosen == 'reference':
-            distances, sizes = _reference(enhanced, clean, flat, frames, distance, dtype)
+            distances, sizes = contrastive_torch.reference(enhanced, clean, flat, frames, distance, dtype)
             values = _ratio(distances, sizes, weights, layer_weights, eps)[0]
         else:
             values, distances, sizes, _ = _contrastive(enhanced, clean, flat, weights, layer_weights, frames,
@@ -82,36 +89,20 @@ def contrastive_terms(
     return ContrastiveTerms(values, distances[..., 0], denominators, distances)
 
 
-def _ratio(distances, sizes, weights, layer_weights, eps) -> tuple[Tensor, Tensor]:   # (B,), (B, layers)
+def _ratio(
+    distances: Tensor,        # (B, layers, 1 + K)
+    sizes: Tensor,            # (B, layers)
+    weights: Tensor,          # (B, K)
+    layer_weights: Tensor,    # (layers,)
+    eps: float,
+) -> tuple[Tensor, Tensor]:   # (B,), (B, layers)
+    "The values and their denominators"
     denominators = (distances[..., 1:] * weights[:, None]).sum(-1) + eps * (sizes + FLOOR)
     return (layer_weights * distances[..., 0] / denominators).sum(-1), denominators
 
 
-def _reference(enhanced, clean, negatives, frames, distance, dtype) -> tuple[Tensor, Tensor]:
-    "Distances (B, layers, 1 + K) and the size of clean (B, layers)"
-    layers, distances, sizes = len(enhanced), [], []
-    for l in range(layers):
-        stack = torch.stack([x.to(dtype) for x in (enhanced[l], clean[l], *negatives[l::layers])])
-        valid = stack.new_full(stack.shape[1:2], stack.shape[2]) if frames is None else frames[l]     # (B,)
-        # `where`, not a product: padding may hold anything, NaN included
-        inside = torch.arange(stack.shape[2], device=stack.device) < valid[:, None]                   # (B, T)
-        e, *others = torch.where(inside[..., None], stack, 0)
-        each = [_frame_distance(e, x, distance) for x in others]
-        if distance != 'cosine': each.append(_frame_distance(others[0], torch.zeros_like(e), distance))
-        means = torch.stack([torch.where(inside, x, 0).sum(1) / valid for x in each], -1)
-        distances.append(means[:, :len(others)])
-        sizes.append(means[:, -1] if distance != 'cosine' else torch.ones_like(means[:, 0]))
-    return torch.stack(distances, 1), torch.stack(sizes, 1)
-
-
-def _frame_distance(a: Tensor, b: Tensor, distance: str) -> Tensor:   # (B, T, D) twice -> (B, T)
-    if distance == 'l1': return (a - b).abs().mean(-1)
-    if distance == 'l2': return (a - b).square().mean(-1)
-    dot, aa, bb = ((x * y).sum(-1) + EPS for x, y in ((a, b), (a, a), (b, b)))
-    return 1 - dot / (aa.sqrt() * bb.sqrt())
-
-
-def _coefficients(grad, distances, sizes, weights, layer_weights, eps) -> Tensor:
+def _coefficients(grad: Tensor, distances: Tensor, sizes: Tensor, weights: Tensor, layer_weights: Tensor,
+                  eps: float) -> Tensor:
     "Derivative of the values with respect to the distances, times `grad`: (B, layers, 1 + K)"
     denominators = (distances[..., 1:] * weights[:, None]).sum(-1) + eps * (sizes + FLOOR)
     pull = layer_weights * grad[:, None] / denominators                              # (B, layers)
@@ -128,10 +119,10 @@ def _contrastive(enhanced: list[Tensor], clean: list[Tensor], negatives: list[Te
     "Values (B,), distances (B, layers, 1 + K), size of clean (B, layers), and what is kept: see `regions`"
     with torch.autocast(weights.device.type, enabled=False):
         if backend == 'triton':
-            from .contrastive_triton import sums as triton_sums
-            found = triton_sums(enhanced, clean, negatives, frames, distance, need_grad)
+            from . import contrastive_triton   # here, since it needs triton
+            found = contrastive_triton.sums(enhanced, clean, negatives, frames, distance, need_grad)
         else:
-            found = sums(enhanced, clean, negatives, frames, distance, need_grad, weights.dtype)
+            found = contrastive_torch.sums(enhanced, clean, negatives, frames, distance, need_grad, weights.dtype)
         distances, sizes, kept = found
         return _ratio(distances, sizes, weights, layer_weights, eps)[0], distances, sizes, kept
 
@@ -139,7 +130,7 @@ def _contrastive(enhanced: list[Tensor], clean: list[Tensor], negatives: list[Te
 @_contrastive.register_fake
 def _(enhanced, clean, negatives, weights, layer_weights, frames, distance, eps, need_grad, backend):
     B, layers, comparisons = len(enhanced[0]), len(enhanced), 1 + len(negatives) // len(enhanced)
-    size = regions([e.shape for e in enhanced], comparisons, distance)[-1].stop if need_grad else 0
+    size = regions([shape_of(e) for e in enhanced], comparisons, distance)[-1].stop if need_grad else 0
     return (weights.new_empty(B), weights.new_empty(B, layers, comparisons), weights.new_empty(B, layers),
             weights.new_empty(size, dtype=kept_dtype(distance)))
 
@@ -150,19 +141,13 @@ def _contrastive_backward(grad: Tensor, features: list[Tensor], kept: Tensor, sh
                           frames: Tensor | None, distance: str, eps: float, dtype: torch.dtype,
                           backend: str) -> list[Tensor]:
     "Gradients of the enhanced layers, which have no derivative of their own"
-    shapes, layers = [tuple(shapes[k:k + 3]) for k in range(0, len(shapes), 3)], len(shapes) // 3
+    layers = [(shapes[k], shapes[k + 1], shapes[k + 2]) for k in range(0, len(shapes), 3)]
     with torch.autocast(grad.device.type, enabled=False):
-        each = _coefficients(grad.to(weights.dtype), distances, sizes, weights, layer_weights, eps)
+        coefficients = _coefficients(grad.to(weights.dtype), distances, sizes, weights, layer_weights, eps)
         if backend == 'triton':
-            from .contrastive_triton import gradients
-            return gradients(features, kept, shapes, each, frames, distance, dtype)
-        results, places = [], regions(shapes, each.shape[2], distance)
-        for l, shape in enumerate(shapes):
-            own, layer, valid = kept[places[l]], features[l::layers], None if frames is None else frames[l]
-            results.append(gradient_l1(shape, own, each[:, l], valid, dtype) if distance == 'l1' else
-                           gradient_l2(layer, each[:, l], valid) if distance == 'l2' else
-                           gradient_cosine(layer, own, each[:, l], valid))
-        return results
+            from . import contrastive_triton
+            return contrastive_triton.gradients(features, kept, layers, coefficients, frames, distance, dtype)
+        return contrastive_torch.gradients(features, kept, layers, coefficients, frames, distance, dtype)
 
 
 @_contrastive_backward.register_fake

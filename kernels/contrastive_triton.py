@@ -4,29 +4,35 @@ A launch works on one layer of all utterances and on up to PACKED comparisons; p
 arguments, so that a CUDA graph can hold the call. A program adds up one stretch of an utterance;
 a last kernel adds the stretches, in their order. So no sum depends on the rest of the batch.
 """
-from contextlib import nullcontext
-from typing import NamedTuple
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .contrastive_torch import EPS, PACKED, kept_dtype, regions
-from .resources import Variant
+from .contrastive_torch import EPS, PACKED, Shape, kept_dtype, regions, shape_of
+from .launch import on_device, pointer
+from .resources import Variant, variant
 
 
-class Tile(NamedTuple):
-    "What a program of l1 and l2 reads at a time and how often; frames and dims of one of cosine"
-    block: int = 1024
-    turns: int = 8
-    frames: int = 4
+class Stretch(NamedTuple):
+    "What one program reads, and how it is compiled"
+    block: int = 1024   # elements at a time, for l1 and l2
+    turns: int = 8      # how often
+    frames: int = 4     # at a time, for the gradient of l2 and for cosine
     dims: int = 256
     warps: int = 4
     stages: int = 2
 
+    @property
+    def options(self) -> dict[str, Any]:
+        "Warps and stages, as a launch takes them"
+        return dict(num_warps=self.warps, num_stages=self.stages)
 
-TILE = Tile()
+
+STRETCH = Stretch()
 #: Partial sums that the last kernel adds at a time
 PARTIALS = 128
 
@@ -235,120 +241,122 @@ def gradient_kernel(e_ptr, x0_ptr, x1_ptr, x2_ptr, x3_ptr, slopes_ptr, factors_p
 
 # ------------------------------------------------------------------------------- launchers
 
-def sums(enhanced, clean, negatives, frames, distance: str, keep: bool):
-    "Distances (B, layers, 1 + K), size of clean (B, layers) and, to keep, what the backward pass needs"
+def sums(
+    enhanced: list[Tensor],    # layers (B, frames, dim)
+    clean: list[Tensor],       # the same layers
+    negatives: list[Tensor],   # the layers of all negatives, end to end
+    frames: Tensor | None,     # (layers, B) valid frames
+    distance: str,             # one of `contrastive.DISTANCES`
+    keep: bool,                # for a backward pass
+) -> tuple[Tensor, Tensor, Tensor]:   # (B, layers, 1 + K), (B, layers), see `contrastive_torch.regions`
+    "Compute the distances to clean and to each negative, the size of clean, and what is to be kept"
     layers, B = len(enhanced), len(enhanced[0])
     count = 1 + len(negatives) // layers
-    cosine, shapes = distance == 'cosine', [e.shape for e in enhanced]
-    tiles = max(grid_of(shape, cosine)[0] for shape in shapes)
+    cosine, shapes = distance == 'cosine', [shape_of(e) for e in enhanced]
+    tiles = max(_grid_of(shape, cosine)[0] for shape in shapes)
     partial = enhanced[0].new_zeros(B, layers, count + 1, tiles, dtype=torch.float32)
     places = regions(shapes, count, distance)
     kept = partial.new_empty(places[-1].stop if keep else 0, dtype=kept_dtype(distance))
     with on_device(partial):
         for l, (_, T, D) in enumerate(shapes):
             e, own = enhanced[l].contiguous(), kept[places[l]] if keep else kept
-            for first, others in groups([clean[l], *negatives[l::layers]]):
-                part = own[group_of(first, e.shape, distance):]
-                where = partial, valid(frames, l, e), T, D, tiles, count + 1, first, l, layers
-                options = dict(COUNT=min(PACKED, count - first), LENGTHS=frames is not None, num_warps=TILE.warps)
+            lengths = pointer(None if frames is None else frames[l], e)
+            for first, others in _groups([clean[l], *negatives[l::layers]]):
+                part = own[_group_of(first, shapes[l], distance):]
+                where = partial, lengths, T, D, tiles, count + 1, first, l, layers
+                options = dict(COUNT=min(PACKED, count - first), LENGTHS=frames is not None, num_warps=STRETCH.warps)
                 if cosine:
-                    cosine_sums_kernel[grid_of(e.shape, True)](
-                        e, *others, part, *where, KEEP=keep, EPS=EPS, FRAMES=TILE.frames, DIMS=TILE.dims,
-                        num_stages=TILE.stages, **options)
+                    cosine_sums_kernel[_grid_of(shapes[l], True)](
+                        e, *others, part, *where, KEEP=keep, EPS=EPS, FRAMES=STRETCH.frames, DIMS=STRETCH.dims,
+                        num_stages=STRETCH.stages, **options)
                 else:
-                    sums_kernel[grid_of(e.shape, False)](
+                    sums_kernel[_grid_of(shapes[l], False)](
                         e, *others, part, *where, SQUARE=distance == 'l2', KEEP=keep and distance == 'l1',
-                        SIZE=first == 0, BLOCK=TILE.block, TURNS=TILE.turns, **options)
+                        SIZE=first == 0, BLOCK=STRETCH.block, TURNS=STRETCH.turns, **options)
         found = partial.new_empty(B, layers, count + 1)
         finish_kernel[found.numel(),](partial, found, tiles, PARTIALS)
     sizes = torch.ones_like(found[..., -1]) if cosine else found[..., -1].clone()
     return found[..., :-1].clone(memory_format=torch.contiguous_format), sizes.contiguous(), kept
 
 
-def gradients(features, kept, shapes, factors, frames, distance: str, dtype) -> list[Tensor]:
-    "Gradients of the enhanced layers; factors (B, layers, 1 + K)"
-    layers, count, found = len(shapes), factors.shape[2], []
-    factors, places = factors.contiguous(), regions(shapes, count, distance)
-    with on_device(factors):
+def gradients(
+    features: list[Tensor],    # layers of enhanced, clean and all negatives, end to end; none for l1
+    kept: Tensor,              # by `sums`
+    shapes: list[Shape],       # of the layers
+    coefficients: Tensor,      # (B, layers, 1 + K), derivative of the loss in each distance
+    frames: Tensor | None,     # (layers, B) valid frames
+    distance: str,             # one of `contrastive.DISTANCES`
+    dtype: torch.dtype,        # of the gradients
+) -> list[Tensor]:
+    "Compute the gradients of the enhanced layers"
+    layers, count, found = len(shapes), coefficients.shape[2], []
+    coefficients, places = coefficients.contiguous(), regions(shapes, count, distance)
+    with on_device(coefficients):
         for l, (B, T, D) in enumerate(shapes):
-            own, lengths, part = factors[:, l], valid(frames, l, factors), kept[places[l]]
+            own, part = coefficients[:, l], kept[places[l]]
+            lengths = pointer(None if frames is None else frames[l], coefficients)
             # several groups are summed in float32
             out = torch.empty(B, T, D, device=own.device, dtype=dtype if count <= PACKED else torch.float32)
-            options = dict(LENGTHS=frames is not None, num_warps=TILE.warps)
+            options = dict(LENGTHS=frames is not None, num_warps=STRETCH.warps)
             if distance == 'l1':
-                signs_kernel[grid_of((B, T, D), False)](
-                    part, own, out, lengths, T, D, out.numel(), count, own.stride(0), BLOCK=TILE.block,
-                    TURNS=TILE.turns, PACKED=PACKED, **options)
+                signs_kernel[_grid_of((B, T, D), False)](
+                    part, own, out, lengths, T, D, out.numel(), count, own.stride(0), BLOCK=STRETCH.block,
+                    TURNS=STRETCH.turns, PACKED=PACKED, **options)
             else:
                 e, *others = features[l::layers]
-                for first, some in groups(others):
-                    gradient_kernel[grid_of(e.shape, True)](
-                        e.contiguous(), *some, part[group_of(first, e.shape, distance):], own[:, first:], out, lengths,
-                        T, D, own.stride(0), COUNT=min(PACKED, count - first), COSINE=distance == 'cosine',
-                        ADD=first > 0, FRAMES=TILE.frames, DIMS=TILE.dims, num_stages=TILE.stages, **options)
+                for first, some in _groups(others):
+                    slopes = part[_group_of(first, shapes[l], distance):]
+                    gradient_kernel[_grid_of(shapes[l], True)](
+                        e.contiguous(), *some, slopes, own[:, first:], out, lengths, T, D, own.stride(0),
+                        COUNT=min(PACKED, count - first), COSINE=distance == 'cosine', ADD=first > 0,
+                        FRAMES=STRETCH.frames, DIMS=STRETCH.dims, num_stages=STRETCH.stages, **options)
             found.append(out.to(dtype))
     return found
 
 
-def group_of(first: int, shape, distance: str) -> int:
-    "Where in what a layer keeps the comparisons from `first` on lie"
+def _group_of(first: int, shape: Shape, distance: str) -> int:
+    "Where the comparisons from `first` on begin in what a layer keeps"
     return first and regions([shape], first, distance)[0].stop
 
 
-def groups(others: list[Tensor]):
-    "Up to PACKED layers at a time, the last of them again where there are fewer; and the place of the first"
+def _groups(others: list[Tensor]) -> Iterator[tuple[int, list[Tensor]]]:
+    "Give PACKED layers at a time, and the place of the first; where there are fewer, the last one again"
     for first in range(0, len(others), PACKED):
         some = [x.contiguous() for x in others[first:first + PACKED]]
         yield first, some + some[-1:] * (PACKED - len(some))
 
 
-def grid_of(shape, by_frames: bool) -> tuple[int, int]:
-    "Stretches of an utterance, and utterances"
+def _grid_of(shape: Shape, by_frames: bool) -> tuple[int, int]:
+    "The grid of a launch: stretches of an utterance, and utterances"
     B, T, D = shape
-    return (triton.cdiv(T, TILE.frames) if by_frames else triton.cdiv(T * D, TILE.block * TILE.turns)), B
-
-
-def valid(frames: Tensor | None, layer: int, like: Tensor) -> Tensor:
-    "Valid frames of a layer; without them a pointer that is not read"
-    return like if frames is None else frames[layer].contiguous()
-
-
-def on_device(x: Tensor):
-    "Launches go to the GPU of the tensor; in the interpreter there is none"
-    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
+    return (triton.cdiv(T, STRETCH.frames) if by_frames else triton.cdiv(T * D, STRETCH.block * STRETCH.turns)), B
 
 
 # -------------------------------------------------------------------------------- resources
 
-def _variant(name: str, kernel, pointers: dict, constants: dict) -> Variant:
-    names = [a for a in kernel.arg_names if a not in constants]
-    signature = {a: pointers.get(a, 'i32') for a in names} | dict.fromkeys(constants, 'constexpr')
-    return Variant(f'contrastive {name}', kernel, {a: signature[a] for a in kernel.arg_names}, constants, TILE.warps,
-                   TILE.stages)
-
-
 def _variants(kind: str, counts: tuple[int, ...]) -> list[Variant]:
-    x, number, found = f'*{kind}', '*fp32', []
-    features = dict.fromkeys(('e_ptr', 'x0_ptr', 'x1_ptr', 'x2_ptr', 'x3_ptr', 'out_ptr'), x)
-    pointers = features | dict(codes_ptr='*u8', lengths_ptr='*i64')
-    pointers |= dict.fromkeys(('partial_ptr', 'factors_ptr', 'slopes_ptr'), number)
-    flat = dict(LENGTHS=True, BLOCK=TILE.block, TURNS=TILE.turns)
-    framed = dict(LENGTHS=True, FRAMES=TILE.frames, DIMS=TILE.dims)
+    "What the launchers above compile for features of a kind and so many comparisons"
+    found = []
+    features = dict.fromkeys(('e_ptr', 'x0_ptr', 'x1_ptr', 'x2_ptr', 'x3_ptr', 'out_ptr'), f'*{kind}')
+    types = features | dict(codes_ptr='*u8', lengths_ptr='*i64')
+    flat = dict(LENGTHS=True, BLOCK=STRETCH.block, TURNS=STRETCH.turns)
+    framed = dict(LENGTHS=True, FRAMES=STRETCH.frames, DIMS=STRETCH.dims)
+
+    def add(name: str, kernel, constants: dict[str, Any], types: dict[str, str] = types):
+        found.append(variant(f'contrastive {name} {kind}', kernel, constants, types, **STRETCH.options))
+
     for count in counts:
-        found += [
-            _variant(f'l1 sums {count} {kind}', sums_kernel, pointers,
-                     dict(flat, COUNT=count, SQUARE=False, KEEP=True, SIZE=True)),
-            _variant(f'l2 sums {count} {kind}', sums_kernel, pointers | dict(codes_ptr=number),
-                     dict(flat, COUNT=count, SQUARE=True, KEEP=False, SIZE=True)),
-            _variant(f'cosine sums {count} {kind}', cosine_sums_kernel, pointers,
-                     dict(framed, COUNT=count, KEEP=True, EPS=EPS)),
-            _variant(f'l2 gradient {count} {kind}', gradient_kernel, pointers,
-                     dict(framed, COUNT=count, COSINE=False, ADD=False)),
-            _variant(f'cosine gradient {count} {kind}', gradient_kernel, pointers,
-                     dict(framed, COUNT=count, COSINE=True, ADD=False))]
-    return [*found, _variant(f'l1 gradient {kind}', signs_kernel, pointers, dict(flat, PACKED=PACKED))]
+        # l2 keeps no codes: its pointer is that of the partial sums
+        add(f'l1 sums {count}', sums_kernel, dict(flat, COUNT=count, SQUARE=False, KEEP=True, SIZE=True))
+        add(f'l2 sums {count}', sums_kernel, dict(flat, COUNT=count, SQUARE=True, KEEP=False, SIZE=True),
+            types | dict(codes_ptr='*fp32'))
+        add(f'cosine sums {count}', cosine_sums_kernel, dict(framed, COUNT=count, KEEP=True, EPS=EPS))
+        add(f'l2 gradient {count}', gradient_kernel, dict(framed, COUNT=count, COSINE=False, ADD=False))
+        add(f'cosine gradient {count}', gradient_kernel, dict(framed, COUNT=count, COSINE=True, ADD=False))
+    add('l1 gradient', signs_kernel, dict(flat, PACKED=PACKED))
+    return found
 
 
 #: One negative, two, three; of short types the usual two
-VARIANTS = [*_variants('fp32', (2, 3, PACKED)), *_variants('bf16', (3,)), _variant(
-    'finish', finish_kernel, dict(partial_ptr='*fp32', out_ptr='*fp32'), dict(BLOCK=PARTIALS))]
+VARIANTS = [*_variants('fp32', (2, 3, PACKED)), *_variants('bf16', (3,)),
+            variant('contrastive finish', finish_kernel, dict(BLOCK=PARTIALS), **STRETCH.options)]

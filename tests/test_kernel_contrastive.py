@@ -341,7 +341,7 @@ DEVICES = [pytest.param('cpu', marks=pytest.mark.interpreted), pytest.param('cud
 def small_tile(monkeypatch):
     "Tiles that an example spans several of"
     from speechloss.kernels import contrastive_triton as kernels
-    monkeypatch.setattr(kernels, 'TILE', kernels.Tile(block=128, turns=2, frames=8, dims=32))
+    monkeypatch.setattr(kernels, 'STRETCH', kernels.Stretch(block=128, turns=2, frames=8, dims=32))
     monkeypatch.setattr(kernels, 'PARTIALS', 4)
 
 
@@ -350,7 +350,7 @@ def large_tile(monkeypatch, device):
     "The interpreter takes its time for each tile, whatever its size"
     if device != 'cpu': return
     from speechloss.kernels import contrastive_triton as kernels
-    monkeypatch.setattr(kernels, 'TILE', kernels.Tile(block=8192, turns=4, frames=64, dims=256))
+    monkeypatch.setattr(kernels, 'STRETCH', kernels.Stretch(block=8192, turns=4, frames=64, dims=256))
 
 
 @pytest.mark.parametrize('device', DEVICES)
