@@ -55,7 +55,7 @@ def _recording(folder, name, kind, split, wave):
     import soundfile
 
     from speechloss.common.files import sha256
-    from speechloss.corpora.manifest import Recording
+    from speechloss.corpora import Recording
     path = folder / f'{name}.wav'
     soundfile.write(path, wave, 16000)
     return Recording(id=name, path=str(path), kind=kind, split=split, frames=len(wave), sample_rate=16000,
@@ -66,7 +66,7 @@ def _recording(folder, name, kind, split, wave):
 @pytest.fixture(scope='session')
 def corpus(tmp_path_factory) -> str:
     "A manifest of buzzes that come and go, and of noise"
-    from speechloss.corpora.manifest import Manifest
+    from speechloss.corpora import Manifest
     folder, rng = tmp_path_factory.mktemp('corpus'), np.random.default_rng(0)
     t, made = np.arange(32000) / 16000, []
     for k, split in enumerate(('train',) * 4 + ('valid', 'test')):
@@ -80,7 +80,7 @@ def corpus(tmp_path_factory) -> str:
 @pytest.fixture(scope='session')
 def recipe(corpus):
     "Twelve steps of a tiny enhancer"
-    from speechloss.training.recipe import Recipe
+    from speechloss.training import Recipe
     return Recipe(model='tiny', corpus=corpus, steps=12, steps_per_epoch=4, batch_size=2, seconds=.25,
                   lr=5e-3, warmup=3, eval_every=4, save_every=3, log_every=1, valid_size=1, device='cpu')
 
@@ -88,7 +88,7 @@ def recipe(corpus):
 @pytest.fixture(scope='session')
 def whole(recipe, tmp_path_factory) -> Path:
     "The folder of an undisturbed run of that recipe, trained once: to be read, not to be written into"
-    from speechloss.training.train import train
+    from speechloss.training import train
     torch.set_num_threads(1)
     train(recipe, folder := tmp_path_factory.mktemp('whole') / 'run')
     return folder

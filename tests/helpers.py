@@ -70,5 +70,5 @@ def weights(folder) -> bytes:
 
 def untimed(path) -> list[dict]:
     "The log of a run, without how long it took"
-    from speechloss.training.run_folder import read_log
+    from speechloss.training import read_log
     return [{**row, 'seconds': 0} for row in read_log(path)]

@@ -3,11 +3,10 @@ import pytest
 import torch
 
 from speechloss.common.errors import SpeechLossError
-from speechloss.corpora.corpus import get
+from speechloss.corpora import get
 from speechloss.losses import MaskingLoss
+from speechloss.signal import load, resample, MaskingModel
 from speechloss.signal.audibility import NAMES, audible, errors_of
-from speechloss.signal.audio import load, resample
-from speechloss.signal.masking import MaskingModel
 
 RATE = 16_000
 

@@ -15,8 +15,8 @@ from hypothesis import given, settings, strategies as st
 from speechloss.common.errors import AudioError, SpeechLossError
 from speechloss.common.files import home
 from speechloss.common.libraries import optional
-from speechloss.signal.audio import load, resample, save, scan
-from speechloss.signal.levels import active_level, active_speech, mix, rms_db, set_level
+from speechloss.signal import load, resample, save, scan, active_level, mix, rms_db, set_level
+from speechloss.signal.levels import active_speech
 
 RATE = 16000
 

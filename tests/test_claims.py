@@ -6,11 +6,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from speechloss.metrics.stats import Interval
+from speechloss.metrics import Interval
+from speechloss.reproduce import load_claims, Run, kept_results, load_results
 from speechloss.reproduce.claims import (
-    KINDS, RULES, SCALES, Claim, Verdicts, failures, judge, judge_all, load_claims, reading, text)
-from speechloss.reproduce.results import kept_results, load_results
-from speechloss.reproduce.run import Run
+    KINDS, RULES, SCALES, Claim, Verdicts, failures, judge, judge_all, reading, text)
 
 CLAIMS = load_claims()
 finite = st.floats(-10, 10)

@@ -67,7 +67,7 @@ def wave(seconds: float = .5, rate: int = RATE, channels: int = 1) -> np.ndarray
 @pytest.fixture(scope='session')
 def model(tmp_path_factory) -> Path:
     "A tiny enhancer, untrained, as training leaves it"
-    from speechloss.models.catalogue import enhancer
+    from speechloss.models import enhancer
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp('model')
     enhancer('tiny').save_pretrained(folder)
@@ -419,7 +419,7 @@ def tone(speaker: int) -> np.ndarray:
 @pytest.fixture(scope='module')
 def corpus(tmp_path_factory) -> Path:
     "The manifest of a corpus of sounds, with the three splits"
-    from speechloss.corpora.corpus import from_folder
+    from speechloss.corpora import from_folder
     folder, made = tmp_path_factory.mktemp('corpus'), None
     for k, split in enumerate(('train', 'valid', 'test')):
         for kind, sound in (('speech', tone(k)), ('noise', wave(3)[:, 0] * (1 + k))):

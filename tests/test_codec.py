@@ -10,9 +10,9 @@ import torch
 from speechloss.common.errors import SpeechLossError
 from speechloss.common.files import sha256
 from speechloss.common.weights import SHIPPED
+from speechloss.features import CodecFeatures
 from speechloss.features.codec import (
-    BANDS, FLOOR, CodecFeatures, CodecNet, layer_scales, load_codec, log_power, save_codec, skill,
-    with_gain)
+    BANDS, FLOOR, CodecNet, layer_scales, load_codec, log_power, save_codec, skill, with_gain)
 from speechloss.losses import CodecLoss, build
 
 WIDTHS = (4, 6, 8)
@@ -162,7 +162,7 @@ def test_the_default_is_the_shipped_network():
 @pytest.mark.skipif(find_spec('lameenc') is None, reason='without lameenc')
 def test_the_shipped_network_takes_off_what_the_codec_takes_off():
     "On a signal that it has never seen: noise in bursts, whose upper half does not fit into 16 kbit/s"
-    from speechloss.corpora.codec_pairs import Codec
+    from speechloss.corpora import Codec
     made, _ = load_codec('mp3-16k')
     draw = torch.Generator().manual_seed(0)
     wave = .1 * torch.randn(48_000, generator=draw) * (torch.arange(48_000) % 8_000 < 4_000)
@@ -172,9 +172,8 @@ def test_the_shipped_network_takes_off_what_the_codec_takes_off():
 @pytest.mark.slow
 @pytest.mark.skipif(find_spec('lameenc') is None, reason='without lameenc')
 def test_training_goes_on_where_it_was_stopped(tmp_path):
-    from speechloss.corpora.corpus import get
-    from speechloss.corpora.manifest import Manifest
-    from speechloss.training.codec import CodecTraining, train_codec
+    from speechloss.corpora import get, Manifest
+    from speechloss.training import CodecTraining, train_codec
     few = [r for split in ('train', 'valid', 'test') for r in get('mini').speech(split)[:12]]     # each is coded to MP3
     corpus = str(Manifest(few, 'few').save(tmp_path/'few.jsonl'))
     options = CodecTraining(corpus=corpus, steps=4, batch_size=2, seconds=.5, valid_size=3, warmup=1,
@@ -198,10 +197,9 @@ def test_training_goes_on_where_it_was_stopped(tmp_path):
 
 @pytest.mark.skipif(find_spec('lameenc') is None, reason='without lameenc')
 def test_a_corpus_of_pairs_is_coded_from_its_clean_side(tmp_path):
-    from speechloss.corpora.codec_pairs import CodecPairs
-    from speechloss.corpora.corpus import from_pairs
-    from speechloss.signal.audio import save
-    from speechloss.training.codec import CodecTraining, train_codec
+    from speechloss.corpora import CodecPairs, from_pairs
+    from speechloss.signal import save
+    from speechloss.training import CodecTraining, train_codec
     draw = torch.Generator().manual_seed(0)
     for who in 'abc':
         for side, level in dict(clean=.1, noisy=.3).items():

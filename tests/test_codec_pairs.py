@@ -14,9 +14,9 @@ import torch
 from torch.utils.data import DataLoader
 
 from speechloss.common.errors import AudioError, SpeechLossError
-from speechloss.corpora.codec_pairs import BIT_RATES, Codec, CodecPairs, build_pairs, source_wave
-from speechloss.corpora.corpus import get
-from speechloss.signal.audio import load, resample, save
+from speechloss.corpora import Codec, CodecPairs, build_pairs, get
+from speechloss.corpora.codec_pairs import BIT_RATES, source_wave
+from speechloss.signal import load, resample, save
 
 if find_spec('lameenc') is None: pytest.skip('without lameenc', allow_module_level=True)
 RATE = 16_000
@@ -127,7 +127,7 @@ def test_loud_sources_and_other_rates(tmp_path, speech):
 
 BUILD = '''
 import sys
-from speechloss.corpora.codec_pairs import build_pairs
+from speechloss.corpora import build_pairs
 build_pairs(sys.argv[1], sys.argv[2], bit_rates=(16, 24, 32, 48), progress=lambda *x: print(*x, flush=True))
 '''
 

@@ -11,19 +11,15 @@ from helpers import Half, stop_at, untimed, weights
 from loss_contract import close_grad, waves
 from torch import nn
 
-from speechloss.features.base import Features
-from speechloss.features.encoder import RandomFeatures
-from speechloss.features.spectra import STFTFeatures
+from speechloss.features import Features, RandomFeatures, STFTFeatures
 from speechloss.kernels import contrastive as kernel
 from speechloss.losses import (
     ContrastiveRegularization, Curriculum, CompressedComplexLoss, Objective, build,
     curriculum_weights, plot_curriculum, pull_and_push)
 from speechloss.losses.contrastive import frame_info_nce
 from speechloss.losses.earlier import Earlier
-from speechloss.models.catalogue import enhancer, load_enhancer
-from speechloss.training.loop import fit
-from speechloss.training.run_folder import read_log
-from speechloss.training.train import train
+from speechloss.models import enhancer, load_enhancer
+from speechloss.training import fit, train, read_log
 
 
 class Frames(Features):

@@ -16,11 +16,10 @@ import soundfile
 import torch
 
 from speechloss.common.errors import CorpusError
-from speechloss.corpora import download as fetch, mini as wheels
-from speechloss.corpora.corpus import CORPORA, from_folder, from_pairs, get
+from speechloss.corpora import (
+    download as fetch, mini as wheels, CORPORA, from_folder, from_pairs, get, Manifest, Recording)
 from speechloss.corpora.download import opened, table
-from speechloss.corpora.manifest import Manifest, Recording
-from speechloss.signal.audio import info, load, save
+from speechloss.signal import info, load, save
 
 RATE = 16000
 

@@ -12,12 +12,13 @@ from hypothesis import strategies as st
 
 from speechloss.common.errors import SpeechLossError
 from speechloss.common.libraries import transformers_module
-from speechloss.features.spectra import MelFeatures
-from speechloss.judges.jury import (
-    DEFAULT, TASKS, Jury, Listener, cards_of, classifier, fit_probe, frame_labels, frames_of, judge,
-    phone_segments, pooled, pooled_frames, probe_task, recogniser, task_table, verifier)
-from speechloss.judges.listener import as_wave
-from speechloss.judges.recognition import word_errors
+from speechloss.features import MelFeatures
+from speechloss.judges import (
+    TASKS, task_table, Jury, judge, fit_probe, recogniser, word_errors, verifier)
+from speechloss.judges.cards import DEFAULT, cards_of, classifier
+from speechloss.judges.jury import pooled, probe_task
+from speechloss.judges.listener import Listener, as_wave
+from speechloss.judges.probes import frame_labels, frames_of, phone_segments, pooled_frames
 from speechloss.judges.voice import equal_error_rate, pitch_counts
 
 if lacking := [p for p in ('transformers', 'jiwer', 'pocketsphinx', 'resemblyzer', 'silero_vad', 'torchcrepe')
@@ -257,7 +258,7 @@ def test_the_real_whisper_reads_a_real_voice():
     from speechloss.corpora.corpus import present
     name = 'openai/whisper-tiny.en'
     if not cached(name) or not present()['laptop']: pytest.skip('needs the model and the corpus')
-    from speechloss.reproduce.protocol import corpus_of, protocol_of, test_clips
+    from speechloss.reproduce import corpus_of, protocol_of, test_clips
     scale = protocol_of('laptop')
     clip = next(c for c in test_clips(scale, corpus_of(scale)) if c['id'] == '1688-142285-0004')
     text, = recogniser(name).transcribe([clip['clean']])

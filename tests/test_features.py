@@ -12,14 +12,14 @@ from helpers import TinyModel
 from loss_contract import close_grad, waves
 from torch import nn
 
-from speechloss.features.base import Features, Frozen, randomized
-from speechloss.features.encoder import EncoderFeatures, RandomFeatures
-from speechloss.features.spectra import GammatoneFeatures, MelFeatures, STFTFeatures
-from speechloss.models.catalogue import enhancer
-from speechloss.signal.auditory import BANDWIDTH, erb_centres, erb_width, gammatone_filters
+from speechloss.features import (
+    Features, Frozen, randomized, EncoderFeatures, RandomFeatures, GammatoneFeatures, MelFeatures,
+    STFTFeatures)
+from speechloss.models import enhancer
+from speechloss.signal import gammatone_filters, istft, mel_filters, stft
+from speechloss.signal.auditory import BANDWIDTH, erb_centres, erb_width
 from speechloss.signal.spectra import (
-    compress, frame_count, frame_mask, hz_to_mel, istft, magnitude, mel_filters, mel_to_hz,
-    pad_reflect, stft)
+    compress, frame_count, frame_mask, hz_to_mel, magnitude, mel_to_hz, pad_reflect)
 
 SETTINGS = [(512, 128, None), (400, 100, 400), (512, 50, 240), (512, 128, 321), (63, 16, 63)]
 SETS = {

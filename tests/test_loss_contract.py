@@ -6,15 +6,15 @@ import torch
 from helpers import LARGE, Half, TinyModel, hugging, whisper
 from loss_contract import Case, LossContract
 
+from speechloss.features import (
+    EncoderFeatures, RandomFeatures, GammatoneFeatures, MelFeatures, STFTFeatures)
 from speechloss.features.codec import CodecNet
-from speechloss.features.encoder import EncoderFeatures, RandomFeatures
-from speechloss.features.spectra import GammatoneFeatures, MelFeatures, STFTFeatures
 from speechloss.features.vqvae import VQVAE
 from speechloss.losses import (
     CARDS, CodecLoss, CompressedComplexLoss, ContrastiveRegularization, FeatureDistance,
     MaskingLoss, MelLoss, ModelAsLoss, MultiResolutionSTFTLoss, Objective, SISDRLoss, SNRLoss,
     SSLLoss, STFTLoss, VQLoss, WaveL1Loss, WaveL2Loss, preset)
-from speechloss.models.catalogue import enhancer
+from speechloss.models import enhancer
 
 # A magnitude knows no direction at exact silence.
 MAGNITUDE = ('silent enhanced',)

@@ -19,9 +19,7 @@ from loss_contract import close_grad, waves
 from torch import nn
 
 from speechloss.common.errors import SpeechLossError
-from speechloss.features.base import randomized
-from speechloss.features.encoder import RandomFeatures
-from speechloss.features.spectra import STFTFeatures
+from speechloss.features import randomized, RandomFeatures, STFTFeatures
 from speechloss.kernels import Resolution
 from speechloss.losses import (
     CARDS, Balancer, CompressedComplexLoss, ConsistencyLoss, FeatureDistance, MelLoss, ModelAsLoss,
@@ -32,8 +30,8 @@ from speechloss.losses.functional import (
     wave_l1, wave_l2)
 from speechloss.losses.model_as_loss import feature_health
 from speechloss.losses.spectral import RESOLUTIONS
-from speechloss.models.catalogue import enhancer
-from speechloss.signal.spectra import stft
+from speechloss.models import enhancer
+from speechloss.signal import stft
 
 SMALL = ((64, 16, 64), (128, 40, 100))
 CLOSED = {

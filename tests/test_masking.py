@@ -10,11 +10,10 @@ from hypothesis import strategies as st
 from speechloss.common.errors import SpeechLossError
 from speechloss.losses import MaskingLoss, WaveL2Loss, build
 from speechloss.losses.functional import masking
-from speechloss.metrics.cards import score_one
-from speechloss.metrics.distances import nmr
-from speechloss.signal.audio import resample
+from speechloss.metrics import score_one, nmr
+from speechloss.signal import resample, MaskingModel
 from speechloss.signal.masking import (
-    MaskingModel, bark, noise_offset, quiet_threshold, spread, tone_offset, tones)
+    bark, noise_offset, quiet_threshold, spread, tone_offset, tones)
 
 #: Table D.1 of ISO/IEC 11172-3, layer I at 44.1 kHz: Hz, Bark, dB in quiet
 TABLE = np.array([

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from speechloss.common.errors import SpeechLossError
 from speechloss.metrics import cards as M, composite, packaged as listeners
 from speechloss.metrics.composite import composite_ratings, llr, seg_snr, wss
-from speechloss.signal.audio import resample
+from speechloss.signal import resample
 
 pytest.importorskip('pesq')
 RATE = 16_000

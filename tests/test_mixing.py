@@ -11,12 +11,10 @@ from torch.utils.data import DataLoader, Subset
 
 from speechloss.common.errors import AudioError, CorpusError
 from speechloss.corpora import mixing
+from speechloss.corpora import get, Manifest, Recording, Mixtures
 from speechloss.corpora.acoustics import coloured, convolve, looped, room
-from speechloss.corpora.corpus import get
-from speechloss.corpora.manifest import Manifest, Recording
-from speechloss.corpora.mixing import ENDLESS, GENERATED, Mixtures, Waves
-from speechloss.signal.audio import save
-from speechloss.signal.levels import active_level, rms_db
+from speechloss.corpora.mixing import ENDLESS, GENERATED, Waves
+from speechloss.signal import save, active_level, rms_db
 
 RATE = 16000
 

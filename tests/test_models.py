@@ -12,13 +12,11 @@ from hypothesis import strategies as st
 from torch import nn
 
 from speechloss.common.errors import AudioError, SpeechLossError, CheckpointError
-from speechloss.models.autoencoder import SpectralAutoencoder
-from speechloss.models.blockwise import enhance_file, enhance_wave
-from speechloss.models.bottleneck import encoder_modules, encoder_parameters
-from speechloss.models.catalogue import (
-    catalogue as models, blockwise as streaming, enhancer, load_enhancer)
-from speechloss.models.enhancer import SpectralEnhancer
-from speechloss.signal.audio import info, load
+from speechloss.models import (
+    SpectralAutoencoder, enhance_file, enhance_wave, encoder_modules, encoder_parameters, enhancer,
+    load_enhancer, SpectralEnhancer)
+from speechloss.models import blockwise as streaming, catalogue as models
+from speechloss.signal import info, load
 
 KINDS = {'both ways': dict(causal=False), 'causal': dict(causal=True),
          'deep': dict(layers=2, kernel=2), 'hop 1/4': dict(n_fft=128, hop_length=32, causal=True),

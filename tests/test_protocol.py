@@ -9,14 +9,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from speechloss.common.errors import SpeechLossError
-from speechloss.models.catalogue import enhancer
-from speechloss.metrics.stats import column, difference
+from speechloss.metrics import difference
+from speechloss.metrics.stats import column
+from speechloss.models import enhancer
+from speechloss.reproduce import (
+    iterate_model, score_model, arm_recipe, protocol_of, shared_recipe, Run, load_results)
 from speechloss.reproduce.claims import text
-from speechloss.reproduce.evaluation import cached, iterate, iterate_model, score_model
-from speechloss.reproduce.protocol import arm_recipe, model_folder, protocol_of, shared_recipe
-from speechloss.reproduce.results import load_results
-from speechloss.reproduce.run import Run
-from speechloss.training.recipe import Recipe
+from speechloss.reproduce.evaluation import cached, iterate
+from speechloss.reproduce.protocol import model_folder
+from speechloss.training import Recipe
 
 
 @pytest.fixture

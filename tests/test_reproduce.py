@@ -15,18 +15,15 @@ import nbformat
 import pytest
 
 from speechloss.common.errors import NotebookError, ReproduceError
-from speechloss.reproduce.claims import load_claims
-from speechloss.reproduce.results import load_results
-from speechloss.reproduce.runner import papers, run
-from speechloss.reproduce.study import Study
+from speechloss.reproduce import load_claims, load_results, papers, run, Study
 
 HEAD = ("# parameters\nscale, seed, out = 'smoke', 0, 'runs'\ncorpus = corpus_dir = workers = None",
         'from speechloss.reproduce.runner import Run\n'
         "run = Run('toy', scale=scale, seed=seed, out=out, corpus=corpus, workers=workers)")
 DRIVER = """
 import sys
-from speechloss.reproduce.runner import run
-from speechloss.reproduce.study import Study
+from speechloss.reproduce import run
+from speechloss.reproduce import Study
 run(Study('toy', out=sys.argv[1]), notebook=sys.argv[2], progress=False)
 """
 

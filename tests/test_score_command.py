@@ -17,10 +17,8 @@ from typer.testing import CliRunner
 from speechloss.cli.app import app
 from speechloss.common.errors import SpeechLossError
 from speechloss.common.tables import read_table
-from speechloss.metrics.cards import METRICS, score_one
-from speechloss.metrics.files import REFERENCED, score_files, summary_of
-from speechloss.metrics.jobs import jobs_of
-from speechloss.metrics.vqscore import vq_score
+from speechloss.metrics import METRICS, score_one, score_files, summary_of, jobs_of, vq_score
+from speechloss.metrics.files import REFERENCED
 
 RATE = 16_000
 

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from speechloss.common.errors import SpeechLossError
-from speechloss.metrics.scoring import score
-from speechloss.signal.audio import save
+from speechloss.metrics import score
+from speechloss.signal import save
 
 RATE = 16_000
 RNG = np.random.default_rng(0)

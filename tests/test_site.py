@@ -196,9 +196,8 @@ def test_python_of_the_readme_runs(tmp_path):
 @pytest.mark.slow
 def test_commands_of_the_readme_run(tmp_path):
     "The recipe and every `speechloss` line, on a little speech and for two steps"
-    from speechloss.corpora.corpus import get
-    from speechloss.corpora.mixing import Mixtures
-    from speechloss.signal.audio import save
+    from speechloss.corpora import get, Mixtures
+    from speechloss.signal import save
     (recipe,) = blocks('toml')
     tomllib.loads(recipe)
     (tmp_path/'recipe.toml').write_text(recipe)

@@ -12,8 +12,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from speechloss.common.errors import SpeechLossError
 from speechloss.common.libraries import torchaudio_module, transformers_module
 from speechloss.common.weights import SHIPPED
-from speechloss.features.spectra import MelFeatures
-from speechloss.features.ssl import CachedFeatures, SSLFeatures, layer_names
+from speechloss.features import MelFeatures, CachedFeatures, SSLFeatures
+from speechloss.features.ssl import layer_names
 from speechloss.features.ssl_networks import open_stages, stages_of
 from speechloss.losses import SSLLoss, build
 

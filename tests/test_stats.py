@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from speechloss.common.errors import SpeechLossError
-from speechloss.metrics.stats import MIN_CLUSTERS, Interval, compare, paired_bootstrap
+from speechloss.metrics import Interval, compare, paired_bootstrap
+from speechloss.metrics.stats import MIN_CLUSTERS
 
 
 def plain(gap, cluster, draws, seed):

@@ -17,14 +17,11 @@ from speechloss.cli.train import overrides
 from speechloss.common.errors import SpeechLossError, CheckpointError, TrainingError
 from speechloss.losses import Objective, build_objective
 from speechloss.losses.model_as_loss import feature_health
-from speechloss.models.catalogue import enhancer, load_enhancer
-from speechloss.training import checkpoints
+from speechloss.models import enhancer, load_enhancer
+from speechloss.training import checkpoints, fit, Recipe, read_log, train, train_many
+from speechloss.training.enhancer import data_of, model_of
 from speechloss.training.recipe import recipe_fields
-from speechloss.training.loop import fit
-from speechloss.training.recipe import Recipe
-from speechloss.training.run_folder import read_log
 from speechloss.training.state import PATIENCE, TrainingState
-from speechloss.training.train import data_of, model_of, train, train_many
 
 
 MAL = dict(terms=dict(base=dict(terms=dict(wave='si_sdr', spectrum='compressed_complex')),
@@ -32,8 +29,8 @@ MAL = dict(terms=dict(base=dict(terms=dict(wave='si_sdr', spectrum='compressed_c
 
 WORKER = '''
 import json, sys
-from speechloss.training.recipe import Recipe
-from speechloss.training.train import train
+from speechloss.training import Recipe
+from speechloss.training import train
 
 def main():
     recipe, out = sys.argv[1:]
@@ -376,8 +373,8 @@ def test_side_by_side(recipe, tmp_path):
 
 DISTRIBUTED = '''
 import json, sys
-from speechloss.training.recipe import Recipe
-from speechloss.training.train import train
+from speechloss.training import Recipe
+from speechloss.training import train
 train(Recipe.from_dict(json.loads(sys.argv[1])), sys.argv[2])
 '''
 

@@ -12,15 +12,13 @@ import torch
 from torch.nn import functional as F
 
 from speechloss.common.errors import SpeechLossError, TrainingError
-from speechloss.corpora.corpus import get
-from speechloss.corpora.manifest import Manifest
-from speechloss.corpora.mixing import Mixtures
+from speechloss.corpora import get, Manifest, Mixtures
 from speechloss.features.vqvae import VQVAE, load_vqvae
-from speechloss.models.catalogue import enhancer, load_enhancer
-from speechloss.models.vq_enhancer import SelfDistillation, VQEnhancer, adversarial, spectral_ratio
-from speechloss.signal.audio import load, save
-from speechloss.signal.spectra import istft, stft
-from speechloss.training.vq import VQDistillation, VQTraining, mean_pesq, restores, train_vqvae
+from speechloss.models import enhancer, load_enhancer, VQEnhancer
+from speechloss.models.vq_enhancer import SelfDistillation, adversarial, spectral_ratio
+from speechloss.signal import load, save, istft, stft
+from speechloss.training import VQDistillation, VQTraining, train_vqvae
+from speechloss.training.vq import mean_pesq, restores
 
 FEW = dict(corpus='mini', steps=4, batch_size=4, seconds=1., valid_size=2, warmup=1, eval_every=2)
 SHAPE = dict(recipe='enhance', widths=(24, 16), size=48, blocks=0)

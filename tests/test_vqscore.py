@@ -12,12 +12,11 @@ from scipy.stats import spearmanr
 
 from speechloss.common.errors import SpeechLossError
 from speechloss.common.weights import SHIPPED
-from speechloss.corpora.corpus import get
-from speechloss.features.vqvae import VQVAE, VQFeatures, load_vqvae, save_vqvae
-from speechloss.metrics.cards import score_one
-from speechloss.metrics.vqscore import VQScore, vq_score
-from speechloss.signal.audio import load, resample
-from speechloss.signal.levels import mix
+from speechloss.corpora import get
+from speechloss.features import VQFeatures
+from speechloss.features.vqvae import VQVAE, load_vqvae, save_vqvae
+from speechloss.metrics import score_one, VQScore, vq_score
+from speechloss.signal import load, resample, mix
 
 RATE = 16_000
 
@@ -221,7 +220,7 @@ def test_features_are_the_layers_of_the_encoder():
 # ---- the metric object
 
 def metric_of(rank: int, folder: str):
-    from speechloss.metrics.mean_vqscore import MeanVQScore
+    from speechloss.metrics import MeanVQScore
     torch.set_num_threads(1)
     torch.distributed.init_process_group('gloo', init_method=f'file://{folder}/store', rank=rank, world_size=2)
     metric = MeanVQScore(small())
@@ -250,7 +249,7 @@ def test_two_processes_mean_as_one(tmp_path):
 
 def test_the_metric_object_lives_like_others(tmp_path):
     torchmetrics = pytest.importorskip('torchmetrics')
-    from speechloss.metrics.mean_vqscore import MeanVQScore
+    from speechloss.metrics import MeanVQScore
     metric, waves = MeanVQScore(small()), metric_waves()
     together = torchmetrics.MetricCollection(dict(vq=metric))
     together.update(waves)

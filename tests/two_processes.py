@@ -3,7 +3,7 @@ import torch
 from loss_contract import waves
 from torch import nn
 
-from speechloss.features.encoder import RandomFeatures
+from speechloss.features import RandomFeatures
 from speechloss.losses import CompressedComplexLoss, FeatureDistance, Objective, WaveL2Loss
 
 

@@ -21,8 +21,6 @@ from .manifest import SPLITS, Manifest, Recording
 from .mini import mini
 from ..signal.audio import load, scan
 
-__all__ = ['CORPORA', 'CorpusError', 'Manifest', 'Recording', 'from_folder', 'from_pairs', 'get']
-
 CORPORA = dict(mini=mini, laptop=laptop)  # name -> makes it: (folder, from_dir) -> Manifest
 
 

@@ -28,4 +28,9 @@ from .vq import VQLoss
 from .waveform import SISDRLoss, SNRLoss, WaveL1Loss, WaveL2Loss
 
 # %% ../../nbs/losses/index.ipynb #769aa14a
-_all_ = ['Balancer', 'CARDS', 'CodecLoss', 'CompressedComplexLoss', 'ConsistencyLoss', 'ContrastiveRegularization', 'Curriculum', 'FeatureDistance', 'Loss', 'MaskingLoss', 'MelLoss', 'ModelAsLoss', 'MultiResolutionSTFTLoss', 'Objective', 'PRESETS', 'SISDRLoss', 'SNRLoss', 'SSLLoss', 'STFTLoss', 'SpectralLoss', 'VQLoss', 'WaveL1Loss', 'WaveL2Loss', 'build', 'build_objective', 'cards', 'curriculum_weights', 'from_auraloss', 'plot_curriculum', 'preset', 'pull_and_push']
+_all_ = ['Balancer', 'CARDS', 'CodecLoss', 'CompressedComplexLoss', 'ConsistencyLoss',
+         'ContrastiveRegularization', 'Curriculum', 'FeatureDistance', 'Loss', 'MaskingLoss',
+         'MelLoss', 'ModelAsLoss', 'MultiResolutionSTFTLoss', 'Objective', 'PRESETS', 'SISDRLoss',
+         'SNRLoss', 'SSLLoss', 'STFTLoss', 'SpectralLoss', 'VQLoss', 'WaveL1Loss', 'WaveL2Loss',
+         'build', 'build_objective', 'cards', 'curriculum_weights', 'from_auraloss',
+         'plot_curriculum', 'preset', 'pull_and_push']

@@ -14,4 +14,5 @@ from .spectral import (
 from .waveform import si_sdr, snr, wave_l1, wave_l2
 
 # %% ../../nbs/losses/functional.ipynb #599a4383
-_all_ = ['compressed_complex', 'consistency', 'feature_distance', 'masking', 'mel', 'multi_resolution_stft', 'si_sdr', 'snr', 'wave_l1', 'wave_l2']
+_all_ = ['compressed_complex', 'consistency', 'feature_distance', 'masking', 'mel',
+         'multi_resolution_stft', 'si_sdr', 'snr', 'wave_l1', 'wave_l2']

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from ..common.errors import SpeechLossError
 from ..common.libraries import extra
-from .enhancer import SILENCE, check_frame, check_waves, frame_total, spectrum
+from .mask_network import SILENCE, check_frame, check_waves, frame_total, spectrum
 from ..signal.audio import SAMPLE_RATE
 from ..signal.spectra import frame_mask, istft
 

@@ -17,7 +17,7 @@ from ..common.libraries import extra
 from ..features.base import Frozen
 from ..features.vqvae import VQVAE
 from ..kernels import token_cross_entropy
-from .enhancer import check_waves
+from .mask_network import check_waves
 from ..signal.spectra import frame_mask, istft, stft, valid_part
 
 try:

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from ..common.files import home, write_text
-from ..judges.jury import DEFAULT, Jury
+from ..judges.cards import DEFAULT
+from ..judges.jury import Jury
 from ..metrics.scoring import score
 from ..models.catalogue import load_enhancer
 from .results import plain

@@ -18,8 +18,8 @@ from ..corpora.corpus import get
 from ..corpora.manifest import Manifest
 from ..corpora.mixing import Mixtures
 from .study import CORPUS_OF
+from ..training.enhancer import train_many
 from ..training.recipe import BASE, Recipe
-from ..training.train import train_many
 
 # %% ../../nbs/reproduce/protocol.ipynb #e80a34e6
 @dataclass(frozen=True)
