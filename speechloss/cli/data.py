@@ -13,7 +13,8 @@ from typing import Annotated
 
 import typer
 
-from .console import Json, complain, one_of, show
+from .console import Json, complain, show
+from ..common.errors import choose
 
 # %% ../../nbs/cli/data.ipynb #8a2df5a4
 data = typer.Typer(no_args_is_help=True, help='Prepare corpora: fetch, make, list, show and check them.')
@@ -36,7 +37,7 @@ def data_get(
     "Fetch a corpus, check it and print where it lies."
     from speechloss.corpora import corpus
     from speechloss.corpora.corpus import present
-    one_of('corpus', name, corpus.CORPORA)
+    choose('corpus', name, corpus.CORPORA)
     manifest = corpus.get(name, from_dir=from_dir)
     complain(f'{name}: {len(manifest)} recordings, hash {manifest.hash[:16]}')
     print(present()[name])
@@ -62,7 +63,7 @@ def data_make(
     if manifest.suffix != '.jsonl':
         raise SpeechLossError(f'{manifest} is no manifest: end its name in .jsonl')
     if split:
-        one_of('split', split, ('train', 'valid', 'test'))
+        choose('split', split, ('train', 'valid', 'test'))
     options = dict(split=split, speaker=speaker_in(speaker) if speaker else None)
     if speech and not (clean or noisy):
         made = corpus.from_folder(speech, noise, **options)
@@ -132,6 +133,6 @@ def here(name: str):
     if name.endswith('.jsonl'):
         if not Path(name).is_file():
             raise SpeechLossError(f'manifest {name} does not exist: name a .jsonl file')
-    elif not present()[one_of('corpus', name, present())]:
+    elif not present()[choose('corpus', name, present())]:
         raise SpeechLossError(f'corpus {name!r} is not here: speechloss data get {name}')
     return corpus.get(name)

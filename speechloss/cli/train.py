@@ -12,7 +12,8 @@ from typing import Annotated, Any
 
 import typer
 
-from .console import Quiet, one_of, show
+from .console import Quiet, show
+from ..common.errors import choose
 
 # %% ../../nbs/cli/train.ipynb #c81c058e
 def show_fields(asked: bool) -> None:
@@ -38,7 +39,7 @@ def train(
     """
     options = overrides(ctx.args)
     from speechloss.common.progress import bar
-    from speechloss.training import train as training
+    from speechloss.training import enhancer as training
     chosen = build_recipe(training.Recipe, read_recipe(recipe), options)
     with bar('train', hide=quiet) as draw:
         print(training.train(chosen, out, progress=draw, tensorboard=tensorboard))
@@ -85,7 +86,7 @@ def build_recipe(kind: type, fields: dict, options: dict[str, Any]) -> Any:
     from speechloss.common.errors import SpeechLossError
     defaults = asdict(kind())
     for name in [*fields, *(key.split('.')[0] for key in options)]:
-        one_of('field', name, defaults)
+        choose('field', name, defaults)
     for key, value in options.items():
         *parents, last = key.split('.')
         place = fields = {**{name: defaults[name] for name in parents[:1]}, **fields}

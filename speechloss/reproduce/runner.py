@@ -15,14 +15,14 @@ from pathlib import Path
 from typing import Any
 
 from .. import __version__
-from ..common.errors import NotebookError, ReproduceError, unknown
+from ..common.errors import NotebookError, ReproduceError, choose
 from ..common.files import write_text, lock
 from .claims import registry
 from .notebooks import execute, need, read_notebook, tidy
 from .study import Study
 from ..common.progress import bar, progress, watch# noqa: F401 (with Run and Study: for users)
-from .results import load_results, write_json # noqa: F401
-from .run import Run # noqa: F401
+from .results import load_results, write_json# noqa: F401
+from .record import Run# noqa: F401
 
 # %% ../../nbs/reproduce/runner.ipynb #5b4ad0e0
 def papers() -> dict[str, Path]:
@@ -36,10 +36,8 @@ def find_paper(
     notebook: str | Path | None = None,  # a notebook elsewhere
 ) -> Path:                               # the notebook of a paper
     "Raises `ReproduceError`, with the names there are, for a paper that there is not."
-    path = Path(notebook) if notebook else papers().get(paper)
-    if path is None or not path.is_file():
-        raise ReproduceError(unknown('paper', paper, papers()) if path is None else
-                             f'notebook {path} does not exist: name a .ipynb file')
+    path = Path(notebook) if notebook else papers()[choose('paper', paper, papers(), error=ReproduceError)]
+    if not path.is_file(): raise ReproduceError(f'notebook {path} does not exist: name a .ipynb file')
     return path
 
 # %% ../../nbs/reproduce/runner.ipynb #e3bac88e

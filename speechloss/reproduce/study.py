@@ -9,7 +9,7 @@ __all__ = ['CORPUS_OF', 'Study', 'check_corpus']
 from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 
-from ..common.errors import ReproduceError, unknown
+from ..common.errors import ReproduceError, choose
 from ..common.processes import available_cores
 from ..corpora.corpus import CORPORA
 from .claims import SCALES
@@ -32,8 +32,7 @@ class Study:
     workers: int | None = None             # processes; None: all cores it may use
 
     def __post_init__(self):
-        if self.scale not in SCALES:
-            raise ReproduceError(unknown('scale', self.scale, SCALES))
+        choose('scale', self.scale, SCALES, error=ReproduceError)
         if not isinstance(self.seed, int) or self.seed < 0:
             raise ReproduceError(f'seed is {self.seed!r}: use a whole number from 0')
         if self.workers is not None and self.workers < 1:
@@ -59,6 +58,6 @@ def check_corpus(
     elif name == CORPUS_OF['paper'] and name not in CORPORA:
         raise ReproduceError(f'corpus {name!r}, that of scale paper, comes with a later release: '
                              'give the path of a manifest (--corpus my.jsonl)')
-    elif name not in CORPORA:
-        raise ReproduceError(unknown('corpus', name, CORPORA) + ', or the path of a manifest (.jsonl)')
+    else:
+        choose('corpus', name, CORPORA, more='or give the path of a manifest (.jsonl)', error=ReproduceError)
     return name
