@@ -6,7 +6,7 @@ import nbformat
 from pages import ROOT
 from running import DRAWN
 
-from speechloss.reproduce.run import count_verdicts, kept_results
+from speechloss.reproduce import count_verdicts, kept_results
 
 SHOWN = 'What the cells show is the [kept run](results/{paper}/notebook.ipynb) at scale {scale}.'
 

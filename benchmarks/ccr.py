@@ -9,9 +9,7 @@ from functools import cache, partial
 
 import torch
 
-from speechloss.features.base import RandomFeatures, STFTFeatures
-from speechloss.features.ssl import SSLFeatures
-from speechloss.features.vqvae import VQFeatures
+from speechloss.features import RandomFeatures, STFTFeatures, SSLFeatures, VQFeatures
 from speechloss.losses import ContrastiveRegularization, FeatureDistance
 
 from .common import DEVICE, Contest, noisy_pair

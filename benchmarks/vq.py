@@ -8,7 +8,7 @@ from functools import partial
 from torch import nn
 
 from speechloss.losses import MultiResolutionSTFTLoss, VQLoss
-from speechloss.metrics.vqscore import VQScore
+from speechloss.metrics import VQScore
 
 from .common import DEVICE, Contest, noisy_pair
 
