@@ -20,7 +20,7 @@ BLOCK = 1 << 18
 #: Utterances, frames, dims of a layer
 Shape = tuple[int, int, int]
 #: Utterances and frames of a block
-Place = tuple[slice, slice]
+_Place = tuple[slice, slice]
 
 
 # ------------------------------------------------------------------------------ the reference
@@ -118,10 +118,10 @@ def sums(
 
 # What a block (b, t, D) adds: for each comparison a sum (b,), behind them the size of clean except
 # for cosine; and, to keep, what `regions` says.
-BlockSums = tuple[list[Tensor], list[Tensor]]
+_BlockSums = tuple[list[Tensor], list[Tensor]]
 
 
-def _l1_block(e: Tensor, others: list[Tensor], keep: bool) -> BlockSums:
+def _l1_block(e: Tensor, others: list[Tensor], keep: bool) -> _BlockSums:
     "Sums of |e - x|, and their signs as base 4 digits, 0 for - and 2 for +, PACKED in a number"
     found: list[Tensor] = []
     codes: list[Tensor] = []
@@ -135,12 +135,12 @@ def _l1_block(e: Tensor, others: list[Tensor], keep: bool) -> BlockSums:
     return [*found, others[0].abs().sum((1, 2))], codes
 
 
-def _l2_block(e: Tensor, others: list[Tensor], keep: bool) -> BlockSums:
+def _l2_block(e: Tensor, others: list[Tensor], keep: bool) -> _BlockSums:
     "Sums of (e - x)²; there is nothing to keep"
     return [*((e - x).square_().sum((1, 2)) for x in others), others[0].square().sum((1, 2))], []
 
 
-def _cosine_block(e: Tensor, others: list[Tensor], keep: bool) -> BlockSums:
+def _cosine_block(e: Tensor, others: list[Tensor], keep: bool) -> _BlockSums:
     """Sums of 1 - cos over frames; for each comparison its gradient, slope (close e - x) + turn e.
 
     Where e is close to x all comes from the difference, |e| |x| (1 - cos) =
@@ -251,7 +251,7 @@ def shape_of(layer: Tensor) -> Shape:
     return B, T, D
 
 
-def _blocks(shape: Shape, device: torch.device, frames: Tensor | None) -> Iterator[tuple[Place, Tensor | None]]:
+def _blocks(shape: Shape, device: torch.device, frames: Tensor | None) -> Iterator[tuple[_Place, Tensor | None]]:
     """Give the place of each block of a layer, and its mask (b, t, 1) or None.
 
     On a CPU a block is a part of one utterance, of its valid frames alone; elsewhere it is the
@@ -268,7 +268,7 @@ def _blocks(shape: Shape, device: torch.device, frames: Tensor | None) -> Iterat
             yield (slice(b, b + 1), slice(t, min(t + step, valid))), None
 
 
-def _part(x: Tensor, at: Place, inside: Tensor | None, dtype: torch.dtype) -> Tensor:
+def _part(x: Tensor, at: _Place, inside: Tensor | None, dtype: torch.dtype) -> Tensor:
     "A block of a layer in the type of the numerics, zero outside"
     x = x[at].to(dtype)
     return x if inside is None else torch.where(inside, x, 0)

@@ -38,7 +38,7 @@ PARTIALS = 128
 
 
 @triton.jit
-def read(ptr, place, mask): return tl.load(ptr + place, mask=mask, other=0.).to(tl.float32)
+def read_float(ptr, place, mask): return tl.load(ptr + place, mask=mask, other=0.).to(tl.float32)
 
 
 @triton.jit
@@ -75,20 +75,20 @@ def sums_kernel(e_ptr, x0_ptr, x1_ptr, x2_ptr, x3_ptr, codes_ptr, partial_ptr, l
     for turn in range(TURNS):
         inside = (tile * TURNS + turn) * BLOCK + tl.arange(0, BLOCK)
         live, place = inside < valid, start + inside
-        e, x = read(e_ptr, place, live), read(x0_ptr, place, live)
+        e, x = read_float(e_ptr, place, live), read_float(x0_ptr, place, live)
         if SIZE: size += size_of(x, SQUARE)
         s0 += size_of(e - x, SQUARE)
         code = sign_of(e - x, 0)
         if COUNT > 1:
-            gap = e - read(x1_ptr, place, live)
+            gap = e - read_float(x1_ptr, place, live)
             s1 += size_of(gap, SQUARE)
             code |= sign_of(gap, 1)
         if COUNT > 2:
-            gap = e - read(x2_ptr, place, live)
+            gap = e - read_float(x2_ptr, place, live)
             s2 += size_of(gap, SQUARE)
             code |= sign_of(gap, 2)
         if COUNT > 3:
-            gap = e - read(x3_ptr, place, live)
+            gap = e - read_float(x3_ptr, place, live)
             s3 += size_of(gap, SQUARE)
             code |= sign_of(gap, 3)
         if KEEP: tl.store(codes_ptr + place, code.to(tl.uint8), mask=inside < T * D)
@@ -110,7 +110,8 @@ def cosine(e_ptr, x_ptr, slopes_ptr, t, live, rows, frames, D, KEEP: tl.constexp
     for start in range(0, D, DIMS):
         dims = start + tl.arange(0, DIMS)
         mask = live[:, None] & (dims < D)[None, :]
-        e, x = read(e_ptr, rows[:, None] + dims[None, :], mask), read(x_ptr, rows[:, None] + dims[None, :], mask)
+        e, x = (read_float(e_ptr, rows[:, None] + dims[None, :], mask),
+                read_float(x_ptr, rows[:, None] + dims[None, :], mask))
         gap = e - x
         apart += gap * gap
         along += gap * e
@@ -228,11 +229,11 @@ def gradient_kernel(e_ptr, x0_ptr, x1_ptr, x2_ptr, x3_ptr, slopes_ptr, factors_p
         dims = start + tl.arange(0, DIMS)
         place = rows[:, None] + dims[None, :]
         mask, there = live[:, None] & (dims < D)[None, :], (t < T)[:, None] & (dims < D)[None, :]
-        e = read(e_ptr, place, mask)
-        total = slope0[:, None] * (close0[:, None] * e - read(x0_ptr, place, mask))
-        if COUNT > 1: total += slope1[:, None] * (close1[:, None] * e - read(x1_ptr, place, mask))
-        if COUNT > 2: total += slope2[:, None] * (close2[:, None] * e - read(x2_ptr, place, mask))
-        if COUNT > 3: total += slope3[:, None] * (close3[:, None] * e - read(x3_ptr, place, mask))
+        e = read_float(e_ptr, place, mask)
+        total = slope0[:, None] * (close0[:, None] * e - read_float(x0_ptr, place, mask))
+        if COUNT > 1: total += slope1[:, None] * (close1[:, None] * e - read_float(x1_ptr, place, mask))
+        if COUNT > 2: total += slope2[:, None] * (close2[:, None] * e - read_float(x2_ptr, place, mask))
+        if COUNT > 3: total += slope3[:, None] * (close3[:, None] * e - read_float(x3_ptr, place, mask))
         if COSINE: total += turns[:, None] * e
         total = tl.where(live[:, None], total, 0.)
         if ADD: total += tl.load(out_ptr + place, mask=there, other=0.)

@@ -27,7 +27,7 @@ TILES = {0: Tile(64, 64, 16, 8, 3), 4096: Tile(128, 64, 16, 8, 3)}
 
 
 @triton.jit
-def read(ptr, rows, count, depth, dims):
+def read_rows(ptr, rows, count, depth, dims):
     "Rows of a matrix (count, dims) as float32, 0 outside"
     keep = (rows < count)[:, None] & (depth < dims)[None, :]
     return tl.load(ptr + rows[:, None].to(tl.int64) * dims + depth[None, :], mask=keep, other=0.).to(tl.float32)
@@ -40,7 +40,7 @@ def products(a_ptr, b_ptr, a_rows, b_rows, a_count, b_count, dims, ROWS: tl.cons
     total = tl.zeros((ROWS, COLS), tl.float32)
     for start in range(0, dims, DEPTH):
         depth = start + tl.arange(0, DEPTH)
-        a, b = read(a_ptr, a_rows, a_count, depth, dims), read(b_ptr, b_rows, b_count, depth, dims)
+        a, b = read_rows(a_ptr, a_rows, a_count, depth, dims), read_rows(b_ptr, b_rows, b_count, depth, dims)
         total = tl.dot(a, tl.trans(b), total, input_precision=PRECISION)
     return total
 
@@ -59,7 +59,7 @@ def norms_kernel(x_ptr, inverse_ptr, count, dims, EPS: tl.constexpr, ROWS: tl.co
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     total = tl.zeros((ROWS,), tl.float32)
     for start in range(0, dims, DEPTH):
-        x = read(x_ptr, rows, count, start + tl.arange(0, DEPTH), dims)
+        x = read_rows(x_ptr, rows, count, start + tl.arange(0, DEPTH), dims)
         total += tl.sum(x * x, 1)
     tl.store(inverse_ptr + rows, 1 / tl.sqrt(total + EPS), mask=rows < count)
 
@@ -153,9 +153,9 @@ def product_kernel(slopes_ptr, x_ptr, inverse_ptr, out_ptr, height, width, dims,
     total = tl.zeros((ROWS, COLS), tl.float32)
     for start in range(0, length, DEPTH):
         depth = start + tl.arange(0, DEPTH)
-        if TRANSPOSED: slopes = tl.trans(read(slopes_ptr, depth, length, rows, count))
-        else: slopes = read(slopes_ptr, rows, count, depth, length)
-        x = read(x_ptr, depth, length, held, dims)
+        if TRANSPOSED: slopes = tl.trans(read_rows(slopes_ptr, depth, length, rows, count))
+        else: slopes = read_rows(slopes_ptr, rows, count, depth, length)
+        x = read_rows(x_ptr, depth, length, held, dims)
         x *= tl.load(inverse_ptr + depth, mask=depth < length, other=0.)[:, None]
         total = tl.dot(slopes, x, total, input_precision=PRECISION)
     place = out_ptr + rows[:, None].to(tl.int64) * dims + held[None, :]
@@ -172,11 +172,12 @@ def across_kernel(grad_ptr, x_ptr, inverse_ptr, out_ptr, count, dims, ROWS: tl.c
     along = tl.zeros((ROWS,), tl.float32)
     for start in range(0, dims, DEPTH):
         depth = start + tl.arange(0, DEPTH)
-        along += tl.sum(read(grad_ptr, rows, count, depth, dims) * read(x_ptr, rows, count, depth, dims), 1)
+        along += tl.sum(read_rows(grad_ptr, rows, count, depth, dims) * read_rows(x_ptr, rows, count, depth, dims), 1)
     along *= inverse * inverse
     for start in range(0, dims, DEPTH):
         depth = start + tl.arange(0, DEPTH)
-        grad = read(grad_ptr, rows, count, depth, dims) - along[:, None] * read(x_ptr, rows, count, depth, dims)
+        grad = (read_rows(grad_ptr, rows, count, depth, dims)
+                - along[:, None] * read_rows(x_ptr, rows, count, depth, dims))
         place = out_ptr + rows[:, None].to(tl.int64) * dims + depth[None, :]
         inside = (rows < count)[:, None] & (depth < dims)[None, :]
         tl.store(place, (grad * inverse[:, None]).to(out_ptr.dtype.element_ty), mask=inside)

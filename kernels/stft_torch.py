@@ -100,7 +100,7 @@ def _floored(spec: Tensor, plan: Plan) -> Tensor:
 
 # ------------------------------------------------------------------------- with the gradient
 
-class Norms(NamedTuple):
+class _Norms(NamedTuple):
     "What spectral convergence is made of, of one utterance or of the batch"
     gap: Tensor     # |s - e|², a scalar
     clean: Tensor   # |s|², a scalar
@@ -108,7 +108,7 @@ class Norms(NamedTuple):
 
 
 #: A term: its value, and how to get its slope, which is computed only where it is needed
-Term = tuple[Tensor, Callable[[], Tensor]]
+_Term = tuple[Tensor, Callable[[], Tensor]]
 
 
 def distance(
@@ -150,7 +150,7 @@ def utterance_terms(
     plan: Plan,
     mix: list[list[float]],        # (outputs, terms)
     need_grad: bool,
-    batch: Norms | None = None,    # of the whole batch, for plan.norm 'batch'
+    batch: _Norms | None = None,    # of the whole batch, for plan.norm 'batch'
 ) -> tuple[Tensor, Tensor | None]:   # (terms,), (outputs, T)
     "Compute the terms of one utterance, and the gradient of each mix of them in `enhanced`"
     E, S = (_utterance_spectrum(wave, resolution) for wave in (enhanced, clean))
@@ -179,7 +179,7 @@ def utterance_terms(
     return values, torch.stack(waves)
 
 
-def _magnitude_terms(e: Tensor, s: Tensor, plan: Plan, batch: Norms | None) -> dict[str, Term]:
+def _magnitude_terms(e: Tensor, s: Tensor, plan: Plan, batch: _Norms | None) -> dict[str, _Term]:
     "{term: (value, slope in e)} of the terms of magnitudes"
     diff, cells, power, offset = e - s, e.numel(), plan.power, plan.offset
     above = e + offset if offset else e
@@ -189,7 +189,7 @@ def _magnitude_terms(e: Tensor, s: Tensor, plan: Plan, batch: Norms | None) -> d
     def logs(): return (above / (s + offset if offset else s)).log_()
 
     def convergence():
-        over, under, count = batch or Norms(diff.view(-1).dot(diff.view(-1)), s.view(-1).dot(s.view(-1)), cells)
+        over, under, count = batch or _Norms(diff.view(-1).dot(diff.view(-1)), s.view(-1).dot(s.view(-1)), cells)
         over, under = over.sqrt(), under.sqrt() + plan.sc_floor * count ** .5
         return over / under, lambda: diff * torch.where(over > 0, 1 / (over * under), 0.)
 
@@ -209,7 +209,7 @@ def _magnitude_terms(e: Tensor, s: Tensor, plan: Plan, batch: Norms | None) -> d
     return {name: formulas[name]() for name in plan.terms if name in formulas}
 
 
-def _complex_term(E: Tensor, S: Tensor, r_e: Tensor, r_s: Tensor, plan: Plan) -> Term:
+def _complex_term(E: Tensor, S: Tensor, r_e: Tensor, r_s: Tensor, plan: Plan) -> _Term:
     "(value, gradient in the spectrum) of the compressed complex distance"
     half = (plan.power - 1) / 2
     gain = r_e ** half
@@ -226,14 +226,14 @@ def _complex_term(E: Tensor, S: Tensor, r_e: Tensor, r_s: Tensor, plan: Plan) ->
 
 
 def _batch_norms(pairs: list[tuple[Tensor, Tensor]], resolution: Resolution, filters: Tensor | None,
-                 plan: Plan) -> Norms:
+                 plan: Plan) -> _Norms:
     "The norms over all utterances, added in their order"
     def one(pair):
         e, s = (_magnitudes(wave, resolution, filters, plan) for wave in pair)
-        return Norms((s - e).square().sum(), s.square().sum(), s.numel())
+        return _Norms((s - e).square().sum(), s.square().sum(), s.numel())
 
     each = side_by_side(one, pairs, cpu=pairs[0][0].is_cpu)
-    return Norms(*(reduce(add, numbers) for numbers in zip(*each)))
+    return _Norms(*(reduce(add, numbers) for numbers in zip(*each)))
 
 
 def _magnitudes(wave: Tensor, resolution: Resolution, filters: Tensor | None,

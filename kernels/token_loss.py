@@ -17,9 +17,8 @@ from torch import Tensor
 from . import token_loss_torch
 from .backends import check_temperature, choose, working_dtype
 from .frames_and_codes import anchor, check, counted_frames, described, flattened, unit
-from .token_loss_torch import LEFT_OUT
+from .token_loss_torch import LEFT_OUT, METRICS
 
-METRICS = ('euclidean', 'squared', 'cosine')
 
 
 def token_cross_entropy(

@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+METRICS = ('euclidean', 'squared', 'cosine')
 #: Frames and codes of a tile
 ROWS, COLUMNS = 256, 2048
 #: The frames of a tile are a multiple of this, or the BLAS rounds a row by how many rows there are
@@ -21,7 +22,7 @@ def reference(
     codes: Tensor,     # (K, D)
     targets: Tensor,   # (N,) tokens, or LEFT_OUT
     scale: float,      # logits are minus this times a distance
-    metric: str,       # one of `token_loss.METRICS`
+    metric: str,       # one of METRICS
 ) -> Tensor:           # (N,)
     "Compute the loss with the matrix of all distances in memory, which is large"
     return F.cross_entropy(-_distances(frames, codes, metric) * scale, targets, reduction='none',
@@ -46,7 +47,7 @@ def forward(
     norms: Tensor,     # (K,) squared norms of the codes less the shift; zeros for 'cosine'
     targets: Tensor,   # (N,) tokens, or LEFT_OUT
     scale: float,      # logits are minus this times a distance
-    metric: str,       # one of `token_loss.METRICS`
+    metric: str,       # one of METRICS
 ) -> tuple[Tensor, Tensor]:   # (N,), (N,)
     "Compute the loss, and `rest`: the log-sum-exp of the logits of all codes but the target"
     own = _own_distances(frames, codes, shift, targets, metric)
@@ -71,7 +72,7 @@ def backward(
     norms: Tensor,     # (K,) squared norms of the codes less the shift; zeros for 'cosine'
     targets: Tensor,   # (N,) tokens, or LEFT_OUT
     scale: float,      # logits are minus this times a distance
-    metric: str,       # one of `token_loss.METRICS`
+    metric: str,       # one of METRICS
     rest: Tensor,      # (N,), what `forward` returned
     grad: Tensor,      # (N,), of the loss
     need: list[bool],  # of frames, of codes

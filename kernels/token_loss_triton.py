@@ -16,9 +16,10 @@ from torch import Tensor
 from .frames_and_codes_triton import DEPTH, aligned, deep_of, products, read_frames
 from .launch import Tile, on_device, share_of
 from .resources import Variant, variant
+from .token_loss_torch import METRICS
 
+#: Places of the names in METRICS
 EUCLIDEAN, SQUARED, COSINE = (tl.constexpr(k) for k in range(3))
-METRICS = ('euclidean', 'squared', 'cosine')
 _DEEP = DEPTH.value
 #: The tile of frames and codes of the forward pass
 FORWARD = Tile(64, 64, _DEEP, 4, 3)
@@ -192,7 +193,7 @@ def forward(
     norms: Tensor,     # (K,) squared norms of the codes less the shift; zeros for 'cosine'
     targets: Tensor,   # (N,) tokens, or `token_loss_torch.LEFT_OUT`
     scale: float,      # logits are minus this times a distance
-    metric: str,       # one of `token_loss.METRICS`
+    metric: str,       # one of METRICS
 ) -> tuple[Tensor, Tensor]:   # (N,), (N,)
     "Compute the loss, and `rest`: the log-sum-exp of the logits of all codes but the target"
     n = len(frames)
@@ -213,7 +214,7 @@ def backward(
     norms: Tensor,     # (K,) squared norms of the codes less the shift; zeros for 'cosine'
     targets: Tensor,   # (N,) tokens, or `token_loss_torch.LEFT_OUT`
     scale: float,      # logits are minus this times a distance
-    metric: str,       # one of `token_loss.METRICS`
+    metric: str,       # one of METRICS
     rest: Tensor,      # (N,), what `forward` returned
     grad: Tensor,      # (N,), of the loss
     need: list[bool],  # of frames, of codes
