@@ -1,9 +1,14 @@
-"""Which back end serves a call, and why another one cannot.
+"""`choose`, `available` and `why_not`: which back end serves a call, and why Triton cannot.
 
-Every kernel has up to four: `reference`, plain torch in a few lines, the oracle of the tests,
-which alone has second derivatives; `torch`, the algorithm of the kernel in torch, which
-computes the gradient on the way forward and works on any device; `triton`; and `auto`, which
-takes Triton for float32 and shorter on a GPU and torch elsewhere.
+A call names one of four:
+
+    reference   plain torch in a few lines; what tests compare with, and the only one that has
+                second derivatives
+    torch       the algorithm of the kernel in torch, with its gradient, on any device
+    triton      the same in Triton, for float32 and shorter types on a GPU
+    auto        triton where it can serve, else torch
+
+Beside them stand the checks of arguments that several kernels share.
 """
 import math
 import os
@@ -19,7 +24,7 @@ LEAST_TEMPERATURE = 1e-6
 
 
 def why_not() -> str:
-    """Why the Triton back end cannot serve, in a phrase; empty when it can.
+    """Return why the Triton back end cannot serve, in a phrase; empty when it can.
 
     `TRITON_INTERPRET=1` counts as a device: the kernels then run, slowly, on the CPU.
     """
@@ -37,12 +42,12 @@ def why_not() -> str:
 
 
 def interpreted() -> bool:
-    "Whether Triton kernels run in its interpreter, on the CPU"
+    "Return whether Triton kernels run in its interpreter, on the CPU"
     return os.environ.get('TRITON_INTERPRET') == '1'
 
 
 def available() -> bool:
-    "Whether the Triton back end can serve on this machine"
+    "Return whether the Triton back end can serve on this machine"
     return not why_not()
 
 
@@ -50,10 +55,10 @@ def choose(
     backend: str,      # one of BACKENDS
     *tensors: Tensor,  # what the call works on
 ) -> str:              # 'torch', 'triton' or 'reference'
-    """The back end of a call; `auto` never fails.
+    """Return the back end that serves a call.
 
-    Raises ValueError for an unknown name and RuntimeError where Triton was asked for by name
-    and cannot serve.
+    Raises ValueError for an unknown name, and RuntimeError where Triton was asked for by name
+    and cannot serve, or where forward-mode differentiation is under way.
     """
     if backend not in BACKENDS:
         raise ValueError(f'backend is {backend!r}: choose one of {", ".join(BACKENDS)}')
@@ -76,22 +81,22 @@ def choose(
 
 
 def _has_tangent(tensor: Tensor) -> bool:
-    "Whether forward-mode differentiation is under way; a custom op would silently have a zero for it"
+    "Whether forward-mode differentiation is under way, for which a custom operator would give zero without a word"
     return not torch.compiler.is_compiling() and torch.autograd.forward_ad._current_level >= 0 \
         and torch.autograd.forward_ad.unpack_dual(tensor).tangent is not None
 
 
 def wants_grad(*tensors: Tensor) -> bool:
-    "Whether autograd will ask for a gradient of these"
+    "Return whether autograd will ask for a gradient of one of these"
     return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
 
 
 def working_dtype(*tensors: Tensor) -> torch.dtype:
-    "float64 if one of them is, else float32: shorter types are computed in that"
+    "Return float64 if one of the tensors is, else float32, in which shorter types are computed"
     return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
 
 
-def check_floating(name: str, value) -> None:
+def check_floating(name: str, value: object) -> None:
     "Raise TypeError for what is not a real floating point tensor"
     if not isinstance(value, Tensor) or not value.is_floating_point():
         got = value.dtype if isinstance(value, Tensor) else type(value).__name__

@@ -1,9 +1,9 @@
-"""Contrastive ratio over feature layers: distance to clean over distance to what clean is not.
+"""`contrastive_ratio`, `contrastive_terms`: distance to clean over distance to negatives, over feature layers.
 
 Every layer of every utterance is read once, a block at a time. For 'l1' the backward pass needs
 no features, only the signs of the differences: two bits for each comparison, four comparisons a
-byte. For 'l2' and 'cosine' it reads the features again; what it needs to know beside them is at
-most two numbers a frame. Back ends: see `speechloss.kernels.backends`.
+byte. For 'l2' and 'cosine' it reads the features again; for 'cosine' two numbers for each frame
+and comparison are kept beside them. Back ends: see `speechloss.kernels.backends`.
 """
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -56,13 +56,15 @@ def contrastive_terms(
     eps: float = 1e-3,                    # > 0, of the mean size of the clean features
     backend: str = 'auto',                # see speechloss.kernels.backends
 ) -> ContrastiveTerms:
-    """`sum_l w_l d(enhanced, clean) / (sum_k w_k d(enhanced, negative_k) + eps * size(clean))`.
+    """Return the distance to clean over the weighted distance to negatives, and its parts.
 
+    The value of an utterance is `sum_l w_l d(enhanced, clean) / (sum_k w_k d(enhanced,
+    negative_k) + eps * size(clean))`, over layers l and negatives k.
     `d` is a mean over the valid frames of an utterance and over dims: of |a - b| (l1), of
     (a - b)² (l2), or over frames of 1 - cos (cosine); the size of clean is its mean |c|, its mean
     c², or 1. So a value lies below `d / (eps * size)`, and nothing depends on the rest of the
-    batch. The gradient reaches `enhanced` alone. Numerics are float32 for shorter types, also
-    under autocast; float64 stays float64. A second derivative needs `backend='reference'`.
+    batch. The gradient reaches `enhanced` alone. Shorter types are computed in float32, also
+    under autocast; float64 in float64. A second derivative needs `backend='reference'`.
     Nothing here waits for a GPU: give `weights`, `layer_weights` and `frames` on its device.
     Raises ValueError and TypeError for what cannot be computed, before anything is.
     """
@@ -177,8 +179,9 @@ _contrastive.register_autograd(_backward, setup_context=_keep)
 
 # ---------------------------------------------------------------------------------- checks
 
-def _check_layers(enhanced, clean, negatives) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-    "The layers of enhanced and clean, and those of all negatives end to end"
+def _check_layers(enhanced: list[Tensor], clean: list[Tensor],
+                  negatives: list[list[Tensor]]) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+    "The layers of enhanced, of clean, and of all negatives end to end"
     negatives = [negatives] if isinstance(negatives, Tensor) else list(negatives)
     stacks = dict(enhanced=enhanced, clean=clean) | {f'negatives[{k}]': x for k, x in enumerate(negatives)}
     for name, stack in stacks.items():
@@ -196,7 +199,7 @@ def _check_layers(enhanced, clean, negatives) -> tuple[list[Tensor], list[Tensor
     return list(enhanced), list(clean), [layer for stack in negatives for layer in stack]
 
 
-def _check_layer(name: str, layer, like_name: str, like: Tensor) -> None:
+def _check_layer(name: str, layer: Tensor, like_name: str, like: Tensor) -> None:
     check_floating(name, layer)
     if layer.ndim != 3 or not layer.numel():
         raise ValueError(f'{name} has shape {tuple(layer.shape)}: give (B, frames, dim), at least one of each')
@@ -207,7 +210,7 @@ def _check_layer(name: str, layer, like_name: str, like: Tensor) -> None:
         raise ValueError(f'{name} is on {layer.device} and {like_name} on {like.device}: move them to one device')
 
 
-def _weights(weights, count: int, like: Tensor, dtype) -> Tensor:   # (B, K)
+def _weights(weights: Tensor | None, count: int, like: Tensor, dtype: torch.dtype) -> Tensor:   # (B, K)
     if weights is None: return like.new_full((len(like), count), 1 / count, dtype=dtype)
     check_floating('weights', weights)
     if weights.shape not in ((count,), (len(like), count)) or weights.device != like.device:
@@ -217,14 +220,15 @@ def _weights(weights, count: int, like: Tensor, dtype) -> Tensor:   # (B, K)
     return weights.detach().to(dtype, copy=True).expand(len(like), count)
 
 
-def _layer_weights(weights, count: int, like: Tensor, dtype) -> Tensor:   # (layers,)
+def _layer_weights(weights: Sequence[float] | Tensor | None, count: int, like: Tensor,
+                   dtype: torch.dtype) -> Tensor:   # (layers,)
     if weights is None: return like.new_ones(count, dtype=dtype)
     if len(weights) != count:
         raise ValueError(f'layer_weights has {len(weights)} numbers and there are {count} layers: give one for each')
     return torch.as_tensor(weights, dtype=dtype, device=like.device).detach().clone()
 
 
-def _frames(frames, enhanced: list[Tensor]) -> Tensor | None:   # (layers, B)
+def _frames(frames: Tensor | Sequence[Tensor] | None, enhanced: list[Tensor]) -> Tensor | None:   # (layers, B)
     if frames is None: return None
     each = [frames] * len(enhanced) if isinstance(frames, Tensor) else list(frames)
     if len(each) != len(enhanced):

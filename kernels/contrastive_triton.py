@@ -1,8 +1,8 @@
-"""The contrastive ratio in Triton: sums and packed signs forward, gradients backward.
+"""`sums` and `gradients`: the contrastive ratio in Triton.
 
 A launch works on one layer of all utterances and on up to PACKED comparisons; pointers are plain
-arguments, so that a CUDA graph can hold the call. A program adds up one stretch of an utterance;
-a last kernel adds the stretches, in their order. So no sum depends on the rest of the batch.
+arguments, so that a CUDA graph can hold the call. A program adds up one stretch of an utterance,
+and a last kernel adds the stretches, in their order; so no sum depends on the rest of the batch.
 """
 from collections.abc import Iterator
 from typing import Any, NamedTuple

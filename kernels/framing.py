@@ -1,17 +1,22 @@
-"""Frames of waves and back: reflected ends, windows, and the adjoint of framing by gather."""
+"""`frame_count`, `pad_reflect`, `window_of` for frames of waves, `overlap_add`, `fold_reflection` for the way back."""
 from functools import lru_cache
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 
+#: One length, or those of a batch
+Lengths = TypeVar('Lengths', int, Tensor)
+
+
 def frame_count(
-    lengths,          # samples, int or (B,)
-    hop_length: int,  # samples between frames
-    n_fft: int = 0,   # samples; an odd one is padded by a sample less than it is long
-):                    # frames of a centre-padded STFT, same type
-    "Number of STFT frames of an utterance: `1 + lengths // hop_length`"
+    lengths: Lengths,  # samples, an integer or (B,)
+    hop_length: int,   # samples between frames
+    n_fft: int = 0,    # samples; an odd one has `n_fft - 1` samples of padding, not n_fft
+) -> Lengths:          # frames, of the same type
+    "Return the number of frames of a centre-padded STFT: `1 + lengths // hop_length`, with an even n_fft"
     return 1 + (lengths - n_fft % 2) // hop_length
 
 
@@ -19,7 +24,7 @@ def frame_mask(
     lengths: Tensor,  # (B,) valid frames (or samples)
     size: int,        # frames (or samples) in the batch
 ) -> Tensor:          # (B, size), True where valid
-    "Mask of the valid positions"
+    "Return a mask of the valid positions"
     return torch.arange(size, device=lengths.device) < lengths[:, None]
 
 
@@ -27,7 +32,7 @@ def shortest(
     wave: Tensor,                   # (B, T)
     lengths: Tensor | None = None,  # (B,) valid samples; None: all T
 ) -> int:                           # samples
-    "Samples of the shortest utterance; while compiling, those of the batch"
+    "Return the samples of the shortest utterance; under torch.compile, those of the batch"
     if lengths is None or torch.compiler.is_compiling():
         return wave.shape[-1]
     return int(lengths.min())
@@ -38,7 +43,7 @@ def pad_reflect(
     pad: int,                       # samples on each side
     lengths: Tensor | None = None,  # (B,) valid samples; None: all T
 ) -> Tensor:                        # (B, T + 2 * pad)
-    "Reflect each utterance at its own two ends; beyond that, zeros"
+    "Pad each utterance with its reflection at both of its ends; beyond that, zeros. ValueError if it is too short"
     if (size := shortest(wave, lengths)) <= pad:
         raise ValueError(
             f'the wave has {size} samples, too short to be padded by {pad}: '
@@ -62,15 +67,15 @@ def window_of(
     win_length: int,   # samples
     like: Tensor,      # gives dtype and device
 ) -> Tensor:           # (win_length,)
-    "Analysis window by name"
+    "Make an analysis window by its name; ValueError for another name"
     if name not in WINDOWS:
         raise ValueError(f'window is {name!r}: choose one of {", ".join(WINDOWS)}')
     return WINDOWS[name](win_length, dtype=like.dtype, device=like.device)
 
 
 @lru_cache(maxsize=64)
-def kept_window(name: str, win_length: int, gain: float, dtype: torch.dtype, device) -> Tensor:
-    "A window that is made once: `gain` times that of `window_of`"
+def kept_window(name: str, win_length: int, gain: float, dtype: torch.dtype, device: torch.device) -> Tensor:
+    "Return `gain` times the window of `window_of`, made once"
     # made while validating, it must still serve a training
     with torch.inference_mode(False):
         return gain * window_of(name, win_length, torch.empty(0, dtype=dtype, device=device))
@@ -81,10 +86,10 @@ def overlap_add(
     hop_length: int,  # samples between frames
     length: int,      # samples of the result, >= (F - 1) * hop_length + size
 ) -> Tensor:          # (length,)
-    """The adjoint of cutting frames.
+    """Add frames at their places in a wave: the adjoint of cutting them.
 
-    Every `stride`-th frame lies beside the one before without overlap, so each of `stride` adds
-    is one strided sum: no scatter, and the same bits every time.
+    Frames that are `stride` apart do not overlap, so each of `stride` additions is one strided
+    sum: no scatter, and the same bits every time.
     """
     count, size = frames.shape
     stride = -(-size // hop_length)
@@ -100,7 +105,7 @@ def fold_reflection(
     padded: Tensor,  # (length + 2 * pad,)
     pad: int,        # samples on each side
 ) -> Tensor:         # (length,)
-    "The adjoint of reflecting both ends"
+    "Add the padding back to the samples it reflects: the adjoint of `pad_reflect` without lengths"
     wave = padded[pad:len(padded) - pad].clone()
     wave[1:pad + 1] += padded[:pad].flip(0)
     wave[-pad - 1:-1] += padded[len(padded) - pad:].flip(0)

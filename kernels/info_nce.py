@@ -21,13 +21,13 @@ def info_nce(
     normalize: bool = True,                   # cosine similarity instead of the inner product
     backend: str = 'auto',                    # see speechloss.kernels.backends
 ) -> Tensor:                                  # (N,) >= 0, nats
-    """Cross-entropy of each query's own key among all keys, `(N,)`.
+    """Return the cross-entropy of each query's own key among all keys.
 
     `-ln(exp(s_ii) / sum_j exp(s_ij))` with `s = cos(queries, keys) / temperature`. The sum goes
     over all keys and extra negatives but for other members of the query's own group, such as
     the other frames of its utterance. Gradients reach queries, keys and extra negatives: detach
-    what should not move. Numerics are float32 for shorter types, also under autocast; float64
-    stays float64. Rows to normalize may be as long as 1e37, or 1e19 in Triton: longer ones count
+    what should not move. Shorter types are computed in float32, also under autocast; float64 in
+    float64. Rows to normalize may be as long as 1e37, or 1e19 in Triton: longer ones count
     as silence. A second derivative needs `backend='reference'`. The temperature is a number: to
     learn one, scale the queries and pass `normalize=False, temperature=1.`. Raises
     ValueError and TypeError for what cannot be computed, before anything is.

@@ -1,4 +1,4 @@
-"""InfoNCE in Triton: a tile of similarities at a time.
+"""`forward` and `backward`: InfoNCE in Triton, a tile of similarities at a time.
 
 Forward, a program holds some queries and goes over a share of the keys with a running
 log-sum-exp. Backward, the slopes of a strip of keys are computed again, N times at most

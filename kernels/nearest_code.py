@@ -1,4 +1,4 @@
-"""`nearest_code`: the nearest code of every frame, how far away it is, and how often each code was it.
+"""`nearest_code`: the nearest code of every frame, how far away it is, and how often each code is nearest.
 
 The matrix of frames x codes is never stored: the scores of a tile of frames against a tile of
 codes are reduced to the best one while they lie in the cache. Which code is nearest is decided
@@ -37,7 +37,7 @@ def nearest_code(
     mask: Tensor | None = None,     # frames.shape[:-1], bool: True counts
     backend: str = 'auto',          # 'auto', 'torch', 'triton' or 'reference'
 ) -> Nearest:
-    """The nearest code of each frame; of equally near ones that with the lowest index.
+    """Find the nearest code of each frame; among equally near ones, that with the lowest index.
 
     'squared' is the squared Euclidean distance, 'euclidean' its root, whose gradient on the code
     itself is 0, and 'cosine' 1 - cosine in [0, 2], where a frame or a code of zeros is at 1 from

@@ -1,4 +1,4 @@
-"""What each shipped Triton kernel needs on a GPU, compiled ahead of time: no GPU is needed.
+"""`variants`, `compiled`, `wrong`: what each shipped Triton kernel needs, compiled ahead of time without a GPU.
 
     python -m speechloss.kernels.resources
 
@@ -9,6 +9,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -57,17 +58,13 @@ class Use(NamedTuple):
     shared: int    # bytes
 
 
-def variants(families=FAMILIES) -> list[Variant]:
-    "The tile tables of all kernel families that this version has"
-    found = []
-    for family in families:
-        if (Path(__file__).parent / f'{family}.py').exists():
-            found += import_module(f'.{family}', __package__).VARIANTS
-    return found
+def variants(families: Sequence[str] = FAMILIES) -> list[Variant]:
+    "Return the tile tables of kernel families"
+    return [variant for family in families for variant in import_module(f'.{family}', __package__).VARIANTS]
 
 
 def compiled(variant: Variant, capability: int) -> Use:
-    "Compile one variant for a capability and read its resources off the binary"
+    "Compile one variant for a capability and read what it needs off the binary"
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -90,12 +87,12 @@ def compiled(variant: Variant, capability: int) -> Use:
 
 
 def wrong(variant: Variant, capability: int, use: Use) -> bool:
-    "Whether a variant spills, asks for more shared memory than there is, or came out empty"
+    "Return whether a variant spills, asks for more shared memory than there is, or was compiled to nothing"
     return use.stack > variant.spill or use.shared > SHARED[capability] or use.registers < REGISTERS
 
 
 def main() -> int:
-    "Print the table; 1 when something is wrong with a variant"
+    "Print the table of all variants; return 1 when something is wrong with one of them, else 0"
     bad = 0
     print(f'{"kernel":44} sm  registers  stack  shared')
     for variant in variants():

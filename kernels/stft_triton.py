@@ -1,4 +1,4 @@
-"""The Triton back end of `stft_distance`: which of its two algorithms serves each resolution.
+"""`distance`: the STFT distance in Triton, by the one of two algorithms that serves a resolution.
 
 'gemm' computes the DFT as a matrix product and keeps spectra in registers; 'fft' uses the
 library's FFT and one epilogue. Short windows take the first, by the table in `stft_triton_tables`.
@@ -29,7 +29,7 @@ def distance(
     need_grad: bool,
     method: str | None = None,   # 'fft' or 'gemm' for all that have no filters; None: by the table
 ) -> tuple[Tensor, Tensor]:      # (B, resolutions, terms), (outputs, B, T) or empty
-    "Terms, and the gradient of each output in `enhanced`"
+    "Compute the terms, and the gradient of each output in `enhanced`"
     x, y = enhanced.contiguous(), clean.contiguous()
     parts = x.new_empty(len(x), len(plan.resolutions), len(plan.terms))
     waves = x.new_zeros(plan.outputs, *x.shape) if need_grad else None

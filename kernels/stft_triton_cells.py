@@ -1,4 +1,4 @@
-"""What happens in one cell of a spectrogram pair, in Triton: terms, their sums and their slopes.
+"""`cells_kernel` and `finish_kernel`: terms of pairs of spectrogram cells in Triton, their sums and slopes.
 
 Both back ends of the STFT distance end here: `stft_triton_fft` reads its spectra from memory,
 `stft_triton_gemm` has them in registers. A term is either absent (-1) or has a slot: its column
@@ -247,7 +247,7 @@ def stft_variant(name: str, kernel: Any, constants: dict[str, Any], types: dict[
 
 
 def slots(*terms: str) -> dict[str, int]:
-    "The constants of a kernel that say which terms there are, and in which order"
+    "Return the constants of a kernel that say which terms there are, and in which order"
     found = {constant: terms.index(name) if name in terms else -1 for name, constant in SLOTS.items()}
     return found | dict(COLUMNS=len(terms) + 1)
 

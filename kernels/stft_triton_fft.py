@@ -1,4 +1,6 @@
-"""STFT distance on the library's FFT: frames, rfft, one epilogue, irfft, overlap-add.
+"""`run`: one resolution of the STFT distance by the FFT of torch, with the rest in Triton.
+
+Cut frames, rfft, terms and slopes of the cells, irfft, overlap-add.
 
 A few utterances at a time, so that what is in memory at once is bounded. Behind a filter bank
 neither magnitudes nor their slopes are stored for the bins, only for the bands.
@@ -8,11 +10,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .framing import kept_window
+from .framing import frame_count, kept_window
 from .launch import Tile, float32_product
 from .stft_plan import Resolution
-from .stft_triton_cells import FUSION, floored, load_pair, store_pair, stft_variant
-from .stft_triton_waves import Chunk, Job, cells, cut, frame_count, overlap
+from .stft_triton_cells import FUSION, floored, load_pair, stft_variant, store_pair
+from .stft_triton_waves import Chunk, Job, cells, cut, overlap
 
 #: Bytes of scratch in one chunk of utterances
 BUDGET = 512 << 20
@@ -61,12 +63,12 @@ def unbank_kernel(slope_ptr, bank_ptr, spectrum_ptr, out_ptr, rows, per_output, 
 
 
 def utterances(job: Job, resolution: Resolution) -> int:
-    "How many utterances go into one chunk"
+    "Return how many utterances go into one chunk"
     n, bins, outputs = resolution.n_fft, resolution.bins, job.plan.outputs
     frame = 8 * n + 16 * bins                       # both frames, both spectra
     # gradient, the copy that the library's inverse makes of it, frames again
     if job.waves is not None: frame += outputs * (16 * bins + 4 * n)
-    return max(1, BUDGET // (frame * frame_count(job, resolution)))
+    return max(1, BUDGET // (frame * frame_count(job.x.shape[1], resolution.hop_length, resolution.n_fft)))
 
 
 def run(chunk: Chunk, bank: Tensor | None) -> None:

@@ -1,4 +1,6 @@
-"""STFT distance with the DFT as a matrix product: frames and spectra stay in registers.
+"""`run`: one resolution of the STFT distance with the DFT as a matrix product, in Triton.
+
+Frames and spectra stay in registers.
 
 One program holds a tile of frames and bins of both signals: it loads samples straight from the
 waves, folds them about the centre of the window (`stft_triton_tables`), splits them into two float16
@@ -14,13 +16,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .framing import frame_count
 from .launch import Tile
 from .resources import Variant
 from .stft_plan import Resolution
-from .stft_triton_tables import Folded, folded
 from .stft_triton_cells import (FUSION, PLAIN, SLOTS, floored, frames_of, load_pair, reflected, slots,
-                                store_slopes, store_sums, stft_variant)
-from .stft_triton_waves import Chunk, Job, finish, frame_count, overlap, terms_of
+                                stft_variant, store_slopes, store_sums)
+from .stft_triton_tables import Folded, folded
+from .stft_triton_waves import Chunk, Job, finish, overlap, terms_of
 
 #: Bytes of scratch in one chunk of utterances
 BUDGET = 512 << 20
@@ -209,9 +212,9 @@ def unfolded_kernel(slope_ptr, cos_ptr, cos_low_ptr, sin_ptr, sin_low_ptr, frame
 # ------------------------------------------------------------------------------- launchers
 
 def utterances(job: Job, resolution: Resolution) -> int:
-    "How many utterances go into one chunk"
+    "Return how many utterances go into one chunk"
     frame = 8 + (job.plan.outputs * (8 * resolution.bins + 4 * resolution.win_length) if job.waves is not None else 0)
-    return max(1, BUDGET // (frame * frame_count(job, resolution)))
+    return max(1, BUDGET // (frame * frame_count(job.x.shape[1], resolution.hop_length, resolution.n_fft)))
 
 
 def run(chunk: Chunk, split: str) -> None:
@@ -265,7 +268,7 @@ def _forward(chunk: Chunk, table: Folded, split: str) -> Tensor | None:
 
 
 def _exponents(chunk: Chunk) -> Tensor:   # (2, b, frames)
-    "Of the largest sample of each frame of enhanced and clean"
+    "Biased exponents of the largest sample of each frame of enhanced and clean"
     job, r, frames = chunk.job, chunk.resolution, chunk.frames
     found = torch.empty(2, chunk.size, frames, dtype=torch.int32, device=job.x.device)
     exponents_kernel[(triton.cdiv(frames, LOOK['BLOCK_F']), chunk.size)](

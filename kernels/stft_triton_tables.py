@@ -1,4 +1,4 @@
-"""Tables of the folded DFT, and which algorithm serves which window.
+"""`folded` and `method_of`: tables of the folded DFT, and which algorithm serves which window.
 
 A magnitude does not see where the origin of time lies. With the origin at the centre of the
 window, whose two halves mirror each other, cosines need only the sums of sample pairs and sines
@@ -31,9 +31,10 @@ PAD = 128
 
 
 def method_of(resolution: Resolution, filtered: bool, capability: int) -> str:
-    """'fft' or 'gemm' for a resolution on a compute capability (90 is 9.0).
+    """Return 'fft' or 'gemm' for a resolution on a compute capability (90 is 9.0).
 
-    `SPEECHLOSS_STFT=fft` or `gemm` overrides the table. A filter bank takes the FFT always.
+    `SPEECHLOSS_STFT=fft` or `gemm` in the environment overrides the table, and ValueError is
+    raised for another value. With a filter bank it is always the FFT.
     """
     if filtered: return 'fft'
     if wanted := os.environ.get('SPEECHLOSS_STFT'):
@@ -55,7 +56,7 @@ class Folded(NamedTuple):
 
 
 def exact(resolution: Resolution) -> tuple[Tensor, Tensor, int]:
-    "Cosine and sine tables (samples, bins) times the window in float64, and the first sample"
+    "Make cosine and sine tables (samples, bins) times the window in float64; return them and the first sample"
     n, size = resolution.n_fft, resolution.win_length
     window = resolution.gain * WINDOWS[resolution.window](size, dtype=torch.float64)
     skip = int(size > 1 and bool(window[0].abs() < 1e-12 * window.abs().max()))
@@ -73,7 +74,7 @@ def folded(
     split: str,              # 'fp16x3': float16 in two parts; else float32
     device: torch.device,
 ) -> Folded:
-    "Tables of a resolution, made once for a device"
+    "Return the tables of a resolution, made once for a device"
     tables, unit = exact(resolution), 1.
     skip = tables[2]
     if split == 'fp16x3':

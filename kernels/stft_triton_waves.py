@@ -1,15 +1,16 @@
-"""From waves to frames and back in Triton, and what the back ends of the STFT distance share.
+"""`Job`, `Chunk`, `cut`, `cells`, `finish`, `overlap`: what both algorithms of the STFT distance launch.
 
 Reflection is index arithmetic: nothing is padded. Overlap-add gathers, so that each sample is
 one sum in one order: no atomics, the same bits every time.
 """
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from .framing import frame_count
 from .stft_plan import Plan, Resolution
 from .stft_triton_cells import (PARTIALS, PLAIN, SLOPED, SLOTS, SUMMED, cells_kernel, finish_kernel,
                                 frames_of, reflected, slots, stft_variant)
@@ -97,25 +98,28 @@ class Chunk(NamedTuple):
     size: int               # utterances
 
     @property
-    def resolution(self) -> Resolution: return self.job.plan.resolutions[self.k]
+    def resolution(self) -> Resolution:
+        "The resolution"
+        return self.job.plan.resolutions[self.k]
 
     @property
-    def frames(self) -> int: return frame_count(self.job, self.resolution)
+    def frames(self) -> int:
+        "Frames of the longest utterance"
+        return frame_count(self.job.x.shape[1], self.resolution.hop_length, self.resolution.n_fft)
 
     @property
     def start(self) -> int:
+        "Place in the wave of the first sample of frame 0 that the window does not make zero"
         r = self.resolution
         return (r.n_fft - r.win_length) // 2 - r.n_fft // 2
 
-    def empty(self, *shape: int) -> Tensor: return self.job.x.new_empty(shape)
+    def empty(self, *shape: int) -> Tensor:
+        "Memory for results"
+        return self.job.x.new_empty(shape)
 
 
-def frame_count(job: Job, resolution: Resolution) -> int:
-    return 1 + (job.x.shape[1] - resolution.n_fft % 2) // resolution.hop_length
-
-
-def terms_of(chunk: Chunk) -> dict:
-    "Which terms there are and what they count, as the kernels take them"
+def terms_of(chunk: Chunk) -> dict[str, Any]:
+    "Return which terms there are and how much they count, as arguments of a kernel"
     plan = chunk.job.plan
     mix = plan.mix(chunk.resolution)
     weights = {name: mix[0][i] if plan.weights else mix[i][i] for i, name in enumerate(plan.terms)}
@@ -126,7 +130,7 @@ def terms_of(chunk: Chunk) -> dict:
 
 
 def finish(chunk: Chunk, partial: Tensor, width: int) -> Tensor:
-    "Write the terms of a chunk from partial sums (b, tiles, terms + 1); (b,) factors of convergence"
+    "Write the terms of a chunk from partial sums (b, tiles, terms + 1); return the factors (b,) of convergence"
     job, r, factor = chunk.job, chunk.resolution, chunk.empty(chunk.size)
     count, columns = len(job.plan.terms), partial.shape[2]
     finish_kernel[(chunk.size,)](
@@ -138,7 +142,7 @@ def finish(chunk: Chunk, partial: Tensor, width: int) -> Tensor:
 
 
 def cells(chunk: Chunk, both: Tensor, pair: bool) -> Tensor | None:
-    """Write the terms of a chunk; slopes (outputs, b, frames, width), of pairs with `pair`.
+    """Write the terms of a chunk; return their slopes (outputs, b, frames, width), or None without a gradient.
 
     both (2, b, frames, width): spectra (…, 2) with `pair`, else magnitudes. Convergence has its
     slope only when its sums are known, so it takes a second look at the cells.
@@ -165,7 +169,7 @@ def cells(chunk: Chunk, both: Tensor, pair: bool) -> Tensor | None:
 
 
 def cut(chunk: Chunk, window: Tensor) -> Tensor:
-    "Windowed frames (2, b, frames, n_fft) of enhanced and clean"
+    "Return windowed frames (2, b, frames, n_fft) of enhanced and clean"
     job, r, frames = chunk.job, chunk.resolution, chunk.frames
     found = chunk.empty(2, chunk.size, frames, r.n_fft)
     grid = triton.cdiv(frames, CUT['BLOCK_F']), chunk.size, triton.cdiv(r.n_fft, CUT['BLOCK_N'])
@@ -176,7 +180,7 @@ def cut(chunk: Chunk, window: Tensor) -> Tensor:
 
 
 def overlap(chunk: Chunk, frames: Tensor, window: Tensor | None, skip: int = 0) -> None:
-    "Add frames (outputs, b, frames, samples) to the waves of the job; no window: they have it"
+    "Add frames (outputs, b, frames, samples), times the window if there is one, to the waves of the job"
     job, r = chunk.job, chunk.resolution
     samples = job.x.shape[1]
     overlap_kernel[(triton.cdiv(samples, ADDED), job.plan.outputs * chunk.size)](
@@ -187,7 +191,7 @@ def overlap(chunk: Chunk, frames: Tensor, window: Tensor | None, skip: int = 0) 
 
 
 def sizes_of(lengths: Tensor | None, x: Tensor) -> Tensor:
-    "Lengths as the kernels want them, (B,) int32"
+    "Return the lengths as the kernels read them, (B,) int32"
     if lengths is None: return torch.full((len(x),), x.shape[1], dtype=torch.int32, device=x.device)
     return lengths.to(x.device, torch.int32).contiguous()
 

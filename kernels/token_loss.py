@@ -1,4 +1,4 @@
-"""`token_cross_entropy`: cross-entropy of frames against tokens, with minus the distance to every code as logits.
+"""`token_cross_entropy`: cross-entropy of frames against tokens, where logits are minus distances to codes.
 
 This is the self-distillation loss of VQScore: the tokens are the nearest codes of the clean
 frames, the logits minus the Euclidean distance of a frame to all codes. The matrix of frames x
@@ -33,7 +33,7 @@ def token_cross_entropy(
     mask: Tensor | None = None,     # frames.shape[:-1], bool: True counts
     backend: str = 'auto',          # 'auto', 'torch', 'triton' or 'reference'
 ) -> Tensor:                        # frames.shape[:-1], >= 0; 0 for what does not count
-    """`-log softmax(-distance(frame, codes) / temperature)[target]` of every frame.
+    """Return `-log softmax(-distance(frame, codes) / temperature)[target]` of every frame.
 
     'euclidean' is the distance itself (`nearest_code` has its square unless told otherwise); its
     gradient on a code that the frame coincides with is 0. A frame that lies on another code than its own has
@@ -137,7 +137,7 @@ def _prepared(frames: Tensor, codes: Tensor, metric: str) -> tuple[Tensor, Tenso
 # ---------------------------------------------------------------------------------- checks
 
 def _check_targets(frames: Tensor, codes: Tensor, targets: Tensor, ignore_index: int) -> None:
-    "Raise where targets are not tokens of these frames and codes"
+    "Raise TypeError or ValueError where targets are not tokens of these frames and codes"
     if not isinstance(targets, Tensor) or targets.shape != frames.shape[:-1]:
         raise ValueError(f'targets is {described(targets)}: give integers of shape {tuple(frames.shape[:-1])}')
     if targets.is_floating_point() or targets.dtype == torch.bool:

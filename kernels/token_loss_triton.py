@@ -1,10 +1,10 @@
-"""Token cross-entropy and its gradients, in Triton.
+"""`forward` and `backward`: the token loss in Triton.
 
 Forward: a program holds BLOCK_N frames and goes over tiles of codes with a running log-sum-exp.
-Backward: `facts_kernel` notes four numbers per frame, then frames are gathered over codes and
-codes over frames, each from tiles made anew, WIDTH of the D dimensions at a time. Beyond
-128 dimensions the tiles are made again for every 128. No atomics: the gradient of the codes is
-summed over fixed shares of the frames.
+Backward: `facts_kernel` stores four numbers per frame. Then `frames_kernel` sums over codes and
+`codes_kernel` over frames, each from tiles made anew, for WIDTH of the D dimensions; beyond 128
+dimensions the tiles are made again for every 128. No atomics: the gradient of the codes is the
+sum over fixed shares of the frames.
 """
 from typing import Any
 
@@ -27,9 +27,9 @@ FORWARD = Tile(64, 64, _DEEP, 4, 3)
 #: gradient of frames, of that of codes
 OF_FRAMES = {32: Tile(64, 32, _DEEP, 4, 1), 64: Tile(64, 32, _DEEP, 4, 2), 128: Tile(64, 32, _DEEP, 8, 2)}
 OF_CODES = {32: Tile(32, 64, _DEEP, 8, 2), 64: Tile(32, 64, _DEEP, 8, 2), 128: Tile(32, 64, _DEEP, 8, 2)}
-#: Frames of a program that notes their facts
+#: Frames of a program of `facts_kernel`
 FACTS = 64
-#: Partial gradients of the codes, at most
+#: Most partial gradients of the codes
 SHARES = 16
 HUGE = tl.constexpr(3.4028235e38)
 
@@ -88,6 +88,7 @@ def gradients(tile, columns, target, lse, at_target, grad, scale, METRIC: tl.con
 @triton.jit
 def forward_kernel(x_ptr, shift_ptr, c_ptr, norm_ptr, target_ptr, loss_ptr, rest_ptr, n, k, deep, scale,
                    METRIC: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
+    "Loss and `rest` of BLOCK_N frames"
     rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     target = tl.load(target_ptr + rows, mask=rows < n, other=-1)
     square, own = own_facts(x_ptr, shift_ptr, c_ptr, rows, target, deep, METRIC, BLOCK_N)

@@ -1,26 +1,28 @@
-"""Independent pieces of work side by side on the cores of a CPU.
+"""`side_by_side`: independent pieces of work on the cores of a CPU, a thread for each.
 
 torch splits every operation over its threads and waits for all of them at its end. For the many
-short operations on one utterance that waiting costs more than it gains, and ruins everything
-when a core is busy elsewhere. One thread for each piece has no such barriers.
+short operations on one utterance that waiting costs more than it gains, above all when another
+program keeps a core busy. With a thread for each piece there is one wait, at the end.
 """
 import os
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from threading import Barrier
+from typing import Any
 
 import torch
 
-#: Into so many pieces is cut what can be cut anywhere: enough for so many cores, the same for all
+#: Number of pieces of work that can be cut anywhere. It is fixed, since results must not depend on the
+#: number of cores, and large enough for that many cores.
 PIECES = 16
-#: Cores that one call uses at most: each has its piece in memory
+#: Most cores that one call uses: each holds a piece in memory
 MOST = 4
 
 
 @lru_cache(maxsize=4)
 def _pool(workers: int) -> ThreadPoolExecutor:
-    "Threads in which torch uses one thread; elsewhere it goes on with as many as before"
+    "A pool of threads in each of which torch uses one thread; in other threads its setting stays"
     before, all_here = torch.get_num_threads(), Barrier(workers)
 
     def start():
@@ -37,10 +39,11 @@ if hasattr(os, 'register_at_fork'):   # the threads do not survive a fork, the p
     os.register_at_fork(after_in_child=_pool.cache_clear)
 
 
-def side_by_side(function: Callable, pieces: Iterable, *, cpu: bool) -> list:
-    """The function of each piece, on as many cores as torch may use, without gradient; in order.
+def side_by_side(function: Callable[[Any], Any], pieces: Iterable, *, cpu: bool) -> list:
+    """Call a function with each piece, on as many cores as torch may use, and return the results in order.
 
-    What a piece computes does not depend on the number of cores.
+    Gradients are off in the function where it runs in a thread. What a piece computes does not
+    depend on the number of cores.
     """
     pieces = list(pieces)
     workers = min(torch.get_num_threads(), len(pieces), MOST) if cpu else 1
