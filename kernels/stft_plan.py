@@ -94,7 +94,7 @@ class Plan:
         return _json(self)
 
 
-_FIELDS = {made: tuple(field.name for field in fields(made)) for made in (Resolution, Plan)}
+_RESOLUTION, _PLAN = (tuple(field.name for field in fields(kind)) for kind in (Resolution, Plan))
 _NOT_FINITE = {'inf': 'Infinity', '-inf': '-Infinity', 'nan': 'NaN'}   # as Python's json reads them
 
 
@@ -105,8 +105,8 @@ def _json(value) -> str:
     if isinstance(value, str): return f'"{value}"'     # a name from a fixed list: nothing to escape
     if isinstance(value, tuple): return '[' + ', '.join([_json(item) for item in value]) + ']'
     if isinstance(value, (Resolution, Plan)):
-        named = [f'"{name}": {_json(getattr(value, name))}' for name in _FIELDS[type(value)]]
-        return '{' + ', '.join(named) + '}'
+        names = _PLAN if isinstance(value, Plan) else _RESOLUTION
+        return '{' + ', '.join([f'"{name}": {_json(getattr(value, name))}' for name in names]) + '}'
     return _NOT_FINITE.get(str(value), str(value))
 
 
