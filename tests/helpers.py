@@ -1,10 +1,37 @@
-"""Tiny networks, and small things to do with a run, that several test modules use.
+"""Waves, tiny networks, and small things to do with a run, that several test modules use.
 
 Fixtures are in `conftest.py`, the loss contract in `loss_contract.py`, Triton's interpreter in
 `interpreted.py`. No test module imports from another one.
 """
+from functools import cache
+
 import torch
-from torch import nn
+from torch import Tensor, nn
+
+# --- waves ---
+
+def waves(batch: int = 3, samples: int = 3001, *, seed: int = 0, dtype=torch.float32) -> tuple:
+    "Enhanced, clean and noisy `(batch, samples)`: voices with pauses, in noise at 10 and 0 dB"
+    return tuple(w.to(dtype, copy=True) for w in _waves(batch, samples, seed))
+
+
+@cache
+def _waves(batch: int, samples: int, seed: int) -> tuple:
+    draw = torch.Generator().manual_seed(seed)
+    time = torch.arange(samples, dtype=torch.float64) / 16000
+    pitch = 90 + 120 * torch.rand(batch, 1, generator=draw, dtype=torch.float64)
+    voice = sum(torch.sin(2 * torch.pi * k * pitch * time + k) / k for k in range(1, 12))
+    voice = .1 * voice * torch.sin(2 * torch.pi * 7 * time + pitch).clamp_min(0)
+    noise = .03 * torch.randn(2, batch, samples, generator=draw, dtype=torch.float64)
+    return voice + .3 * noise[0], voice, voice + noise[1]
+
+
+def close_grad(found: Tensor, wanted: Tensor, tolerance: float = 5e-4):
+    "Relative L2 error: single quiet bins may flip their sign"
+    found, wanted = found.double(), wanted.double()
+    error = (found - wanted).norm() / wanted.norm().clamp_min(1e-12)
+    assert error <= tolerance, f'gradient is off by {error:.1e}'
+
 
 # --- networks ---
 

@@ -14,8 +14,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 
+import helpers
 import pytest
 import torch
+from helpers import close_grad
 from torch import Tensor, nn
 
 from speechloss.features import Frozen
@@ -24,7 +26,6 @@ B, T = 3, 2003                  # a prime number of samples
 LENGTHS = (T, 1301, 1700)       # the shortest legal wave at n_fft 2048 has 1025
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 RTOL, ATOL = 1e-4, 1e-6         # float32, other order of summation
-GRAD = 5e-4                     # float32, relative L2 error of a gradient
 
 
 @dataclass(frozen=True)
@@ -44,20 +45,9 @@ class Case:
 
 # --- waves ---
 
-def waves(batch: int = B, samples: int = T, *, seed: int = 0, dtype=torch.float32) -> tuple:
-    "Enhanced, clean and noisy `(batch, samples)`: voices with pauses, in noise at 10 and 0 dB"
-    return tuple(w.to(dtype, copy=True) for w in _waves(batch, samples, seed))
-
-
-@cache
-def _waves(batch: int, samples: int, seed: int) -> tuple:
-    draw = torch.Generator().manual_seed(seed)
-    time = torch.arange(samples, dtype=torch.float64) / 16000
-    pitch = 90 + 120 * torch.rand(batch, 1, generator=draw, dtype=torch.float64)
-    voice = sum(torch.sin(2 * torch.pi * k * pitch * time + k) / k for k in range(1, 12))
-    voice = .1 * voice * torch.sin(2 * torch.pi * 7 * time + pitch).clamp_min(0)
-    noise = .03 * torch.randn(2, batch, samples, generator=draw, dtype=torch.float64)
-    return voice + .3 * noise[0], voice, voice + noise[1]
+def waves(batch: int = B, **options) -> tuple:
+    "Enhanced, clean and noisy `(batch, T)`: those of `helpers`, shorter"
+    return helpers.waves(batch, T, **options)
 
 
 def _noise(db: float, seed: int) -> Tensor:
@@ -144,13 +134,6 @@ def about(what: str):
 
 def close(case: Case, found, wanted, rtol: float = RTOL):
     torch.testing.assert_close(found, wanted, rtol=rtol, atol=case.atol)
-
-
-def close_grad(found: Tensor, wanted: Tensor, tolerance: float = GRAD):
-    "Relative L2 error: single quiet bins may flip their sign"
-    found, wanted = found.double(), wanted.double()
-    error = (found - wanted).norm() / wanted.norm().clamp_min(1e-12)
-    assert error <= tolerance, f'gradient is off by {error:.1e}'
 
 
 def networks(loss: nn.Module) -> list[nn.Module]:

@@ -7,8 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from helpers import Half, stop_at, untimed, weights
-from loss_contract import close_grad, waves
+from helpers import Half, close_grad, stop_at, untimed, waves, weights
 from torch import nn
 
 from speechloss.features import Features, RandomFeatures, STFTFeatures

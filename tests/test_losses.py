@@ -14,8 +14,7 @@ import torch
 import two_processes
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from helpers import TinyModel
-from loss_contract import close_grad, waves
+from helpers import TinyModel, close_grad, waves
 from torch import nn
 
 from speechloss.common.errors import SpeechLossError

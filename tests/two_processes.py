@@ -1,6 +1,6 @@
 """What each of two processes does in `test_losses.py`; a module of its own, light to import."""
 import torch
-from loss_contract import waves
+from helpers import waves
 from torch import nn
 
 from speechloss.features import RandomFeatures
