@@ -15,7 +15,7 @@ from torch import nn
 
 from speechloss.cli.train import overrides
 from speechloss.common.errors import SpeechLossError, CheckpointError, TrainingError
-from speechloss.losses import Objective, build_objective
+from speechloss.losses import Hooks, Objective, build_objective
 from speechloss.losses.model_as_loss import feature_health
 from speechloss.models import enhancer, load_enhancer
 from speechloss.training import checkpoints, fit, Recipe, read_log, train, train_many
@@ -283,7 +283,7 @@ def test_another_runs_folder(recipe, tmp_path):
     assert {*before} - {p.name for p in (tmp_path / 'run').rglob('*')} == {'recipe.json'}
 
 
-class Sometimes(nn.Module):
+class Sometimes(Hooks, nn.Module):
     "A loss that is not finite at some calls"
     def __init__(self, bad):
         super().__init__()

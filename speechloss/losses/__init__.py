@@ -4,14 +4,14 @@
 
 # %% auto #0
 __all__ = ['Balancer', 'CARDS', 'CodecLoss', 'CompressedComplexLoss', 'ConsistencyLoss', 'ContrastiveRegularization',
-           'Curriculum', 'FeatureDistance', 'Loss', 'MaskingLoss', 'MelLoss', 'ModelAsLoss', 'MultiResolutionSTFTLoss',
-           'Objective', 'PRESETS', 'SISDRLoss', 'SNRLoss', 'SSLLoss', 'STFTLoss', 'SpectralLoss', 'VQLoss',
-           'WaveL1Loss', 'WaveL2Loss', 'build', 'build_objective', 'cards', 'curriculum_weights', 'from_auraloss',
-           'plot_curriculum', 'preset', 'pull_and_push']
+           'Curriculum', 'FeatureDistance', 'Hooks', 'Loss', 'MaskingLoss', 'MelLoss', 'ModelAsLoss',
+           'MultiResolutionSTFTLoss', 'Objective', 'PRESETS', 'SISDRLoss', 'SNRLoss', 'SSLLoss', 'STFTLoss',
+           'SpectralLoss', 'VQLoss', 'WaveL1Loss', 'WaveL2Loss', 'build', 'build_objective', 'cards',
+           'curriculum_weights', 'from_auraloss', 'plot_curriculum', 'preset', 'pull_and_push']
 
 # %% ../../nbs/losses/index.ipynb #d4499a01
 from .balance import Balancer
-from .base import Loss
+from .base import Hooks, Loss
 from .distance import FeatureDistance
 from .model_as_loss import ModelAsLoss
 from .objective import Objective
@@ -29,7 +29,7 @@ from .waveform import SISDRLoss, SNRLoss, WaveL1Loss, WaveL2Loss
 
 # %% ../../nbs/losses/index.ipynb #769aa14a
 _all_ = ['Balancer', 'CARDS', 'CodecLoss', 'CompressedComplexLoss', 'ConsistencyLoss',
-         'ContrastiveRegularization', 'Curriculum', 'FeatureDistance', 'Loss', 'MaskingLoss',
+         'ContrastiveRegularization', 'Curriculum', 'FeatureDistance', 'Hooks', 'Loss', 'MaskingLoss',
          'MelLoss', 'ModelAsLoss', 'MultiResolutionSTFTLoss', 'Objective', 'PRESETS', 'SISDRLoss',
          'SNRLoss', 'SSLLoss', 'STFTLoss', 'SpectralLoss', 'VQLoss', 'WaveL1Loss', 'WaveL2Loss',
          'build', 'build_objective', 'cards', 'curriculum_weights', 'from_auraloss',

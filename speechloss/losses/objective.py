@@ -36,40 +36,36 @@ class Objective(Loss):
 
         return self.balancer(compute, waves.enhanced)
 
-    def _call(self, method: str, *args):
-        for loss in self.losses.values():
-            if hasattr(loss, method):
-                getattr(loss, method)(*args)
+    def step_end(self, model: nn.Module) -> None:
+        "Tell every loss that an optimiser step is done"
+        for loss in self.losses.values(): loss.step_end(model)
 
-    def step_end(self, model: nn.Module):
-        "Tell the losses that learn from the model that an optimiser step is done"
-        self._call('step_end', model)
-
-    def epoch_end(self, model: nn.Module):
-        "Tell the losses that learn from the model that an epoch is done"
-        self._call('epoch_end', model)
+    def epoch_end(self, model: nn.Module) -> None:
+        "Tell every loss that an epoch is done"
+        for loss in self.losses.values(): loss.epoch_end(model)
 
     def health(self, clean: Tensor, *, noisy: Tensor | None = None,
                lengths: Tensor | None = None) -> dict[str, float]:
-        "What the losses tell of their own state on clips `(B, T)`, as 'loss.number'; often nothing"
-        return {f'{name}.{key}': value for name, loss in self.losses.items()
-                if hasattr(loss, 'health')
-                for key, value in loss.health(clean, noisy=noisy, lengths=lengths).items()}
+        "Return what the losses tell of their state on clips `(B, T)`, as 'loss.number'"
+        return self._gathered({name: loss.health(clean, noisy=noisy, lengths=lengths)
+                               for name, loss in self.losses.items()})
 
     def observed(self) -> dict[str, float]:
-        "What the losses saw in training since they were last asked, as 'loss.number'; often nothing"
-        return {f'{name}.{key}': value for name, loss in self.losses.items()
-                if hasattr(loss, 'observed') for key, value in loss.observed().items()}
+        "Return what the losses saw in training since they were last asked, as 'loss.number'"
+        return self._gathered({name: loss.observed() for name, loss in self.losses.items()})
 
     def resume_state(self) -> dict[str, Tensor]:
-        "Tensors that an exact resume needs and `state_dict()` leaves out, such as a snapshot"
-        return {f'{name}.{key}': value for name, loss in self.losses.items()
-                if hasattr(loss, 'resume_state') for key, value in loss.resume_state().items()}
+        "Return the tensors that an exact resume needs and `state_dict()` leaves out, as 'loss.tensor'"
+        return self._gathered({name: loss.resume_state() for name, loss in self.losses.items()})
 
-    def load_resume_state(self, state: dict[str, Tensor]):
+    def load_resume_state(self, state: dict[str, Tensor]) -> None:
         "Restore what `resume_state()` gave"
         for name, loss in self.losses.items():
-            if hasattr(loss, 'load_resume_state'):
-                prefix = f'{name}.'
-                loss.load_resume_state({key[len(prefix):]: value for key, value in state.items()
-                                        if key.startswith(prefix)})
+            prefix = f'{name}.'
+            loss.load_resume_state({key.removeprefix(prefix): value for key, value in state.items()
+                                    if key.startswith(prefix)})
+
+    @staticmethod
+    def _gathered(each: dict[str, dict]) -> dict:
+        "Put the entries of several dictionaries into one, as 'name.key'"
+        return {f'{name}.{key}': value for name, found in each.items() for key, value in found.items()}

@@ -18,6 +18,7 @@ from ..common.weights import load_tensors
 from ..corpora.codec_pairs import CodecPairs, build_pairs
 from ..corpora.corpus import get
 from ..features.codec import CodecNet, layer_scales, log_power, save_codec, skill
+from ..losses.base import Hooks
 from ..signal.audio import SAMPLE_RATE
 from .loop import fit, once
 from .recipe import Recipe
@@ -48,7 +49,7 @@ class CodecTraining:
             eval_every=250, valid_size=self.valid_size, save_every=100)
 
 
-class CodecImitation(nn.Module):
+class CodecImitation(Hooks, nn.Module):
     "Mean absolute difference of log-power spectra, dB, as an objective of the loop"
     def __init__(self, n_fft: int, hop_length: int):
         super().__init__()

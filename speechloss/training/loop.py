@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from ..common.errors import TrainingError
 from ..common.files import lock, recover
 from ..common.libraries import extra
+from ..losses.base import Hooks
 from ..losses.functional import si_sdr
 from . import checkpoints
 from .recipe import Recipe
@@ -84,7 +85,7 @@ HEALTH_CLIPS = 8   # validation clips on which the objective's own state is watc
 
 def fit(
     model: nn.Module,          # wave (B, T) to wave (B, T); trained in place
-    objective: nn.Module,      # as from `losses.build_objective`, or any loss of the package
+    objective,                 # any loss of the package, or a module with `terms` that derives from `losses.Hooks`
     train_data,                # items by index, see `mixing.Mixtures`; starts again when it ends
     valid_data,                # a finite data set of the same kind
     recipe: Recipe,            # its model, objective and data fields are not looked at
@@ -100,6 +101,9 @@ def fit(
     Leaves in `out` what [outputs](run_folder.ipynb) lists; returns at once when `final/` is there.
     Raises `TrainingError` and `CheckpointError` in one sentence.
     """
+    if not isinstance(objective, Hooks):
+        raise TrainingError(f'objective is {type(objective).__name__}, which tells the loop nothing of its state: '
+                            'derive it from speechloss.losses.Loss, or from Hooks with a method terms')
     out, about, accelerator = Path(out), about or {}, _accelerator(recipe)
     main = accelerator.is_main_process
     # two runs in one folder would mix their rows: the second waits, and finds it done
@@ -146,7 +150,7 @@ def _settled(recipe: Recipe, device) -> Iterator[None]:
 
 
 def _tell(objective, event: str, model) -> None:
-    if hasattr(objective, event): getattr(objective, event)(model)
+    getattr(objective, event)(model)
 
 
 class _Loop:
@@ -222,7 +226,7 @@ class _Loop:
 
     def _observed(self) -> dict:
         "What the objective saw since the last row that was logged"
-        seen = self.state.objective.observed() if hasattr(self.state.objective, 'observed') else {}
+        seen = self.state.objective.observed()
         return dict(observed=seen) if seen else {}
 
     def _keep(self, row: dict, valid_data) -> None:
@@ -252,7 +256,6 @@ class _Loop:
 
     def _health(self, data) -> dict:
         "What the objective tells of its own state, on the first clips"
-        if not hasattr(self.state.objective, 'health'): return {}
         batch = collate([data[k] for k in range(min(HEALTH_CLIPS, len(data)))])
         noisy, clean, given = _on(batch, self.device)
         health = self.state.objective.health(clean, noisy=noisy, **given)

@@ -25,6 +25,7 @@ from ..corpora.corpus import get
 from ..corpora.manifest import Recording
 from ..features.ssl import SSLFeatures
 from ..features.ssl_networks import Standard
+from ..losses.base import Hooks
 from ..signal.audio import SAMPLE_RATE, load
 from .loop import fit
 from .recipe import Recipe
@@ -169,7 +170,7 @@ class MaskedPrediction(nn.Module):
         return out @ F.normalize(self.codes, dim=-1).mT / .1, mask
 
 
-class MaskedPredictionLoss(nn.Module):
+class MaskedPredictionLoss(Hooks, nn.Module):
     "Cross-entropy on hidden frames, and with a weight on visible ones"
     def __init__(self, *, visible: float = .5):
         super().__init__()

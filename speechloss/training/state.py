@@ -88,7 +88,7 @@ class TrainingState:
             model=self.model.state_dict(), averaged=self.averaged,
             optimizer={f'{i}.{k}': v for i, each in moments.items() for k, v in each.items()},
             objective=self.objective.state_dict(),
-            resume=getattr(self.objective, 'resume_state', dict)())
+            resume=self.objective.resume_state())
         tensors = {f'{group}/{name}': value for group, each in groups.items()
                    for name, value in each.items()}
         return tensors, dict(skipped=self.skipped, in_a_row=self.in_a_row, key=self.recipe.key,
@@ -103,8 +103,7 @@ class TrainingState:
         self.model.load_state_dict(groups['model'])
         for name, value in self.averaged.items(): value.copy_(groups['averaged'][name])
         self.objective.load_state_dict(groups['objective'])
-        if hasattr(self.objective, 'load_resume_state'):
-            self.objective.load_resume_state(groups['resume'])
+        self.objective.load_resume_state(groups['resume'])
         self.optimizer.load_state_dict(dict(self.optimizer.state_dict(),
                                             state=_moments(groups['optimizer'])))
         self.step, self.skipped, self.in_a_row = step, counters['skipped'], counters['in_a_row']

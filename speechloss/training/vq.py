@@ -22,6 +22,7 @@ from ..corpora.corpus import get
 from ..corpora.manifest import Manifest
 from ..corpora.mixing import Mixtures
 from ..features.vqvae import VQVAE, load_vqvae, save_vqvae
+from ..losses.base import Hooks
 from ..metrics.scoring import score
 from ..metrics.vqscore import VQScore, cosine
 from ..models.vq_enhancer import SelfDistillation, VQEnhancer, spectral_ratio
@@ -86,12 +87,12 @@ class VQDistillation(VQTraining):
             | self._chosen_by()))
 
 
-class Given(nn.Module):
+class Given(Hooks, nn.Module):
     "The objective of a model that gives its terms itself"
     def terms(self, found: dict, clean, **_) -> dict: return found
 
 
-class VQObjective(nn.Module):
+class VQObjective(Hooks, nn.Module):
     "Distance of the spectra that come out from those that went in, and the commitment"
     def __init__(self, recipe: str = 'quality'):
         super().__init__()
