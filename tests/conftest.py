@@ -19,6 +19,8 @@ import torch
 from hypothesis import settings
 from interpreted import ordered_dots
 
+pytest.register_assert_rewrite('loss_contract', 'helpers')     # so that a failure shows its values
+
 ROOT = Path(__file__).resolve().parents[1]
 
 settings.register_profile('speechloss', max_examples=25, deadline=None, derandomize=True)
