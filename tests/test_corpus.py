@@ -17,7 +17,7 @@ import torch
 
 from speechloss.common.errors import CorpusError
 from speechloss.corpora import (
-    download as fetch, mini as wheels, CORPORA, from_folder, from_pairs, get, Manifest, Recording)
+    download, laptop, mini as wheels, CORPORA, from_folder, from_pairs, get, Manifest, Recording)
 from speechloss.corpora.download import opened, table
 from speechloss.signal import info, load, save
 
@@ -86,7 +86,7 @@ def public(tmp_path, monkeypatch):
         data = r.pop('data')
         r.update(sha256=hashlib.sha256(data).hexdigest(), copy_sha256='', licence='CC0-1.0',
                  author='Ann', origin='https://example.org')
-        files[f"/{r['repository']}/{fetch.COMMITS[r['repository']]}/{r['path']}"] = data
+        files[f"/{r['repository']}/{laptop.COMMITS[r['repository']]}/{r['path']}"] = data
     state = dict(asked=[], fail=set(), cut=set())
 
     class Server(BaseHTTPRequestHandler):
@@ -109,8 +109,8 @@ def public(tmp_path, monkeypatch):
     threading.Thread(target=server.serve_forever, daemon=True).start()
     monkeypatch.setenv('no_proxy', '127.0.0.1')
     monkeypatch.setenv('SPEECHLOSS_SOURCE_URL', f'http://127.0.0.1:{server.server_port}')
-    monkeypatch.setattr(fetch, 'table', lambda name: rows)
-    monkeypatch.setattr(fetch.time, 'sleep', lambda s: None)
+    monkeypatch.setattr(laptop, 'table', lambda name: rows)
+    monkeypatch.setattr(download.time, 'sleep', lambda s: None)
     yield files, state
     server.shutdown()
     server.server_close()
