@@ -40,8 +40,9 @@ test: $(ready)  ## everything: style, notebooks, site, smoke reproduction, pytes
 	@echo 'make test: everything passed.'
 
 lint: $(ready)
-	@echo '== style (ruff)'
+	@echo '== style (ruff), types (mypy)'
 	@$(run) -m ruff check
+	@$(run) -m mypy
 
 # Run as nbdev_test runs them; what they draw is kept for the site.
 notebooks: $(ready)
@@ -127,4 +128,9 @@ $(ready): setup.py settings.ini constraints.txt
 	@"$(PYTHON)" -m venv "$(VENV)"
 	@$(run) -m pip install $$([ -t 1 ] || echo -q) --disable-pip-version-check -c constraints.txt -e '.[dev]' || { \
 	    echo 'speechloss: pip could not install the packages, its reason is above; run the same command again to go on'; exit 2; }
+	@git rev-parse --git-dir >/dev/null 2>&1 && { \
+	    git config merge.nbdev-merge.name 'notebooks, cell by cell' && \
+	    git config merge.nbdev-merge.driver '"$(VENV)/bin/nbdev_merge" %O %A %B %P' && \
+	    "$(VENV)/bin/pre-commit" install >/dev/null; } || \
+	    echo 'speechloss: no git hooks here: a commit is not checked before it is made'
 	@printf %s "$(CURDIR)" > "$@"

@@ -22,7 +22,7 @@ codec = ['lameenc>=1.7', 'safetensors']
 visqol = ['visqol-python>=3.8', 'numba', 'soxr']   # a part of it is compiled as it is installed: not in any other extra
 reproduce = [*metrics, *train, *downstream, *codec, 'papermill>=2.6', 'ipykernel', 'pandas']
 docs = ['nbdev>=2.4.14,<3', 'execnb<0.2', 'fastcore<2', 'ghapi<2', 'pypandoc-binary']
-dev = [*reproduce, *docs, 'pytest', 'pytest-xdist', 'hypothesis', 'ruff', 'jupyterlab', 'auraloss',
+dev = [*reproduce, *docs, 'pytest', 'pytest-xdist', 'hypothesis', 'ruff', 'mypy', 'pre-commit', 'jupyterlab', 'auraloss',
        'vector-quantize-pytorch', 'build', 'lightning', 'playwright',
        'triton; platform_system == "Linux"']   # a torch for GPUs brings it; for the CPU it runs the kernels' interpreter
 
@@ -41,7 +41,7 @@ setup(
     # The kernels and the paper notebooks live in folders of their own and install inside the package.
     packages=[*find_packages(include=['speechloss', 'speechloss.*']), 'speechloss.kernels', 'speechloss.papers'],
     package_dir={'speechloss.kernels': 'kernels', 'speechloss.papers': 'nbs/papers'},
-    package_data={'speechloss': ['data/*', 'data/*/*'], 'speechloss.papers': ['*.ipynb', '*.toml']},
+    package_data={'speechloss': ['py.typed', 'data/*', 'data/*/*'], 'speechloss.papers': ['*.ipynb', '*.toml']},
     install_requires=core,
     extras_require=dict(metrics=metrics, reproduce=reproduce, ssl=ssl, downstream=downstream, codec=codec,
                         visqol=visqol, docs=docs, dev=dev),
