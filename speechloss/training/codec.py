@@ -20,7 +20,7 @@ from ..corpora.corpus import get
 from ..features.codec import CodecNet, layer_scales, log_power, save_codec, skill
 from ..losses.base import Hooks
 from ..signal.audio import SAMPLE_RATE
-from .loop import fit, once
+from .loop import fit, input_and_target, once
 from .recipe import Recipe
 from .run_folder import finished
 
@@ -60,18 +60,18 @@ class CodecImitation(Hooks, nn.Module):
 
 
 class _Items(Dataset):
-    "Pairs under the names that the loop knows: what the model hears, and what it should say"
+    "Pairs as items of the loop: the clean wave is the input, the coded one the target"
     def __init__(self, pairs: CodecPairs): self.pairs = pairs
     def __len__(self) -> int: return len(self.pairs)
 
     def __getitem__(self, k: int) -> dict:
         item = self.pairs[k]
-        return dict(noisy=item['clean'], clean=item['coded'])
+        return dict(input=item['clean'], target=item['coded'])
 
 
 def judge_skill(model, data: Dataset, *, device='cpu') -> dict[str, float]:
     "Skill over a finite data set, as a validation of the loop"
-    return skill(model, ((item['noisy'], item['clean']) for item in (data[k] for k in range(len(data)))))
+    return skill(model, (input_and_target(data[k]) for k in range(len(data))))
 
 # %% ../../nbs/training/codec.ipynb #ccc00c3c
 def train_codec(
@@ -104,7 +104,7 @@ def train_codec(
     net = net.eval().cpu()
     test = crops('test', 4 * training.valid_size)
     card = dict(
-        skill=judge_skill(net, test), scale=layer_scales(net, (crops('valid')[k]['noisy'] for k in range(24))),
+        skill=judge_skill(net, test), scale=layer_scales(net, (crops('valid')[k]['input'] for k in range(24))),
         corpus=training.corpus, corpus_hash=manifest.hash,
         speakers=sorted({r.speaker for r in clean['train']}), steps=training.steps, seed=training.seed,
         seconds_of_speech=round(sum(p.samples for p in report.pairs if p.id in set(splits['train'])) / SAMPLE_RATE),

@@ -114,7 +114,7 @@ def cluster(
 
 # %% ../../nbs/training/ssl.ipynb #bc51245a
 class Crops(Dataset):
-    "Waves `(T,)` and the labels of their frames; item k is a pure function of (seed, k)"
+    "Crops of speech: `input` `(T,)` and `target`, the label of each frame; item k follows from (seed, k) alone"
     def __init__(self, recordings: list[Recording], waves: dict, labels: dict, *, seconds: float,
                  seed: int, size: int = 2**31 - 1):
         self.waves, self.labels, self.seed, self.size = waves, labels, seed, size
@@ -131,8 +131,8 @@ class Crops(Dataset):
         rng = np.random.default_rng([self.seed, k])
         name = self.ids[int(rng.integers(len(self.ids)))]
         first = int(rng.integers((len(self.waves[name]) - self.samples) // HOP + 1))
-        return dict(noisy=self.waves[name][first * HOP:first * HOP + self.samples],
-                    clean=self.labels[name][first:first + self.frames])
+        return dict(input=self.waves[name][first * HOP:first * HOP + self.samples],
+                    target=self.labels[name][first:first + self.frames])
 
 
 def speech(corpus: str, corpus_dir: str | None) -> tuple:
@@ -189,8 +189,9 @@ def accuracy(model: nn.Module, data: Dataset, *, device='cpu') -> dict[str, floa
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)        # the same masks each time
         for k in range(len(data)):
-            logits, mask = model(data[k]['noisy'][None].to(device))
-            hit = logits.argmax(-1) == data[k]['clean'].to(device)
+            item = data[k]
+            logits, mask = model(item['input'][None].to(device))
+            hit = logits.argmax(-1) == item['target'].to(device)
             for hidden_ in right: right[hidden_].append(hit[mask == hidden_])
     return {name: float(torch.cat(right[key]).float().mean())
             for name, key in (('hidden', True), ('visible', False))}

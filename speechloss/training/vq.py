@@ -26,7 +26,7 @@ from ..losses.base import Hooks
 from ..metrics.scoring import score
 from ..metrics.vqscore import VQScore, cosine
 from ..models.vq_enhancer import SelfDistillation, VQEnhancer, spectral_ratio
-from .loop import fit, once
+from .loop import fit, input_and_target, once
 from .recipe import Recipe
 from .run_folder import finished
 
@@ -120,9 +120,8 @@ def restores(model, data, *, device='cpu') -> dict[str, float]:
     net, before, after, used = getattr(model, 'student', model), 0., 0., set()
     with torch.no_grad():
         for k in range(len(data)):
-            item = data[k]
-            noisy, (clean, mask) = item['noisy'][None].to(device), net.spectrum(item['clean'][None].to(device))
-            found = net(noisy)
+            input, target = (wave[None].to(device) for wave in input_and_target(data[k]))
+            (clean, mask), found = net.spectrum(target), net(input)
             before += float(spectral_ratio(found.spectrum, clean, mask))
             after += float(spectral_ratio(found.decoded, clean, mask))
             if found.quantised is not None: used |= set(found.quantised.index.unique().tolist())
@@ -133,8 +132,8 @@ def mean_pesq(model, data, *, device='cpu') -> dict[str, float]:
     "Mean PESQ of what is enhanced, against its clean twin: the paper's choice"
     enhancer = VQEnhancer.of(getattr(model, 'student', model)).to(device)
     with torch.no_grad():
-        pairs = [dict(enhanced=enhancer(item['noisy'].to(device)), clean=item['clean'])
-                 for item in map(data.__getitem__, range(len(data)))]
+        pairs = [dict(enhanced=enhancer(input.to(device)), clean=target)
+                 for input, target in (input_and_target(data[k]) for k in range(len(data)))]
     found = [row['pesq'] for row in score(pairs, 'pesq', workers=1)]
     heard = [x for x in found if x == x]
     return dict(pesq=float(np.mean(heard)) if heard else 1.)      # the lowest where nothing can be scored
@@ -148,7 +147,7 @@ def ranks(model: VQVAE, data, *, device='cpu') -> dict[str, float]:
     with torch.no_grad():
         for k in range(len(data)):
             item = data[k]
-            said = scorer.details(item['noisy'][None].to(device))
+            said = scorer.details(input_and_target(item)[0][None].to(device))
             found.append(float(said.score))
             snr.append(item['snr'])
             if said.index is not None: used |= set(said.index.unique().tolist())
