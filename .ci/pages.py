@@ -41,8 +41,9 @@ def menu(items):
     "Every file named in a (nested) sidebar"
     for item in items:
         if isinstance(item, str): yield item
-        elif 'contents' in item: yield from menu(item['contents'])
-        elif 'href' in item: yield item['href']
+        else:
+            if 'href' in item: yield item['href']
+            yield from menu(item.get('contents', []))
 
 
 def notebooks(root=ROOT):
