@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from pages import INDEX, ROOT, filtered, shown
+from pages import INDEX, ROOT, config, filtered, shown
 from running import run
 
 
@@ -21,24 +21,28 @@ def write(nb, path):
 
 
 def text(path):
-    "The executed front page as markdown, its links seen from the root"
+    "The executed front page as markdown, its links to the site, to be read on GitHub and PyPI alike"
     from nbconvert import MarkdownExporter
     from traitlets.config import Config
     hide = Config(TagRemovePreprocessor=dict(enabled=True, remove_input_tags=['hide_input']))
     body, resources = MarkdownExporter(config=hide).from_notebook_node(shown(filtered(path)))
     if resources['outputs']:
         raise SystemExit('README: an output of the front page is a picture; refer to a file instead')
-
-    def from_root(match):
-        url = urlsplit(match[2])
-        if url.scheme or not url.path: return match[0]
-        path = os.path.normpath(os.path.join('nbs', url.path))
-        if path.endswith('.html'): path = path.removesuffix('.html') + '.ipynb'    # a name that nbdev linked
-        return f'{match[1]}{path}{match[3]}'
-    body = re.sub(r'(\]\()([^)\s]+)(\))', from_root, body)
-    body = re.sub(r'((?:src|href)=")([^"]+)(")', from_root, body)
+    body = re.sub(r'<audio[^>]*>(.*?)</audio>', r'<div>\1</div>', body)    # both show no players
+    body = re.sub(r'(\]\()([^)\s]+)(\))', absolute, body)
+    body = re.sub(r'((?:src|href)=")([^"]+)(")', absolute, body)
     body = re.sub(r'<!-- WARNING.*?-->', f'<!-- made from {INDEX} by `make readme` -->', body)
     return re.sub(r'\n{3,}', '\n\n', body).strip() + '\n'
+
+
+def absolute(match):
+    "A link of the front page with its address: pages and files on the site, the text of the repository on GitHub"
+    url, site = urlsplit(match[2]), config()['website']
+    if url.scheme or not url.path: return match[0]
+    path = os.path.normpath(os.path.join('nbs', url.path))
+    base = f'{site["repo-url"]}/blob/main' if path.endswith('.md') else site['site-url']
+    path = re.sub(r'\.ipynb$', '.html', path) + (f'#{url.fragment}' if url.fragment else '')
+    return f'{match[1]}{base}/{path}{match[3]}'
 
 
 def make(root=ROOT):
