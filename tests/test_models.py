@@ -25,7 +25,7 @@ KINDS = {'both ways': dict(causal=False), 'causal': dict(causal=True),
 
 @pytest.fixture(params=KINDS.values(), ids=KINDS)
 def net(request):
-    return SpectralEnhancer(**{**models.PRESETS['tiny'], **request.param}).eval()
+    return SpectralEnhancer(**{**models.MODEL_PRESETS['tiny'], **request.param}).eval()
 
 
 @pytest.mark.parametrize('size', [1, 2, 63, 64, 65, 127, 128, 129, 7919])
@@ -59,7 +59,7 @@ def test_nan_in_one_wave_stays_there(net):
 
 @given(st.floats(-60, 40))
 def test_gain(decibels):
-    net = SpectralEnhancer(**models.PRESETS['tiny']).eval()
+    net = SpectralEnhancer(**models.MODEL_PRESETS['tiny']).eval()
     noisy, gain = torch.randn(1, 2000) / 10, 10 ** (decibels / 20)
     assert torch.allclose(net(gain * noisy) / gain, net(noisy), atol=1e-3)
 
@@ -80,7 +80,7 @@ def test_hard_inputs(net, wave):
 
 
 def test_causal_looks_back_only():
-    net = SpectralEnhancer(**models.PRESETS['tiny'], causal=True).eval()
+    net = SpectralEnhancer(**models.MODEL_PRESETS['tiny'], causal=True).eval()
     one = torch.randn(1, 4000)
     other = one.clone()
     other[:, 2500:] = torch.randn(1, 1500)
@@ -241,7 +241,7 @@ def test_formats(tmp_path, suffix):
 def test_memory_of_one_block(tmp_path):
     source, model = write(tmp_path / 'long.flac', seconds=200, rate=8000), Halve(8000)
     enhance_file(model, source, tmp_path / 'out.flac', seconds=5.)
-    assert model.longest <= 8000 * (5 + 2 * streaming.CONTEXT + streaming.FADE)
+    assert model.longest <= 8000 * (5 + 2 * streaming.CONTEXT_SECONDS + streaming.FADE_SECONDS)
     one, other = load(source)[0], load(tmp_path / 'out.flac')[0]
     assert torch.allclose(other, one / 2, atol=1e-4)
 

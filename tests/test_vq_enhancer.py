@@ -13,9 +13,9 @@ from torch.nn import functional as F
 
 from speechloss.common.errors import SpeechLossError, TrainingError
 from speechloss.corpora import get, Manifest, Mixtures
-from speechloss.features.vqvae import VQVAE, load_vqvae
+from speechloss.features.vqvae import VQVAE
 from speechloss.models import enhancer, load_enhancer, VQEnhancer
-from speechloss.models.vq_enhancer import SelfDistillation, adversarial, spectral_ratio
+from speechloss.models.vq_enhancer import SelfDistillation, attack_step, spectral_ratio
 from speechloss.signal import load, save, istft, stft
 from speechloss.training import VQDistillation, VQTraining, train_vqvae
 from speechloss.training.vq import mean_pesq, restores
@@ -41,10 +41,10 @@ def wave(): return .1 * torch.randn(6, 8_000, generator=torch.Generator().manual
 def test_attacks_lie_within_their_range_and_go_uphill(net, wave, monkeypatch):
     distil, seen = SelfDistillation(net), []
     def spy(clean, gradient, strength):
-        moved = adversarial(clean, gradient, strength)
+        moved = attack_step(clean, gradient, strength)
         seen.append((clean.detach(), gradient, moved))
         return moved
-    monkeypatch.setattr('speechloss.models.vq_enhancer.adversarial', spy)
+    monkeypatch.setattr('speechloss.models.vq_enhancer.attack_step', spy)
     for seed in range(5):
         torch.manual_seed(seed)
         terms = distil(wave)
@@ -61,9 +61,9 @@ def test_attacks_lie_within_their_range_and_go_uphill(net, wave, monkeypatch):
 def test_without_a_gradient_nothing_moves(wave):
     gradient = torch.randn(6, 8_000)
     gradient[1], gradient[2, 5] = 0, math.nan
-    moved = adversarial(wave, gradient, torch.full((6,), .3))
+    moved = attack_step(wave, gradient, torch.full((6,), .3))
     assert torch.equal(moved[1:3], wave[1:3]) and not torch.equal(moved[0], wave[0]) and moved.isfinite().all()
-    assert not adversarial(0 * wave, gradient, torch.full((6,), .3)).any()
+    assert not attack_step(0 * wave, gradient, torch.full((6,), .3)).any()
 
 
 def test_padding_has_no_part_in_an_attack(net, wave):
@@ -121,7 +121,7 @@ def test_encoder_learns_from_tokens_and_decoder_from_codes_alone(net, wave):
 def test_mistakes_are_named(net, tmp_path):
     for wrong in (dict(strength=(0., .5)), dict(strength=(.5, .1)), dict(net=VQVAE(**SHAPE | dict(size=0)))):
         with pytest.raises(SpeechLossError, match='strength is'): SelfDistillation(**dict(net=net) | wrong)
-    with pytest.raises(SpeechLossError, match="synthesis is 'flat'"): VQEnhancer(synthesis='flat')
+    with pytest.raises(SpeechLossError, match="synthesis 'flat' is unknown: choose one of hann, hamming"): VQEnhancer(synthesis='flat')
     with pytest.raises(TrainingError, match="selection is 'best'"): VQTraining(selection='best')
     with pytest.raises(SpeechLossError, match='holds no'):
         train_vqvae(VQDistillation(**FEW, init=str(tmp_path)), tmp_path/'out')
@@ -159,7 +159,7 @@ def test_both_stages_from_nothing(tmp_path):
     first = train_vqvae(VQTraining(**FEW, network=SHAPE), tmp_path/'first')
     runs = {}
     for attack in (True, False):
-        runs[attack] = load_vqvae(train_vqvae(VQDistillation(**FEW, init=str(first), attack=attack),
+        runs[attack] = load_network(VQVAE, train_vqvae(VQDistillation(**FEW, init=str(first), attack=attack),
                                               tmp_path/f'second{attack}'))
     assert runs[True][1]['weights'] == runs[False][1]['weights']
     assert not torch.equal(runs[True][0].encoder.convs[0].weight, runs[False][0].encoder.convs[0].weight)
@@ -226,13 +226,13 @@ def test_of_pairs_the_clean_side_is_heard(tmp_path):
     corpus = Manifest(rows, 'pairs').save(tmp_path/'pairs.jsonl')
     alone = Manifest([*speech], 'speech').save(tmp_path/'speech.jsonl')
     few = FEW | dict(network=dict(widths=(16, 8), size=32))
-    a, b = (load_vqvae(train_vqvae(VQTraining(**few | dict(corpus=str(path))), tmp_path/path.stem))
+    a, b = (load_network(VQVAE, train_vqvae(VQTraining(**few | dict(corpus=str(path))), tmp_path/path.stem))
             for path in (corpus, alone))
     assert all(torch.equal(v, b[0].state_dict()[k]) for k, v in a[0].state_dict().items())
     assert a[1]['speakers'] == b[1]['speakers'] != [] and a[1]['seconds_of_speech'] == b[1]['seconds_of_speech'] > 0
     pytest.importorskip('pesq')
     chosen = train_vqvae(VQTraining(**FEW | dict(corpus=str(corpus), selection='pesq'), network=SHAPE), tmp_path/'pesq')
-    assert load_vqvae(chosen)[1]['chosen']['valid']['pesq'] >= 1       # on the noisy twins
+    assert load_network(VQVAE, chosen)[1]['chosen']['valid']['pesq'] >= 1       # on the noisy twins
 
 
 def test_the_second_stage_is_that_of_an_enhancer(tmp_path):
@@ -258,7 +258,7 @@ def test_runs_that_wait_for_one_another_write_one_network(tmp_path):
         told, error = run.communicate(timeout=300)
         assert run.returncode == 0, error[-2000:]
         assert told.strip() == str(tmp_path/'out/model')
-    assert load_vqvae(tmp_path/'out/model')[0].codebook.begun and load_enhancer(tmp_path/'out').sample_rate == 16_000
+    assert load_network(VQVAE, tmp_path/'out/model')[0].codebook.begun and load_enhancer(tmp_path/'out').sample_rate == 16_000
 
 
 def test_two_processes_write_one_network(tmp_path):
@@ -267,4 +267,4 @@ def test_two_processes_write_one_network(tmp_path):
                            str(script)], capture_output=True, text=True, timeout=300,
                           env=os.environ | dict(ACCELERATE_USE_CPU='true', OMP_NUM_THREADS='1'))
     assert done.returncode == 0, done.stderr[-2000:]
-    assert load_vqvae(tmp_path/'out/model')[0].codebook.begun and load_enhancer(tmp_path/'out').sample_rate == 16_000
+    assert load_network(VQVAE, tmp_path/'out/model')[0].codebook.begun and load_enhancer(tmp_path/'out').sample_rate == 16_000
