@@ -17,7 +17,16 @@ from ..common.errors import SpeechLossError
 
 # %% ../../nbs/features/base.ipynb #d5a2e144
 class Frozen(nn.Module):
-    "A network in eval mode for ever: no gradient, no `state_dict`, but it follows `.to()`"
+    """Hold a network in eval mode, without gradient and outside of every `state_dict`; it follows `.to()`.
+     `frozen(...)` calls the network; `frozen.net` is the network. Recurrent layers stay in training mode without
+    dropout, since cuDNN runs backwards in that mode alone.
+
+    - `net`: the network; it is held, not copied, and loses its gradients
+
+    >>> frozen = Frozen(torch.nn.Linear(2, 2))
+    >>> list(frozen.state_dict()), list(frozen.parameters())
+    ([], [])
+    """
     def __init__(self, net: nn.Module):
         super().__init__()
         # the instance dictionary, so that nn.Module does not register it
@@ -33,20 +42,39 @@ class Frozen(nn.Module):
         return super()._apply(fn, recurse)
 
     def forward(self, *args, **kwargs):
+        "Return what the network gives for these arguments."
         return self.net(*args, **kwargs)
 
 # %% ../../nbs/features/base.ipynb #90ae7735
 class Features(nn.Module):
-    """Base of everything a feature loss can look at.
+    """Look at a wave; the base of everything that a feature loss can compare.
 
-    `forward(wave, lengths=None)` takes `(B, T)` at `sample_rate` Hz and gives a list of
-    `(B, frames, dim)`, shallow to deep, one for each of `names`.
+    A subclass sets `names` and `sample_rate` (Hz; None: any) and defines `forward` and `frame_lengths`.
+
+    >>> class Samples(Features):
+    ...     names = ('samples',)
+    ...     def forward(self, wave, lengths=None): return [wave[..., None]]
+    ...     def frame_lengths(self, lengths): return [lengths]
+    >>> Samples()(torch.zeros(2, 5))[0].shape
+    torch.Size([2, 5, 1])
     """
     sample_rate: int | None = None   # Hz; None: any
     names: tuple[str, ...] = ()
 
+    def forward(self, wave: Tensor, lengths: Tensor | None = None) -> list[Tensor]:
+        """Return the features of waves, a list of `(B, frames, dim)`, shallow to deep, one for each of `names`.
+
+        - `wave`: `(B, T)` at `sample_rate`, nominally in [-1, 1]; the gradient reaches it
+        - `lengths`: valid samples of each utterance, `(B,)` integers; None: all. Frames beyond `frame_lengths(lengths)`
+          hold nothing of use
+        """
+        raise NotImplementedError(f'{type(self).__name__} must define forward(wave, lengths)')
+
     def frame_lengths(self, lengths: Tensor) -> list[Tensor]:
-        "Valid frames of each feature, `(B,)`, for valid samples `(B,)`"
+        """Return the valid frames of each layer, a list of `(B,)` for each of `names`.
+
+        - `lengths`: valid samples of each utterance, `(B,)` integers
+        """
         raise NotImplementedError(f'{type(self).__name__} must define frame_lengths(lengths)')
 
 
@@ -75,8 +103,19 @@ def each_alone(
             for size, layer in zip(frames, zip(*each))]
 
 # %% ../../nbs/features/base.ipynb #5f143b93
-def randomized(model: nn.Module, *, seed: int = 0) -> nn.Module:
-    "A copy of `model` with freshly drawn weights, the same for the same seed"
+def randomized(
+    model: nn.Module,   # stays as it is
+    *,
+    seed: int = 0,      # what the weights follow from
+) -> nn.Module:
+    """Return a copy of `model` with freshly drawn weights, the same for the same seed.
+
+    What has a method `reset_parameters` draws as it does; a bare parameter keeps its mean and deviation.
+
+    >>> one, two = torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)
+    >>> randomized(one, seed=1).weight.equal(randomized(two, seed=1).weight)
+    True
+    """
     fresh = copy.deepcopy(model)
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(seed)

@@ -18,11 +18,20 @@ from ..signal.spectra import shortest
 
 # %% ../../nbs/features/encoder.ipynb #614078a0
 class RandomFeatures(Features):
-    """Activations of a random convolution stack over the wave, the control of feature losses.
+    """Look at a wave through a random stack of convolutions: the control of every feature loss.
 
-    `layers` are `(channels, kernel, stride)`; the weights follow from `seed` alone.
+    `features(wave)` takes `(B, T)` at any rate and gives `(B, frames, channels)` for each layer.
+
+    - `layers`: each `(channels, kernel, stride)`, the last two in frames of the layer below
+    - `seed`: what the weights follow from
+
+    `SpeechLossError` for waves too short for the deepest layer.
+
+    >>> features = RandomFeatures(layers=[(4, 10, 5), (8, 8, 4)])
+    >>> [layer.shape for layer in features(torch.zeros(2, 100))]
+    [torch.Size([2, 19, 4]), torch.Size([2, 3, 8])]
     """
-    def __init__(self, *, layers=((64, 10, 5), (128, 8, 4), (128, 4, 2), (128, 4, 2)),
+    def __init__(self, *, layers: Sequence[tuple[int, int, int]] = ((64, 10, 5), (128, 8, 4), (128, 4, 2), (128, 4, 2)),
                  seed: int = 0):
         super().__init__()
         self.layers = tuple(map(tuple, layers))
@@ -59,10 +68,26 @@ LAYERS = ('bottleneck', 'all')
 
 
 class EncoderFeatures(Features):
-    """Features of a frozen copy of `model`, through its method `encode(wave)`.
+    """Look at a wave through the encoder of a user's own model, of which a frozen copy is taken.
+     `features(wave)` takes `(B, T)` and gives `(B, frames, dim)` for each layer, in the precision of the wave.
+    Utterances of unequal `lengths` are heard one by one.
 
-    `layers` is 'bottleneck' (what `encode(wave)` returns, the last if it is a list), 'all', or
-    indices into `encode(wave, skips=True)`. Raises TypeError for a model without `encode`.
+    - `model`: a module with a method `encode(wave: (B, T))` that returns `(B, frames, dim)`, or a list of them; for
+      more than the bottleneck the method takes `skips=True`, and then returns the list of all layers
+    - `layers`: 'bottleneck' (what `encode(wave)` returns, the last of a list), 'all', or indices into `encode(wave,
+      skips=True)`
+    - `sample_rate`: of the waves in Hz; None: the attribute `sample_rate` of the model, if it has one
+    - `probe`: samples of a silent wave that tells how many layers there are; long enough for the model
+
+    TypeError for a model without `encode`, `SpeechLossError` for other layers.
+
+    >>> class Encoder(torch.nn.Module):
+    ...     def __init__(self):
+    ...         super().__init__()
+    ...         self.conv = torch.nn.Conv1d(1, 4, 32, 16)
+    ...     def encode(self, wave): return self.conv(wave[:, None]).mT
+    >>> EncoderFeatures(Encoder())(torch.zeros(2, 64))[0].shape
+    torch.Size([2, 3, 4])
     """
     def __init__(self, model: nn.Module, *, layers: str | Sequence[int] = 'bottleneck',
                  sample_rate: int | None = None, probe: int = 16000):

@@ -6,6 +6,8 @@
 __all__ = ['STFTFeatures', 'MelFeatures', 'GammatoneFeatures']
 
 # %% ../../nbs/features/spectra.ipynb #71b3e391
+from collections.abc import Sequence
+
 import torch
 
 from .base import Features
@@ -14,12 +16,24 @@ from ..signal.spectra import compress, frame_count, magnitude, mel_filters, stft
 
 # %% ../../nbs/features/spectra.ipynb #bb6f8f67
 class STFTFeatures(Features):
-    """STFT spectra of one or several resolutions.
+    """Look at a wave through its STFT, at one or several resolutions.
 
-    `resolutions` are `(n_fft, hop_length)`; `kind` is 'log' (log magnitude), 'magnitude', or
-    'complex' (real and imaginary part), the last two compressed by `power`.
+    `features(wave)` takes `(B, T)` at any rate and gives for each resolution `(B, frames, bins)`, or twice the bins for
+    'complex'. Magnitudes have no gradient at exact silence.
+
+    - `resolutions`: each `(n_fft, hop_length)` in samples
+    - `kind`: 'magnitude' (to the power of `power`), 'log' (natural logarithm of the magnitude) or 'complex' (real and
+      imaginary part, with a magnitude to the power of `power`)
+    - `power`: exponent of the magnitude, in (0, 1]; 'log' does not use it
+
+    `SpeechLossError` for an unknown kind, and waves shorter than half a frame.
+
+    >>> features = STFTFeatures(resolutions=[(512, 128)])
+    >>> features.names, features(torch.zeros(2, 1024))[0].shape
+    (('magnitude-512',), torch.Size([2, 9, 257]))
     """
-    def __init__(self, *, resolutions=((512, 128),), kind: str = 'magnitude', power: float = 0.3):
+    def __init__(self, *, resolutions: Sequence[tuple[int, int]] = ((512, 128),), kind: str = 'magnitude',
+                 power: float = 0.3):
         super().__init__()
         if kind not in ('log', 'magnitude', 'complex'):
             raise ValueError(f'kind is {kind!r}: choose one of log, magnitude, complex')
@@ -39,7 +53,21 @@ class STFTFeatures(Features):
 
 
 class MelFeatures(Features):
-    "Log-mel spectrum, `(B, frames, n_mels)`; `sample_rate` in Hz is required"
+    """Look at a wave through its log-mel spectrum, in nepers.
+
+    `features(wave)` takes `(B, T)` at `sample_rate` and gives one layer `(B, frames, n_mels)`.
+
+    - `sample_rate`: of the waves in Hz
+    - `n_fft`: samples of a frame
+    - `hop_length`: samples from one frame to the next
+    - `n_mels`: filters from 0 Hz to half of `sample_rate`
+    - `eps`: added to a mel magnitude before the logarithm
+
+    `SpeechLossError` when a filter would hold no bin, and for waves shorter than half a frame.
+
+    >>> MelFeatures(sample_rate=16000)(torch.zeros(2, 2048))[0].shape
+    torch.Size([2, 9, 80])
+    """
     def __init__(self, *, sample_rate: int, n_fft: int = 1024, hop_length: int = 256,
                  n_mels: int = 80, eps: float = 1e-5):
         super().__init__()
@@ -57,11 +85,21 @@ class MelFeatures(Features):
 
 
 class GammatoneFeatures(Features):
-    """Log level in the bands of the ear, `(B, frames, n_bands)`; `sample_rate` in Hz is required.
+    """Look at a wave through the bands of the ear, as the log level of each in nepers.
+     `features(wave)` takes `(B, T)` at `sample_rate` and gives one layer `(B, frames, n_bands)`: half the logarithm of
+    the power that passes a gammatone filter, so a gain of `g` adds `log(g)`.
 
-    Each band is half the log of the power that passes a gammatone filter (`gammatone_filters`;
-    Slaney 1993), so a gain of `g` adds `log(g)`. The centres lie evenly on the ERB scale from
-    `f_min` Hz up to half the sample rate (Glasberg & Moore 1990).
+    - `sample_rate`: of the waves in Hz
+    - `n_fft`: samples of a frame
+    - `hop_length`: samples from one frame to the next
+    - `n_bands`: filters, whose centres lie evenly on the ERB scale up to half of `sample_rate`
+    - `f_min`: centre of the lowest filter, Hz
+
+    `SpeechLossError` when a filter is narrower than a bin, and for waves shorter than half a frame. Source: Slaney 1993
+    for the filters, Glasberg and Moore 1990 for the scale.
+
+    >>> GammatoneFeatures(sample_rate=16000)(torch.zeros(2, 2048))[0].shape
+    torch.Size([2, 9, 64])
     """
     def __init__(self, *, sample_rate: int, n_fft: int = 1024, hop_length: int = 256,
                  n_bands: int = 64, f_min: float = 50.):

@@ -10,6 +10,7 @@ import hashlib
 from collections import OrderedDict
 from collections.abc import Sequence
 from copy import deepcopy
+from os import PathLike
 
 import torch
 from torch import Tensor, nn
@@ -56,17 +57,31 @@ def _layer_name(layer, names, deep) -> str:
 
 # %% ../../nbs/features/ssl.ipynb #7b8e14b2
 class SSLFeatures(Features):
-    """Outputs of a frozen self-supervised network, `(B, frames, dim)` for each layer.
+    """Look at a wave through a frozen self-supervised speech network.
+     `features(wave)` takes `(B, T)` at `sample_rate` and gives `(B, frames, dim)` for each layer, in the precision of
+    the wave. The network is copied up to the deepest layer that is used. Utterances of unequal `lengths` are heard in
+    groups of one length, so none depends on its batch mates. Networks that standardise amplify digital silence
+    3,000-fold; there the gradient is finite and thousands of times that of speech: clip gradients, or see `dither_db`
+    of `SSLLoss`.
 
-    `model` is 'small' (ours, needs no download), a torchaudio bundle such as 'WAVLM_BASE_PLUS', a
-    folder, a name on the Hugging Face hub such as 'microsoft/wavlm-base-plus', or a network; it is
-    copied up to the deepest of `layers` (see `layer_names`). `sample_rate` in Hz is that of the
-    waves. `random_seed` draws the weights anew: the control of every claim about training.
+    - `model`: 'small' (shipped, needs no download), a torchaudio bundle such as 'WAVLM_BASE_PLUS', a folder, a name on
+      the Hugging Face hub such as 'microsoft/wavlm-base-plus', or a network of transformers or torchaudio (wav2vec 2.0,
+      HuBERT, WavLM, Whisper)
+    - `layers`: 'later' (the later half of the transformer), 'all' (every block of it), 'last' (its last block), 'conv'
+      (all convolutions), a number (0 is what enters the first block), a name such as 'layer3', or several of them
+    - `sample_rate`: of the waves in Hz; another one than 16,000 is resampled for the network
+    - `normalize`: bring each utterance to zero mean and unit variance first; None: as the network was trained
+    - `checkpoint`: compute each block again in the backward pass, which saves memory and costs time
+    - `random_seed`: draw new weights from this seed: the control of every claim about training; None: keep them
 
-    Networks that standardise amplify digital silence 3,000-fold. There the gradient is finite, and
-    thousands of times that of speech: clip gradients, or see `dither_db` of `SSLLoss`.
+    `SpeechLossError` for an unknown layer, a network that cannot be opened, and waves too short for it.
+
+    >>> features = SSLFeatures('small', layers='last')
+    >>> [layer.shape[0] for layer in features(torch.zeros(2, 4000))]
+    [2]
     """
-    def __init__(self, model='small', *, layers: str | int | Sequence = 'later',
+    def __init__(self, model: str | PathLike | nn.Module = 'small', *,
+                 layers: str | int | Sequence[str | int] = 'later',
                  sample_rate: int = SAMPLE_RATE, normalize: bool | None = None,
                  checkpoint: bool = False, random_seed: int | None = None):
         super().__init__()
@@ -162,10 +177,17 @@ def _joined(parts: list[Tensor]) -> Tensor:
 
 # %% ../../nbs/features/ssl.ipynb #003f30d1
 class CachedFeatures(Features):
-    """Other features, with those of the last `size` utterances heard without gradient kept.
+    """Keep the features of the last utterances that were heard without gradient.
 
-    A wave that asks for gradient goes through as if this were not there. The kept features stay
-    on their device and do not enter `state_dict()`.
+    `features(wave)` takes and gives what the features inside do. A wave that asks for gradient goes through them each
+    time. What is kept stays on its device and does not enter `state_dict()`.
+
+    - `features`: the features inside; they must be frozen and treat each utterance alone
+    - `size`: utterances that are kept; the one that was used longest ago goes first
+
+    >>> features = CachedFeatures(RandomFeatures(layers=[(4, 10, 5)]), size=8)
+    >>> features(torch.zeros(2, 100))[0].shape, len(features.kept)
+    (torch.Size([2, 19, 4]), 1)
     """
     def __init__(self, features: Features, *, size: int = 1024):
         super().__init__()

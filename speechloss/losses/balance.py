@@ -25,12 +25,27 @@ def across_processes(value: Tensor) -> Tensor:
 
 
 class Balancer(nn.Module):
-    """Scales named terms before they are added.
+    """Scale named terms of different size before they are added.
 
-    `weights` default to 1; `momentum` of the running statistic: 0.99 follows slowly, 1 keeps the
-    first value for ever. Its running statistics are learned state and enter `state_dict()`.
+    `balancer(compute, enhanced)` calls `compute` on the enhanced wave `(N, T)` and returns each term `(N,)` times its
+    weight, over what `mode` measures. At 'value' a term is worth its weight, whatever its size, and only the direction
+    of its gradient counts. The running statistics are learned state and enter `state_dict()`.
+
+    - `names`: of the terms that `compute` returns
+    - `mode`: 'none' (weights alone), 'value' (over the absolute value of the term, for each utterance), 'mean' (over
+      the running mean of that value), or 'grad' (over the running mean of the norm of its gradient at `enhanced`)
+    - `weights`: by name; a term without one has 1
+    - `anchor`: name of the term that keeps its scale, to which the others are brought; None: all are brought to 1
+    - `momentum`: of the running mean, in [0, 1]; 0.99 forgets within some 100 steps, 1 keeps the first value
+
+    `SpeechLossError` for an unknown mode, weight or anchor. The mode 'grad' is in the spirit of Défossez et al., *High
+    fidelity neural audio compression*, 2022, arXiv 2210.13438, section 3.4.
+
+    >>> balancer = Balancer(('a', 'b'), mode='value', weights=dict(b=.5))
+    >>> balancer(lambda wave: dict(a=wave.abs().mean(-1), b=9 * wave.square().mean(-1)), torch.full((1, 8), 2.))
+    {'a': tensor([1.]), 'b': tensor([0.5000])}
     """
-    def __init__(self, names: Iterable[str], *, mode: str = 'none', weights: dict | None = None,
+    def __init__(self, names: Iterable[str], *, mode: str = 'none', weights: dict[str, float] | None = None,
                  anchor: str | None = None, momentum: float = 0.99):
         super().__init__()
         self.names = tuple(names)
@@ -69,9 +84,10 @@ class Balancer(nn.Module):
 
     def forward(self, compute: Callable[[Tensor], dict[str, Tensor]],
                 enhanced: Tensor) -> dict[str, Tensor]:
-        """Scaled terms, each `(N,)`.
+        """Return the scaled terms by name, each `(N,)`.
 
-        `compute` maps the enhanced wave `(N, T)` to one value per utterance and term.
+        - `compute`: maps the enhanced wave `(N, T)` to one value per utterance, `(N,)`, of each of `names`
+        - `enhanced`: the wave, `(N, T)`; gets the gradient
         """
         if self.mode == 'grad':
             return self._by_gradient(compute, enhanced)

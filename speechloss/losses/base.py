@@ -110,10 +110,13 @@ REDUCTIONS = ('mean', 'sum', 'none')
 
 
 class Hooks:
-    """What a training loop tells an objective, and asks of it; each does nothing unless a loss defines it.
+    """Define what a training loop tells an objective and asks of it; each does nothing unless replaced.
 
     `step_end` and `epoch_end` come after an optimiser step and after an epoch, `observed` at each logged step,
     `health` at each validation, `resume_state` and `load_resume_state` with each checkpoint.
+
+    >>> Hooks().observed()
+    {}
     """
     def step_end(self, model: nn.Module) -> None:
         "Learn that the optimiser has made a step on `model`"
@@ -139,11 +142,20 @@ class Hooks:
 
 
 class Loss(Hooks, nn.Module):
-    """Base of every loss: `loss(enhanced, clean, *, noisy=None, lengths=None, negatives=None)`.
+    """Compare an enhanced wave with the clean one; the base of every loss of this package.
 
-    Waves are `(T,)`, `(B, T)` or `(B, C, T)`, nominally in [-1, 1], all of one shape. `negatives` are waves by name,
-    of use to contrastive losses alone; the others let them pass, as most do `noisy`.
-    `reduction` is 'mean' or 'sum' over the batch, or 'none' for one value per utterance, `(B,)`.
+    A subclass defines `values(waves)`, its named parts with one value per utterance. `loss(enhanced, clean)` then takes
+    waves `(T,)`, `(B, T)` or `(B, C, T)`, nominally in [-1, 1], and gives their sum, reduced; see `forward`.
+
+    - `reduction`: 'mean' or 'sum' over the batch, or 'none' for one value per utterance, `(B,)`
+
+    `SpeechLossError` for another `reduction`, unequal shapes or devices, and lengths outside of 1..T; TypeError for
+    what is no floating-point tensor.
+
+    >>> class Offset(Loss):
+    ...     def values(self, waves): return dict(offset=(waves.enhanced - waves.clean).mean(-1))
+    >>> Offset(reduction='none')(torch.ones(2, 8), torch.zeros(2, 8))
+    tensor([1., 1.])
     """
     def __init__(self, *, reduction: str = 'mean'):
         super().__init__()
@@ -152,7 +164,10 @@ class Loss(Hooks, nn.Module):
         self.reduction = reduction
 
     def values(self, waves: Waves) -> dict[str, Tensor]:
-        "The named parts, each `(N,)`; their sum is the loss"
+        """Return the named parts, each `(N,)` for the `N` folded waves of `waves`; their sum is the loss.
+
+        A subclass must define it. Weights are part of the values; padding beyond `waves.lengths` is zero already.
+        """
         raise NotImplementedError(f'{type(self).__name__} must define values(waves)')
 
     def total(self, waves: Waves) -> Tensor:
@@ -164,11 +179,27 @@ class Loss(Hooks, nn.Module):
 
     def terms(self, enhanced: Tensor, clean: Tensor, *, noisy: Tensor | None = None, lengths: Tensor | None = None,
               negatives: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
-        "The named parts, reduced like the loss; they add up to it"
+        """Return the named parts of the loss by name, reduced like the loss; they add up to it.
+
+        Takes the arguments of `forward`.
+        """
         return self._apply_to(self._parts, enhanced, clean, noisy=noisy, lengths=lengths, negatives=negatives)
 
     def forward(self, enhanced: Tensor, clean: Tensor, *, noisy: Tensor | None = None, lengths: Tensor | None = None,
                 negatives: dict[str, Tensor] | None = None) -> Tensor:
+        """Return the loss of `enhanced` against `clean`: a scalar, or `(B,)` with `reduction='none'`.
+
+        - `enhanced`: the wave that is judged, `(T,)`, `(B, T)` or `(B, C, T)`, any float dtype, nominally in [-1, 1];
+          the gradient reaches it alone
+        - `clean`: the wave that it should be, of the same shape and on the same device
+        - `noisy`: the wave that was enhanced, of the same shape; contrastive losses need it, the others let it pass
+        - `lengths`: valid samples of each utterance, `(B,)` integers in 1..T; what lies beyond does not count; None:
+          all
+        - `negatives`: further waves by name, of the same shape; of use to contrastive losses alone
+
+        Channels of an utterance are averaged. Numbers are computed in float32, in float64 when a wave is float64, also
+        inside autocast. TypeError for what is no floating-point tensor, `SpeechLossError` for another shape or device.
+        """
         return self._apply_to(self._whole, enhanced, clean, noisy=noisy, lengths=lengths, negatives=negatives)
 
     def _parts(self, waves: Waves) -> dict[str, Tensor]:

@@ -6,23 +6,42 @@
 __all__ = ['CodecLoss']
 
 # %% ../../nbs/losses/codec.ipynb #e638deb6
-from ..features.codec import CodecFeatures
+from collections.abc import Sequence
+from os import PathLike
+
+from ..features.codec import CodecFeatures, CodecNet
 from .distance import FeatureDistance
 
 # %% ../../nbs/losses/codec.ipynb #44bc9690
 class CodecLoss(FeatureDistance):
-    """Mean distance over layers of a network that imitates a codec; 0 at identity.
+    """Measure the mean distance over layers of a network that imitates a codec; 0 at identity.
 
-    `model`, `layers`, `card` and `random_seed` as in `CodecFeatures`: 'mp3-16k', which comes along, or a
-    folder that `save_codec` or `train_codec` has written, and 'all', 'inner', 'output' or names.
-    `distance` is 'l1', 'l2' or 'cosine'; `weights` by layer, relative to one another; `balance` as in
-    `FeatureDistance`, on top of the scales in the card. `SpeechLossError` when the network has no
-    skill. The features are of magnitudes: no gradient at exact silence, and a wrong phase costs little.
+    `loss(enhanced, clean)` takes waves `(T,)`, `(B, T)` or `(B, C, T)` in [-1, 1] at 16 kHz and gives a scalar of 0 or
+    more. Each layer is divided by the scale in the network's card, so that all count alike. The features are of
+    magnitudes: no gradient at exact silence, and a wrong phase costs little.
 
-    In the spirit of the abstract of Ananthabhotla, Ewert and Paradiso, ACM Multimedia 2019.
+    - `model`: 'mp3-16k' (shipped, imitates MP3 at 16 kbit/s), a folder that `save_network` or `train_codec` has
+      written, or a `CodecNet` together with its `card`
+    - `layers`: 'all', 'inner' (all but the output), 'output', a name such as 'down1', or several names
+    - `distance`: 'l1' (mean absolute difference), 'l2' (mean squared difference) or 'cosine' (1 - cosine of each frame)
+    - `weights`: of the layers, in order or by name, relative to one another; None: all alike
+    - `balance`: 'none', 'value', 'mean' or 'grad', the `mode` of `Balancer`, on top of the scales in the card
+    - `card`: what a `CodecNet` given as `model` is worth: `dict(skill=dict(skill=...), scale={layer: ...})`
+    - `random_seed`: draw new weights from this seed: the control that tells what training is worth; None: keep them
+    - `reduction`: 'mean' or 'sum' over the batch, or 'none' for one value per utterance, `(B,)`
+
+    `SpeechLossError` for an unknown layer or option, a folder that holds no network, and a network without skill. In
+    the spirit of the abstract of Ananthabhotla, Ewert and Paradiso, *Towards a perceptual loss*, ACM Multimedia 2019.
+
+    >>> loss = CodecLoss('mp3-16k', layers='output')
+    >>> clean = (torch.arange(4000.) / 9).sin()
+    >>> loss(clean, clean), loss(.5 * clean, clean) > 0
+    (tensor(0.), tensor(True))
     """
-    def __init__(self, model='mp3-16k', *, layers='all', distance: str = 'l1', weights=None, balance: str = 'none',
-                 card: dict | None = None, random_seed: int | None = None, reduction: str = 'mean'):
+    def __init__(self, model: str | PathLike | CodecNet = 'mp3-16k', *, layers: str | Sequence[str] = 'all',
+                 distance: str = 'l1', weights: Sequence[float] | dict[str, float] | None = None,
+                 balance: str = 'none', card: dict | None = None, random_seed: int | None = None,
+                 reduction: str = 'mean'):
         features = CodecFeatures(model, layers=layers, card=card, random_seed=random_seed)
         super().__init__(features, distance=distance, weights=weights, balance=balance, reduction=reduction)
         self._share_weights()

@@ -6,7 +6,7 @@
 __all__ = ['TINY', 'FORMS', 'CLEAN', 'MOST', 'Views', 'frame_info_nce', 'ContrastiveRegularization', 'pull_and_push']
 
 # %% ../../nbs/losses/contrastive.ipynb #9cf519a0
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -44,7 +44,7 @@ def frame_info_nce(
     temperature: float = .1,
     frames: Tensor | None = None,    # (B,) valid frames
 ) -> Tensor:                         # (B,)
-    """Cross-entropy of clean among clean and the negatives at each instant, less that at enhanced = clean.
+    """Return the cross-entropy of clean among clean and the negatives at each frame, less that at enhanced = clean.
 
     0 at enhanced = clean, and a little below it beyond, since the negatives still push there.
 
@@ -72,29 +72,41 @@ _FOR_NCE = dict(temperature=.1)
 
 
 class ContrastiveRegularization(Loss):
-    """Distance to clean over the distance to what clean is not, in a feature space; 0 at identity.
+    """Measure the distance to clean over the distance to negatives, in a feature space; 0 at identity.
 
-    `features` is where distances are taken, `distance` 'l1', 'l2' or 'cosine', and `weights` by
-    layer, in order or by name, relative to one another; None doubles them with depth. The negatives
-    are `noisy`, which every call must give, the outputs for it of `earlier`, a model or several by
-    name, and further waves by name that a call may give as `negatives`. Models are copied and
-    frozen; the outputs of `cache` utterances are kept. `curriculum`, a `Curriculum` or its options,
-    weighs the negatives; None is fixed weights, the noisy wave as much as all others together.
-    A negative that is clean, within 60 dB, has no weight; without any other the loss is 0.
-    With `earlier` and `lengths` it does not compile in one graph.
+    `loss(enhanced, clean, noisy=noisy)` takes waves `(T,)`, `(B, T)` or `(B, C, T)` in [-1, 1] at the rate of the
+    features and gives a scalar, from 0 to `clamp`. The negatives are `noisy`, which every call must give, the outputs
+    for it of the models `earlier`, and further waves by name that a call may give as `negatives`. A negative that is
+    clean, within 60 dB, has no weight; without any other the loss is 0. The gradient reaches `enhanced` alone and is
+    finite at a negative and at clean. With `earlier` and `lengths` it does not compile in one graph.
 
-    The ratio is that of an utterance. `eps` > 0 is a share of the size of the clean features, and
-    `clamp` > 0 an upper limit of the ratio, approached softly; None leaves the limit `1 / eps` times
-    the distance to clean relative to that size. With `push=False` negatives weigh and do not push:
-    their distances count as constants, a control. `form='info_nce'` is `frame_info_nce` with
-    `temperature`, and takes none of these; it can fall a little below 0, so balance it by gradient
-    and not by value. The gradient reaches `enhanced` alone and is finite at a negative and at clean.
-    Raises ValueError, also without `noisy`, and TypeError.
+    - `features`: where distances are taken, such as `SSLFeatures('small', layers='conv')`
+    - `earlier`: a model that enhances, or several by name; copied and frozen; None: no such negative
+    - `form`: 'ratio' (of the distances, for each utterance) or 'info_nce' (`frame_info_nce`; it can fall a little below
+      0, so balance it by gradient and not by value)
+    - `distance`: of the ratio: 'l1', 'l2' or 'cosine'
+    - `weights`: of the layers, in order or by name, relative to one another; None: doubled with depth
+    - `curriculum`: what weighs the negatives: a `Curriculum` or its options; None: the noisy wave as much as all others
+      together
+    - `eps`: added to the denominator, as a share above 0 of the size of the clean features
+    - `clamp`: upper limit above 0 of the ratio, approached softly; None: no limit but that of `eps`
+    - `push`: False treats the distances to negatives as constants: they weigh and do not push; a control
+    - `temperature`: of 'info_nce', above 0
+    - `cache`: keep the outputs of `earlier` for so many utterances; 0: none
+    - `reduction`: 'mean' or 'sum' over the batch, or 'none' for one value per utterance, `(B,)`
 
-    In the spirit of the abstract of Xu et al., ICASSP 2024, and of its ancestors in image dehazing,
-    Wu et al., CVPR 2021, and Zheng et al., CVPR 2023.
+    `SpeechLossError` for an unknown option, one that the form does not take, and a call without `noisy`; TypeError for
+    an `earlier` that is no model. In the spirit of the abstract of Xu et al., ICASSP 2024, and of its ancestors in
+    image dehazing, Wu et al., CVPR 2021, and Zheng et al., CVPR 2023.
+
+    >>> loss, time = ContrastiveRegularization(RandomFeatures()), torch.arange(2048.)
+    >>> clean, noisy = (time / 9).sin(), (time / 9).sin() + .1 * (time / 2).cos()
+    >>> loss(clean, clean, noisy=noisy), loss(noisy, clean, noisy=noisy) > loss((noisy + clean) / 2, clean, noisy=noisy)
+    (tensor(0.), tensor(True))
     """
-    def __init__(self, features: Features, *, earlier=None, form: str = 'ratio', distance: str = 'l1', weights=None,
+    def __init__(self, features: Features, *, earlier: nn.Module | dict[str, nn.Module] | None = None,
+                 form: str = 'ratio', distance: str = 'l1',
+                 weights: Sequence[float] | dict[str, float] | None = None,
                  curriculum: Curriculum | dict | None = None, eps: float = 1e-3, clamp: float | None = 10.,
                  push: bool = True, temperature: float = .1, cache: int = 0, reduction: str = 'mean'):
         super().__init__(reduction=reduction)
@@ -301,7 +313,15 @@ def pull_and_push(
     lengths: Tensor | None = None,     # (B,) valid samples
     negatives: dict[str, Tensor] | None = None,   # same shape each
 ) -> tuple[Tensor, Tensor]:            # the shape of enhanced, both
-    "Gradients of the loss of each utterance at the enhanced wave: towards clean, and away from the negatives"
+    """Return two gradients at the enhanced wave: what pulls towards clean, and what pushes from the negatives.
+
+    Their sum is the gradient of the loss of each utterance. `SpeechLossError` for a loss of another form.
+
+    >>> loss, clean = ContrastiveRegularization(RandomFeatures()), (torch.arange(2048.) / 9).sin()
+    >>> pull, push = pull_and_push(loss, .5 * clean, clean, noisy=.4 * clean)
+    >>> pull.shape, push.shape
+    (torch.Size([2048]), torch.Size([2048]))
+    """
     if loss.form != 'ratio': raise ValueError(f'loss has the form {loss.form!r}: give one of the form ratio')
     leaf = enhanced.detach().requires_grad_()
 

@@ -24,7 +24,7 @@ def curriculum_weights(
     gain: float = .25,      # in [0, 1): 0 gives fixed weights
     softness: float = 0.,   # margin at which the smooth rule has gone most of its way; 0: two states
 ) -> Tensor:                # (..., K) that add up to 1: the noisy wave first
-    """Weights of the negatives from the margins over all but the noisy wave.
+    """Return the weights of the negatives from the margins over all but the noisy wave.
 
     >>> curriculum_weights(torch.tensor([[-1.], [1.]]))
     tensor([[0.5714, 0.4286],
@@ -38,14 +38,25 @@ def curriculum_weights(
 
 # %% ../../nbs/losses/curriculum.ipynb #9ef4c9ef
 class Curriculum(nn.Module):
-    """Weights `(B, K)` of the negatives, the noisy wave first, from margins `(B, K - 1)`.
+    """Weigh the negatives of a contrastive loss by how far the model has come.
 
-    `rule` is 'two-state' or 'smooth', whose weights go most of their way at a margin of `softness`
-    (natural logarithm of a ratio of distances); `gain` in [0, 1) is how far raw weights move from 1.
-    `level` is 'sample', or 'dataset': one running mean of the margins with `momentum` in [0, 1) for
-    each of `others`, the negatives beside the noisy wave. Raises ValueError.
+    `curriculum(margins)` takes the margins `(B, K - 1)` over all negatives but the noisy wave, natural logarithms of
+    ratios of distances, and gives the weights `(B, K)` of all, the noisy wave first; each row adds up to 1.
 
+    - `rule`: 'two-state' (a negative that the enhanced wave has overtaken weighs more) or 'smooth' (the same,
+      gradually)
+    - `level`: 'sample' (the margins of each utterance) or 'dataset' (their running mean, which is learned state)
+    - `gain`: how far a raw weight moves from 1, in [0, 1); 0 gives fixed weights
+    - `softness`: margin at which the smooth rule has gone most of its way, above 0
+    - `momentum`: of the running mean at the level 'dataset', in [0, 1)
+    - `others`: how many negatives there are beside the noisy wave, for the level 'dataset'
+
+    `SpeechLossError` for an unknown rule or level, a number out of range, and margins of another number of negatives.
     The two-state rule is that of Zheng et al., CVPR 2023; in the spirit of the abstract of Xu et al., ICASSP 2024.
+
+    >>> Curriculum()(torch.tensor([[-1.], [1.]]))
+    tensor([[0.5714, 0.4286],
+            [0.4444, 0.5556]])
     """
     def __init__(self, *, rule: str = 'two-state', level: str = 'sample', gain: float = .25,
                  softness: float = .1, momentum: float = .99, others: int = 1):
@@ -64,6 +75,11 @@ class Curriculum(nn.Module):
 
     @torch.no_grad()
     def forward(self, margins: Tensor) -> Tensor:
+        """Return the weights `(B, K)` of the negatives, the noisy wave first; without gradient.
+
+        - `margins`: over the other negatives, `(B, K - 1)`, above 0 where the enhanced wave has overtaken one; in
+          training mode the level 'dataset' takes them into its running mean
+        """
         if self.level == 'dataset': margins = self._running(margins)
         return curriculum_weights(margins, gain=self.gain, softness=self.softness if self.rule == 'smooth' else 0.)
 
@@ -82,10 +98,13 @@ class Curriculum(nn.Module):
 
 # %% ../../nbs/losses/curriculum.ipynb #8515fd43
 def plot_curriculum(
-    rows: list[dict],   # of a training's log
+    rows: list[dict],   # of the log of a training
     term: str = '',     # name of the loss in its objective, such as 'extra'; '': the only one
 ):                      # matplotlib figure
-    "Distances, margins and weights of a contrastive loss over the steps of a training; ValueError when there are none"
+    """Draw the distances, margins and weights of a contrastive loss over the steps of a training.
+
+    `SpeechLossError` when the rows tell of no such loss, or of several and `term` names none.
+    """
     from matplotlib.figure import Figure
     rows = [row for row in rows if row.get('observed')]
     # 'extra.weight.noisy': term, panel, label

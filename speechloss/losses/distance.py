@@ -6,6 +6,8 @@
 __all__ = ['DISTANCES', 'cosine_distance', 'feature_distance', 'masked_var', 'FeatureDistance']
 
 # %% ../../nbs/losses/distance.ipynb #ef5171f8
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -38,7 +40,7 @@ def feature_distance(
     frames: Tensor | None = None,  # (B,) valid frames
     standardize: bool = False,     # divide each dim by its deviation over the clean frames
 ) -> Tensor:                       # (B,) >= 0, 0 at identity
-    """Distance between two feature sequences, the mean over valid frames.
+    """Return the distance between two feature sequences, the mean over valid frames.
 
     >>> feature_distance(torch.ones(1, 4, 2), torch.zeros(1, 4, 2))
     tensor([1.])
@@ -60,13 +62,31 @@ def masked_var(values: Tensor, frames: Tensor | None = None) -> Tensor:
 
 
 class FeatureDistance(Loss):
-    """Distance between features of the enhanced and of the clean wave; 0 at identity.
+    """Measure the distance between features of the enhanced and of the clean wave; 0 at identity.
 
-    `weights` are per layer, in order or by name; `balance` is one of `none`, `value`, `mean`,
-    `grad` (see `Balancer`); `standardize` divides each feature dimension by its deviation over
-    the clean utterance. Features of magnitude alone have no gradient at exact silence.
+    `loss(enhanced, clean)` takes waves `(T,)`, `(B, T)` or `(B, C, T)` in [-1, 1] at the rate of the features and gives
+    a scalar of 0 or more: the sum over layers of weight times mean distance. Features of magnitude alone have no
+    gradient at exact silence.
+
+    - `features`: where the distance is taken, such as `STFTFeatures()` or `SSLFeatures()`
+    - `distance`: 'l1' (mean absolute difference), 'l2' (mean squared difference) or 'cosine' (1 - cosine of each frame)
+    - `weights`: of the layers, in order or by name; None: 1 each
+    - `balance`: how layers of different size are put on one footing: 'none', 'value', 'mean' or 'grad', the `mode` of
+      `Balancer`
+    - `standardize`: divide each feature dimension by its deviation over the clean utterance
+    - `momentum`: of the running mean of `balance`, in [0, 1]
+    - `reduction`: 'mean' or 'sum' over the batch, or 'none' for one value per utterance, `(B,)`
+
+    `SpeechLossError` for an unknown distance, balance or layer. Source: Germain et al., *Speech denoising with deep
+    feature losses*, Interspeech 2019, arXiv 1806.10522.
+
+    >>> time = torch.arange(2048.)
+    >>> loss = FeatureDistance(STFTFeatures(), distance='l2')
+    >>> loss((time / 9).sin(), (time / 9).sin()), loss((time / 8).sin(), (time / 9).sin()) > 0
+    (tensor(0.), tensor(True))
     """
-    def __init__(self, features: Features, *, distance: str = 'l1', weights=None,
+    def __init__(self, features: Features, *, distance: str = 'l1',
+                 weights: Sequence[float] | dict[str, float] | None = None,
                  balance: str = 'none', standardize: bool = False, momentum: float = 0.99,
                  reduction: str = 'mean'):
         super().__init__(reduction=reduction)

@@ -15,11 +15,23 @@ from ..signal.spectra import frame_count
 
 # %% ../../nbs/losses/masking.ipynb #9906f847
 class MaskingLoss(Loss):
-    """Mean of log(1 + noise to mask) over critical bands and frames; 0 at identity.
+    """Measure the mean of log(1 + noise to mask) over critical bands and frames; 0 at identity.
+     `loss(enhanced, clean)` takes waves `(T,)`, `(B, T)` or `(B, C, T)` in [-1, 1] at `sample_rate` and gives a scalar
+    of 0 or more, in nepers. An error below the masking threshold of the clean wave costs next to nothing.
 
-    `sample_rate` in Hz, `n_fft`, `hop_length` and `full_scale_db` as in `MaskingModel`: how loud a
-    full-scale tone is played, in dB of sound pressure, decides what is heard at all. After ISO/IEC
-    11172-3, annex D.1, and in the spirit of Zhen et al. 2020, arXiv 2101.00054.
+    - `sample_rate`: of the waves in Hz, 1,000 or more
+    - `n_fft`: samples of a frame, even, 64 or more
+    - `hop_length`: samples from one frame to the next, at most `n_fft`
+    - `full_scale_db`: how loud a full-scale tone is played, in dB of sound pressure; it decides what is heard at all
+    - `reduction`: 'mean' or 'sum' over the batch, or 'none' for one value per utterance, `(B,)`
+
+    `SpeechLossError` for frames that do not fit. Source: ISO/IEC 11172-3, annex D.1, and in the spirit of Zhen et al.,
+    *Psychoacoustic calibration of loss functions*, 2020, arXiv 2101.00054.
+
+    >>> loss = MaskingLoss(sample_rate=16000)
+    >>> clean = (torch.arange(4000.) / 9).sin()
+    >>> loss(clean, clean), loss(clean.clamp(-.5, .5), clean) > loss(clean + 1e-5, clean)
+    (tensor(0.), tensor(True))
     """
     def __init__(self, *, sample_rate: int = SAMPLE_RATE, n_fft: int = 512, hop_length: int = 256,
                  full_scale_db: float = 96., reduction: str = 'mean'):
@@ -37,8 +49,17 @@ def masking(
     clean: Tensor,                  # same shape
     *,
     lengths: Tensor | None = None,  # (B,) valid samples
-    **options,                      # of `MaskingLoss`
-) -> Tensor:                        # (B,), 0 at identity
-    "The values of `MaskingLoss`, one for each utterance"
+    sample_rate: int = SAMPLE_RATE, # Hz, 1,000 or more
+    n_fft: int = 512,               # samples of a frame, even, 64 or more
+    hop_length: int = 256,          # samples from one frame to the next
+    full_scale_db: float = 96.,     # dB of sound pressure of a full-scale tone
+) -> Tensor:                        # (B,) >= 0, nepers, 0 at identity
+    """Return the mean of log(1 + noise to mask) of each utterance, the values of `MaskingLoss`.
+
+    >>> clean = (torch.arange(4000.) / 9).sin()
+    >>> masking(clean, clean)
+    tensor(0.)
+    """
+    options = dict(sample_rate=sample_rate, n_fft=n_fft, hop_length=hop_length, full_scale_db=full_scale_db)
     waves = prepare(enhanced, clean, lengths=lengths)
     return waves.unfold(MaskingLoss(**options).total(waves))

@@ -6,6 +6,8 @@
 __all__ = ['WRAPPERS', 'RULES', 'REFRESH', 'unwrapped', 'ModelAsLoss', 'feature_health']
 
 # %% ../../nbs/losses/model_as_loss.ipynb #4927ef49
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
@@ -28,18 +30,39 @@ REFRESH = ('epoch', 'batch', 'ema')
 
 
 class ModelAsLoss(FeatureDistance):
-    """Distance between enhanced and clean in the space of the enhancer's own encoder.
+    """Measure the distance between enhanced and clean in the space of the enhancer's own encoder; 0 at identity.
 
-    `model` has one method, `encode(wave: (B, T)) -> (B, frames, dim)`; a frozen copy is taken at
-    once. `rule` is 'frozen-fe', 'frozen' or 'dynamic'; under 'dynamic' the copy follows the model
-    each `refresh`: 'epoch', 'batch', or 'ema' with decay `ema`. Under 'frozen-fe' the caller also
-    freezes the model's own encoder (`freeze_encoder` of the training recipe). 0 at identity.
-    An encoder that sees magnitudes alone, as the package's own, has no gradient at exact silence.
+    `loss(enhanced, clean)` takes waves `(T,)`, `(B, T)` or `(B, C, T)` in [-1, 1] at the rate of the model and gives a
+    scalar of 0 or more. A frozen copy of the model is taken at once. An encoder that sees magnitudes alone, as the
+    package's own, has no gradient at exact silence.
 
-    Phaye et al., *Model as Loss*, Interspeech 2025, arXiv 2505.21156.
+    - `model`: a module with a method `encode(wave: (B, T)) -> (B, frames, dim)`, or a list of them for several layers
+    - `rule`: 'frozen' (the copy stays as it is), 'frozen-fe' (the same, and the training also freezes the model's own
+      encoder: `freeze_encoder` of its recipe) or 'dynamic' (the copy follows the model)
+    - `refresh`: when a dynamic copy follows: 'epoch', 'batch', or 'ema' (a moving average, at each step)
+    - `ema`: share of the old copy that stays at each step of 'ema', in [0, 1)
+    - `layers`: 'bottleneck' (what `encode(wave)` returns), or 'all' or indices of `encode(wave, skips=True)`
+    - `distance`: 'l1' (mean absolute difference), 'l2' (mean squared difference) or 'cosine' (1 - cosine of each frame)
+    - `weights`: of the layers, in order or by name; None: 1 each
+    - `balance`: 'none', 'value', 'mean' or 'grad', the `mode` of `Balancer`
+    - `standardize`: divide each feature dimension by its deviation over the clean utterance
+    - `reduction`: 'mean' or 'sum' over the batch, or 'none' for one value per utterance, `(B,)`
+
+    `SpeechLossError` for an unknown option, TypeError for a model without `encode`. Source: Phaye, Cernak and Harper,
+    *Model as loss*, Interspeech 2025, arXiv 2505.21156.
+
+    >>> class Encoder(torch.nn.Module):
+    ...     def __init__(self):
+    ...         super().__init__()
+    ...         self.conv = torch.nn.Conv1d(1, 4, 32, 16)
+    ...     def encode(self, wave): return self.conv(wave[:, None]).mT
+    >>> loss = ModelAsLoss(Encoder(), rule='dynamic', refresh='epoch')
+    >>> loss(torch.ones(2, 64), torch.ones(2, 64))
+    tensor(0.)
     """
     def __init__(self, model: nn.Module, *, rule: str = 'frozen', refresh: str = 'epoch',
-                 ema: float = 0.999, layers='bottleneck', distance: str = 'l1', weights=None,
+                 ema: float = 0.999, layers: str | Sequence[int] = 'bottleneck', distance: str = 'l1',
+                 weights: Sequence[float] | dict[str, float] | None = None,
                  balance: str = 'none', standardize: bool = False, reduction: str = 'mean'):
         if rule not in RULES:
             raise ValueError(f'rule is {rule!r}: choose one of {", ".join(RULES)}')
@@ -59,7 +82,11 @@ class ModelAsLoss(FeatureDistance):
 
     @torch.no_grad()
     def update(self, model: nn.Module, *, decay: float = 0.):
-        "Move the copy to `model`: wholly, or with `decay` a share of the old copy stays"
+        """Move the copy to `model`.
+
+        - `model`: the enhancer in training, wrapped or not
+        - `decay`: share of the old copy that stays, in [0, 1); 0: none
+        """
         new = unwrapped(model).state_dict()
         for name, old in self.snapshot.state_dict().items():
             if decay and old.is_floating_point():

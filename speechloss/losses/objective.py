@@ -14,13 +14,25 @@ from .base import Loss
 
 # %% ../../nbs/losses/objective.ipynb #42a708ce
 class Objective(Loss):
-    """A weighted, balanced sum of losses with the call of a single one.
+    """Add several losses, weighted and balanced, and call them as one.
 
-    `losses` by name; `weights` by name, default 1; `balance` and `momentum` as in `Balancer`.
-    With a balance other than 'none' the first loss is the anchor: it keeps its scale and the
-    others are brought to it. `terms()` gives one value per loss.
+    `objective(enhanced, clean, noisy=..., lengths=...)` takes what a single loss takes and gives the sum of its terms;
+    at identity it is the sum of their values there. `terms()` gives one value per loss. With a balance other than
+    'none' the first loss is the anchor: it keeps its scale, and the others are brought to it.
+
+    - `losses`: by name, each a `Loss`
+    - `weights`: by name; a loss without one has 1
+    - `balance`: 'none', 'value', 'mean' or 'grad', the `mode` of `Balancer`
+    - `momentum`: of the running mean of `balance`, in [0, 1]
+    - `reduction`: 'mean' or 'sum' over the batch, or 'none' for one value per utterance, `(B,)`
+
+    `SpeechLossError` when there is no loss, and for an unknown weight or balance.
+
+    >>> objective = Objective(dict(l1=WaveL1Loss(), l2=WaveL2Loss()), weights=dict(l2=10.))
+    >>> objective.terms(torch.full((2, 8), .5), torch.zeros(2, 8))
+    {'l1': tensor(0.5000), 'l2': tensor(2.5000)}
     """
-    def __init__(self, losses: dict[str, Loss], *, weights: dict | None = None,
+    def __init__(self, losses: dict[str, Loss], *, weights: dict[str, float] | None = None,
                  balance: str = 'none', momentum: float = 0.99, reduction: str = 'mean'):
         super().__init__(reduction=reduction)
         if not losses:

@@ -81,7 +81,11 @@ CARDS = {card.name: card for card in (
 
 
 def cards() -> list[dict]:
-    "The cards as rows, for tables"
+    """Return the cards of all losses as dictionaries, one a loss, for tables.
+
+    >>> [card['name'] for card in cards()][:3]
+    ['wave_l1', 'wave_l2', 'snr']
+    """
     return [asdict(card) | {'loss': card.loss.__name__} for card in CARDS.values()]
 
 # %% ../../nbs/losses/registry.ipynb #a2c462dd
@@ -126,10 +130,14 @@ def build(
     model: nn.Module | None = None, # the enhancer, for losses that look through it
     load: Callable | None = None,   # opens another model by its path
 ) -> Loss:
-    """A loss from its name and options; the name may be that of a preset.
+    """Return a loss by its name, or that of a preset, with its options.
 
-    >>> build('snr')
-    SNRLoss()
+    `speechloss losses` and `cards()` list the names. Losses that look through features take them by name as
+    `features`, such as `dict(name='ssl', layers='conv')`. `SpeechLossError` for an unknown name or option, and when
+    `model` or `load` is needed.
+
+    >>> build(dict(name='snr', max_db=30.))(torch.ones(1, 8), torch.ones(1, 8))
+    tensor(-30.)
     """
     spec = {'name': spec} if isinstance(spec, str) else dict(spec)
     if 'terms' in spec and 'name' not in spec:
@@ -156,7 +164,13 @@ def build_objective(
     model: nn.Module | None = None, # the enhancer
     load: Callable | None = None,   # opens another model by its path
 ) -> Objective:
-    "An objective from plain data: `terms` by name, and the options of `Objective`"
+    """Return an objective from plain data: `terms` by name, and the options of `Objective`.
+
+    `SpeechLossError` when there are no terms, and for what `build` does not know.
+
+    >>> build_objective(dict(terms=dict(a='wave_l1', b='wave_l2'), weights=dict(b=2.)))(torch.ones(8), torch.zeros(8))
+    tensor(3.)
+    """
     spec = dict(spec)
     terms = spec.pop('terms', None)
     if not isinstance(terms, dict) or not terms:

@@ -27,16 +27,37 @@ def _resolutions(resolutions, window: str = 'hann', *, mean: bool = False) -> li
 
 
 class SpectralLoss(Loss):
-    """A weighted sum of the terms of `speechloss.kernels.stft_distance`; 0 at identity.
+    """Add weighted terms of spectra at several resolutions; 0 at identity.
 
-    `resolutions` are `Resolution` or `(n_fft, hop_length, win_length)`, each with its own weight,
-    and are summed; `terms` gives a weight to some of `TERMS`; `banks` are filter banks `(bins, bands)`, one for
-    each resolution. `backend` and the other options are those of `stft_distance`. A magnitude has
-    no gradient at exact silence: 'complex' has.
+    `loss(enhanced, clean)` takes waves `(T,)`, `(B, T)` or `(B, C, T)` in [-1, 1] and gives a scalar of 0 or more.
+    A magnitude has no gradient at exact
+    silence: add a waveform or complex term where that matters.
+
+    - `resolutions`: each a `Resolution` or `(n_fft, hop_length, win_length)` in samples; they are summed
+    - `terms`: a weight for each that is wanted of 'sc' (spectral convergence), 'log_l1', 'log_l2', 'lin_l1', 'lin_l2'
+      (of log or plain magnitudes), 'compressed' and 'complex' (of compressed magnitudes and spectra)
+    - `banks`: filter banks `(bins, bands)`, one for each resolution; None: plain spectra
+    - `eps`: floor of the power of a bin
+    - `floor`: 'smooth' (added, differentiable everywhere) or 'clamp' (as in auraloss)
+    - `power`: exponent of the magnitude of 'compressed' and 'complex', in (0, 1]
+    - `norm`: 'utterance' (each has its own norm of 'sc') or 'batch' (one norm for all, as in auraloss)
+    - `sc_floor`: added under the norm of 'sc', for clean waves that are silent
+    - `offset`: added to a magnitude before its logarithm
+    - `backend`: what computes it: 'auto' (the kernel where there is one), 'triton' or 'torch'
+    - `reduction`: 'mean' or 'sum' over the batch, or 'none' for one value per utterance, `(B,)`
+
+    `SpeechLossError` for unknown terms, and waves shorter than half a frame. It is one fused kernel, see
+    `speechloss.kernels.stft_distance`.
+
+    >>> loss = SpectralLoss([(64, 16, 64)], dict(log_l1=1.))
+    >>> clean = (torch.arange(400.) / 9).sin()
+    >>> loss(2 * clean, clean).round(decimals=2)
+    tensor(0.5900)
     """
-    def __init__(self, resolutions, terms: dict, *, banks=None, eps: float = EPS, floor: str = 'smooth',
-                 power: float = 0.3, norm: str = 'utterance', sc_floor: float = SC_FLOOR,
-                 offset: float = 0., backend: str = 'auto', reduction: str = 'mean'):
+    def __init__(self, resolutions: Sequence[Resolution | tuple], terms: dict[str, float], *,
+                 banks: Sequence[Tensor] | None = None, eps: float = EPS, floor: str = 'smooth',
+                 power: float = 0.3, norm: str = 'utterance', sc_floor: float = SC_FLOOR, offset: float = 0.,
+                 backend: str = 'auto', reduction: str = 'mean'):
         super().__init__(reduction=reduction)
         if not terms or set(terms) - set(TERMS):
             raise ValueError(f'terms is {terms}: give weights for some of {", ".join(TERMS)}')
@@ -80,16 +101,20 @@ def multi_resolution_stft(
     enhanced: Tensor,                # (T,), (B, T) or (B, C, T)
     clean: Tensor,                   # same shape
     *,
-    resolutions=RESOLUTIONS,         # of (n_fft, hop_length, win_length)
-    terms: dict | None = None,       # weight per term, default dict(sc=1., log_l1=1.)
-    window: str = 'hann',
+    resolutions: Sequence[tuple] = RESOLUTIONS,   # of (n_fft, hop_length, win_length)
+    terms: dict[str, float] | None = None,        # weight per term; None: dict(sc=1., log_l1=1.)
+    window: str = 'hann',            # one of speechloss.kernels.framing.WINDOWS
     eps: float = EPS,                # floor, power
     backend: str = 'auto',           # see speechloss.kernels.backends
     lengths: Tensor | None = None,   # (B,) valid samples
 ) -> Tensor:                         # (B,) >= 0, 0 at identity
-    """Multi-resolution STFT distance (Yamamoto et al. 2020), the mean over the resolutions.
+    """Return the multi-resolution STFT distance of each utterance, the values of `MultiResolutionSTFTLoss`.
 
-    Raises ValueError for waves shorter than the largest `n_fft // 2 + 1`.
+    `SpeechLossError` for waves shorter than half the longest frame.
+
+    >>> clean = (torch.arange(4000.) / 9).sin()
+    >>> multi_resolution_stft(clean, clean)
+    tensor(0.)
     """
     loss = MultiResolutionSTFTLoss(resolutions=resolutions, terms=terms, window=window, eps=eps,
                                    backend=backend)
@@ -97,22 +122,65 @@ def multi_resolution_stft(
 
 
 class MultiResolutionSTFTLoss(SpectralLoss):
-    """Spectral convergence and log magnitude, averaged over resolutions; 0 at identity.
+    """Measure spectral convergence and log-magnitude distance, averaged over STFT resolutions; 0 at identity.
 
-    `resolutions` are `(n_fft, hop_length, win_length)`; `terms` are weights of some of `TERMS`.
-    A magnitude has no gradient at exact silence: add a waveform or complex term where that matters.
+    `loss(enhanced, clean)` takes waves `(T,)`, `(B, T)` or `(B, C, T)` in [-1, 1] and gives a scalar of 0 or more.
+    A magnitude has no gradient at exact
+    silence: add a waveform or complex term where that matters.
+
+    - `resolutions`: each `(n_fft, hop_length, win_length)` in samples
+    - `terms`: a weight for each that is wanted of 'sc' (spectral convergence), 'log_l1', 'log_l2', 'lin_l1', 'lin_l2'
+      (of log or plain magnitudes), 'compressed' and 'complex' (of compressed magnitudes and spectra); None:
+      `dict(sc=1., log_l1=1.)`
+    - `window`: 'hann', 'hamming' or another of `speechloss.kernels.framing.WINDOWS`
+    - `eps`: floor of the power of a bin
+    - `backend`: what computes it: 'auto' (the kernel where there is one), 'triton' or 'torch'
+    - `reduction`: 'mean' or 'sum' over the batch, or 'none' for one value per utterance, `(B,)`
+
+    `SpeechLossError` for unknown terms, and waves shorter than half the longest frame. Source: Yamamoto, Song and Kim,
+    *Parallel WaveGAN*, ICASSP 2020, arXiv 1910.11480, equations 6 to 8.
+
+    >>> loss = MultiResolutionSTFTLoss(resolutions=[(64, 16, 64), (128, 32, 128)])
+    >>> clean = (torch.arange(400.) / 9).sin()
+    >>> loss.terms(2 * clean, clean)
+    {'sc': tensor(0.99...), 'log_l1': tensor(0.57...)}
     """
-    def __init__(self, *, resolutions=RESOLUTIONS, terms: dict | None = None, window: str = 'hann',
-                 eps: float = EPS, backend: str = 'auto', reduction: str = 'mean'):
+    def __init__(self, *, resolutions: Sequence[tuple] = RESOLUTIONS,
+                 terms: dict[str, float] | None = None, window: str = 'hann', eps: float = EPS,
+                 backend: str = 'auto', reduction: str = 'mean'):
         super().__init__(_resolutions(resolutions, window, mean=True),
                          dict(sc=1., log_l1=1.) if terms is None else terms, eps=eps, backend=backend,
                          reduction=reduction)
 
 
 class STFTLoss(MultiResolutionSTFTLoss):
-    "One resolution of `MultiResolutionSTFTLoss`"
+    """Measure spectral convergence and log-magnitude distance at one STFT resolution; 0 at identity.
+
+    `loss(enhanced, clean)` takes waves `(T,)`, `(B, T)` or `(B, C, T)` in [-1, 1] and gives a scalar of 0 or more.
+    A magnitude has no gradient at exact
+    silence: add a waveform or complex term where that matters.
+
+    - `n_fft`: samples of a frame
+    - `hop_length`: samples from one frame to the next
+    - `win_length`: samples of the window; None: `n_fft`
+    - `terms`: a weight for each that is wanted of 'sc' (spectral convergence), 'log_l1', 'log_l2', 'lin_l1', 'lin_l2'
+      (of log or plain magnitudes), 'compressed' and 'complex' (of compressed magnitudes and spectra); None:
+      `dict(sc=1., log_l1=1.)`
+    - `window`: 'hann', 'hamming' or another of `speechloss.kernels.framing.WINDOWS`
+    - `eps`: floor of the power of a bin
+    - `backend`: what computes it: 'auto' (the kernel where there is one), 'triton' or 'torch'
+    - `reduction`: 'mean' or 'sum' over the batch, or 'none' for one value per utterance, `(B,)`
+
+    `SpeechLossError` for unknown terms, and waves shorter than half a frame. Source: Arik, Jun and Diamos, *Fast
+    spectrogram inversion*, IEEE SPL 2019, arXiv 1808.06719.
+
+    >>> loss = STFTLoss(n_fft=64, hop_length=16, terms=dict(log_l1=1.))
+    >>> clean = (torch.arange(400.) / 9).sin()
+    >>> loss(2 * clean, clean).round(decimals=2)
+    tensor(0.5900)
+    """
     def __init__(self, *, n_fft: int = 1024, hop_length: int = 256, win_length: int | None = None,
-                 terms: dict | None = None, window: str = 'hann', eps: float = EPS,
+                 terms: dict[str, float] | None = None, window: str = 'hann', eps: float = EPS,
                  backend: str = 'auto', reduction: str = 'mean'):
         super().__init__(resolutions=[(n_fft, hop_length, win_length)], terms=terms,
                          window=window, eps=eps, backend=backend, reduction=reduction)
@@ -123,9 +191,9 @@ def mel(
     clean: Tensor,                  # same shape
     *,
     sample_rate: int,               # Hz
-    resolutions=((1024, 256, 1024),),   # of (n_fft, hop_length, win_length)
-    n_mels=80,                      # filters, one number or one for each resolution
-    terms: dict | None = None,      # weight per term, default dict(log_l1=1.)
+    resolutions: Sequence[tuple] = ((1024, 256, 1024),),   # of (n_fft, hop_length, win_length)
+    n_mels: int | Sequence[int] = 80,        # filters, one number or one for each resolution
+    terms: dict[str, float] | None = None,   # weight per term; None: dict(log_l1=1.)
     f_min: float = 0.,              # Hz, lower edge of the first filter
     f_max: float | None = None,     # Hz, upper edge of the last; default sample_rate / 2
     offset: float = 1e-5,           # added to a mel magnitude before the logarithm
@@ -133,20 +201,46 @@ def mel(
     backend: str = 'auto',          # see speechloss.kernels.backends
     lengths: Tensor | None = None,  # (B,) valid samples
 ) -> Tensor:                        # (B,) >= 0, 0 at identity
-    "Distance of mel spectra, by default the mean absolute difference of their logarithms in nepers"
+    """Return the distance of mel spectra of each utterance, the values of `MelLoss`.
+
+    >>> clean = (torch.arange(4000.) / 9).sin()
+    >>> mel(clean, clean, sample_rate=16000)
+    tensor(0.)
+    """
     loss = MelLoss(sample_rate=sample_rate, resolutions=resolutions, n_mels=n_mels, terms=terms,
                    f_min=f_min, f_max=f_max, offset=offset, eps=eps, backend=backend)
     return _function(loss, enhanced, clean, lengths)
 
 
 class MelLoss(SpectralLoss):
-    """Distance of mel spectra, averaged over resolutions; 0 at identity. `sample_rate` in Hz is required.
+    """Measure the distance of mel spectra, averaged over resolutions; 0 at identity.
+     `loss(enhanced, clean)` takes waves `(T,)`, `(B, T)` or `(B, C, T)` in [-1, 1] and gives a scalar of 0 or more. By
+    default that is the mean absolute difference of log-mel magnitudes, in nepers. A magnitude has no gradient at exact
+    silence: add a waveform or complex term where that matters.
 
-    `n_mels` is one number of filters or one for each resolution; `f_min`, `f_max` in Hz. Raises
-    ValueError when a filter would hold no bin. A magnitude has no gradient at exact silence.
+    - `sample_rate`: of the waves in Hz
+    - `resolutions`: each `(n_fft, hop_length, win_length)` in samples
+    - `n_mels`: filters, one number or one for each resolution
+    - `terms`: a weight for each that is wanted of 'sc' (spectral convergence), 'log_l1', 'log_l2', 'lin_l1', 'lin_l2'
+      (of log or plain magnitudes); None: `dict(log_l1=1.)`
+    - `f_min`: lower edge of the first filter, Hz
+    - `f_max`: upper edge of the last filter, Hz; None: half of `sample_rate`
+    - `offset`: added to a mel magnitude before its logarithm
+    - `eps`: floor of the power of a bin
+    - `backend`: what computes it: 'auto' (the kernel where there is one), 'triton' or 'torch'
+    - `reduction`: 'mean' or 'sum' over the batch, or 'none' for one value per utterance, `(B,)`
+
+    `SpeechLossError` when a filter would hold no bin, and for waves shorter than half a frame. Source: Kong, Kim and
+    Bae, *HiFi-GAN*, NeurIPS 2020, arXiv 2010.05646, equation 3.
+
+    >>> loss = MelLoss(sample_rate=16000, n_mels=20, resolutions=[(512, 128, 512)])
+    >>> clean = (torch.arange(4000.) / 9).sin()
+    >>> loss(clean, clean), loss(clean + clean.roll(3) ** 2, clean) > 0
+    (tensor(0.), tensor(True))
     """
-    def __init__(self, *, sample_rate: int, resolutions=((1024, 256, 1024),), n_mels=80,
-                 terms: dict | None = None, f_min: float = 0., f_max: float | None = None,
+    def __init__(self, *, sample_rate: int, resolutions: Sequence[tuple] = ((1024, 256, 1024),),
+                 n_mels: int | Sequence[int] = 80, terms: dict[str, float] | None = None, f_min: float = 0.,
+                 f_max: float | None = None,
                  offset: float = 1e-5, eps: float = EPS, backend: str = 'auto', reduction: str = 'mean'):
         made = _resolutions(resolutions, mean=True)
         counts = list(n_mels) if isinstance(n_mels, Sequence) else [int(n_mels)] * len(made)
@@ -170,17 +264,38 @@ def compressed_complex(
     backend: str = 'auto',          # see speechloss.kernels.backends
     lengths: Tensor | None = None,  # (B,) valid samples
 ) -> Tensor:                        # (B,) >= 0, 0 at identity
-    "Compressed magnitude and complex distance (Braun & Tashev 2021)"
+    """Return the compressed magnitude and complex distance of each utterance, the values of `CompressedComplexLoss`.
+
+    >>> clean = (torch.arange(4000.) / 9).sin()
+    >>> compressed_complex(clean, clean)
+    tensor(0.)
+    """
     loss = CompressedComplexLoss(n_fft=n_fft, hop_length=hop_length, power=power, share=share,
                                  backend=backend)
     return _function(loss, enhanced, clean, lengths)
 
 
 class CompressedComplexLoss(SpectralLoss):
-    """Power-compressed magnitude and complex distance; 0 at identity.
+    """Measure the distance of power-compressed magnitudes and complex spectra; 0 at identity.
 
-    `power` is the exponent c, `share` the weight a of the complex part, in 0..1; without it the
-    loss has no gradient at exact silence.
+    `loss(enhanced, clean)` takes waves `(T,)`, `(B, T)` or `(B, C, T)` in [-1, 1] and gives a scalar of 0 or more.
+    It is `1 - share` times the mean squared difference of compressed magnitudes and `share` times that of compressed
+    spectra, which see the phase. With `share=0` there is no gradient at exact silence.
+
+    - `n_fft`: samples of a frame
+    - `hop_length`: samples from one frame to the next
+    - `power`: exponent c of the magnitude, in (0, 1]
+    - `share`: weight of the complex part, in [0, 1]
+    - `backend`: what computes it: 'auto' (the kernel where there is one), 'triton' or 'torch'
+    - `reduction`: 'mean' or 'sum' over the batch, or 'none' for one value per utterance, `(B,)`
+
+    `SpeechLossError` for a power or share out of range, and waves shorter than half a frame. Source: Braun and Tashev,
+    *A consolidated view of loss functions*, 2020, arXiv 2009.12286.
+
+    >>> loss = CompressedComplexLoss(n_fft=64, hop_length=16)
+    >>> clean = (torch.arange(400.) / 9).sin()
+    >>> loss(clean, clean), loss(-clean, clean) > 0
+    (tensor(0.), tensor(True))
     """
     def __init__(self, *, n_fft: int = 512, hop_length: int = 128, power: float = 0.3,
                  share: float = 0.3, backend: str = 'auto', reduction: str = 'mean'):
@@ -220,10 +335,16 @@ def preset(
     name: str,                   # one of PRESETS
     *,
     sample_rate: int = 16000,    # Hz; only mel presets depend on it
-    backend: str = 'auto',
-    reduction: str = 'mean',
+    backend: str = 'auto',       # 'auto' (the kernel where there is one), 'triton' or 'torch'
+    reduction: str = 'mean',     # 'mean' or 'sum' over the batch, or 'none': (B,)
 ) -> SpectralLoss:
-    "A spectral loss as a well-known training uses it"
+    """Return a spectral loss with the options of a well-known training; 0 at identity.
+
+    'auraloss', 'parallel-wavegan', 'dac-mel' and 'deepfilternet'; `PRESETS` says what each is.
+
+    >>> preset('dac-mel', sample_rate=16000).terms(torch.zeros(2, 8000), torch.zeros(2, 8000))
+    {'log_l1': tensor(0.)}
+    """
     if name not in PRESETS:
         raise ValueError(f'name is {name!r}: choose one of {", ".join(PRESETS)}')
     return PRESETS[name][1](sample_rate, backend=backend, reduction=reduction)
@@ -252,14 +373,14 @@ def _one_of_auraloss(one) -> tuple[Resolution, dict, Tensor | None]:
 def from_auraloss(
     peer: nn.Module,         # auraloss.freq.STFTLoss, MelSTFTLoss or MultiResolutionSTFTLoss
     *,
-    backend: str = 'auto',
+    backend: str = 'auto',   # 'auto' (the kernel where there is one), 'triton' or 'torch'
 ) -> SpectralLoss:
-    """The same value and gradient as an auraloss module, faster and with far less memory.
+    """Return a loss with the value and gradient of an auraloss module, faster and with far less memory.
 
-    Parity mode: one norm over the batch and a clamped floor, so that a tuned training can move
-    over as it is. The clamp has a price in float32 there and here: a cell whose power lies within
-    rounding of eps has a gradient or none. Takes `(B, T)` as well as `(B, C, T)`. Raises
-    ValueError for options that have no equal here (phase, chroma, A-weighting, scale invariance).
+    It has one norm over the batch and a clamped floor, so that a tuned training can move over unchanged. The clamp has
+    a price in float32 there and here: a cell whose power lies within rounding of eps has a gradient or none. Takes
+    `(B, T)` as well as `(B, C, T)`. `SpeechLossError` for options that have no equal here (phase, chroma, A-weighting,
+    scale invariance).
     """
     if hasattr(peer, 'randomize_rate'):
         raise ValueError('the auraloss module draws its resolutions anew: give one with fixed resolutions')
@@ -282,7 +403,14 @@ def consistency(
     hop_length: int = 128,       # samples
     length: int | None = None,   # samples of the wave, default (frames - 1) * hop_length
 ) -> Tensor:                  # (B,) >= 0, 0 for the STFT of a wave of that length
-    "Mean squared distance between a spectrum and the STFT of its inverse"
+    """Return the mean squared distance between a spectrum and the STFT of its inverse, for each of the batch.
+
+    `SpeechLossError` for another shape, and a length that has another number of frames. After Wisdom et al., ICASSP
+    2019, arXiv 1811.08521.
+
+    >>> consistency(torch.ones(1, 8, 33, dtype=torch.cfloat), n_fft=64, hop_length=16) > 0
+    tensor([True])
+    """
     if spec.ndim != 3 or not spec.is_complex() or spec.shape[-1] != n_fft // 2 + 1:
         raise ValueError(f'spec is {spec.dtype} of shape {tuple(spec.shape)}: give a complex '
                          f'(B, frames, {n_fft // 2 + 1}) for n_fft {n_fft}')
@@ -296,11 +424,28 @@ def consistency(
 
 
 class ConsistencyLoss(nn.Module):
-    "Batch mean of `consistency`; 0 for the STFT of a wave of that `length`"
+    """Measure how far a complex spectrum is from the STFT of any wave, the batch mean of `consistency`.
+     `loss(spec, length=...)` takes a complex `(B, frames, bins)`, as from `speechloss.signal.stft`, and gives a scalar
+    of 0 or more; 0 for the STFT of a wave of that length.
+
+    - `n_fft`: samples of a frame
+    - `hop_length`: samples from one frame to the next
+
+    `SpeechLossError` for another shape, and a length that has another number of frames. Source: Wisdom et al.,
+    *Differentiable consistency constraints*, ICASSP 2019, arXiv 1811.08521.
+
+    >>> ConsistencyLoss(n_fft=64, hop_length=16)(torch.ones(1, 8, 33, dtype=torch.cfloat)) > 0
+    tensor(True)
+    """
     def __init__(self, *, n_fft: int = 512, hop_length: int = 128):
         super().__init__()
         self.n_fft, self.hop_length = n_fft, hop_length
 
     def forward(self, spec: Tensor, *, length: int | None = None) -> Tensor:
+        """Return the batch mean of `consistency`, a scalar.
+
+        - `spec`: complex `(B, frames, n_fft // 2 + 1)`; gets the gradient
+        - `length`: samples of the wave; None: `(frames - 1) * hop_length`
+        """
         return consistency(spec, n_fft=self.n_fft, hop_length=self.hop_length,
                            length=length).mean()

@@ -7,8 +7,11 @@ __all__ = ['SSLLoss']
 
 # %% ../../nbs/losses/ssl.ipynb #5b1cb53f
 import inspect
+from collections.abc import Sequence
+from os import PathLike
 
 import torch
+from torch import nn
 from torch.nn import functional as F
 
 from ..common.errors import SpeechLossError
@@ -37,22 +40,41 @@ class _Behind(Features):
 
 # %% ../../nbs/losses/ssl.ipynb #6037befe
 class SSLLoss(FeatureDistance):
-    """Mean distance over layers of a frozen self-supervised network; 0 at identity.
+    """Measure the mean distance over layers of a frozen self-supervised speech network; 0 at identity.
+     `loss(enhanced, clean)` takes waves `(T,)`, `(B, T)` or `(B, C, T)` in [-1, 1] at `sample_rate` and gives a scalar
+    of 0 or more. Networks that standardise their input amplify digital silence 3,000-fold, and its gradient: clip
+    gradients, or give `dither_db`.
 
-    `model`, `layers`, `sample_rate`, `normalize`, `checkpoint` and `random_seed` as in
-    `SSLFeatures`, which may be given in place of `model`. `distance` is 'l2' (mean square), 'l1' or
-    'cosine'; `weights` by layer, relative to one another; `balance` as in `FeatureDistance`.
-    `offset` is the largest shift of both waves in training mode, a share of the shortest utterance.
-    `cache` keeps the clean features of so many utterances. `dither_db` is the level, in dB against
-    full scale, of a fixed noise under both waves, for speech with digital silence in it.
+    - `model`: 'small' (shipped, needs no download), a torchaudio bundle such as 'WAVLM_BASE_PLUS', a folder, a name on
+      the Hugging Face hub such as 'microsoft/wavlm-base-plus', a network of transformers or torchaudio, or ready
+      `Features`, whose own options then hold
+    - `layers`: 'later' (the later half of the transformer), 'all' (every block of it), 'last' (its last block), 'conv'
+      (all convolutions), a number (0 is what enters the first block), a name such as 'layer3', or several of them
+    - `distance`: 'l2' (mean squared difference), 'l1' (mean absolute difference) or 'cosine' (1 - cosine of each frame)
+    - `weights`: of the layers, in order or by name, relative to one another; None: all alike
+    - `balance`: 'none', 'value', 'mean' or 'grad', the `mode` of `Balancer`
+    - `sample_rate`: of the waves in Hz; another one than 16,000 is resampled for the network
+    - `normalize`: bring each utterance to zero mean and unit variance first; None: as the network was trained
+    - `offset`: the largest shift of both waves in training mode, as a share in [0, 1) of the shortest utterance
+    - `cache`: keep the clean features of so many utterances; 0: none; not together with `offset`
+    - `dither_db`: level of a fixed noise under both waves, in dB against full scale, such as -60; None: no noise
+    - `checkpoint`: compute each block again in the backward pass, which saves memory and costs time
+    - `random_seed`: draw new weights from this seed: the control that tells what training is worth; None: keep them
+    - `reduction`: 'mean' or 'sum' over the batch, or 'none' for one value per utterance, `(B,)`
 
-    In the spirit of the abstract of Sato et al., Interspeech 2023, arXiv 2305.14723.
+    `SpeechLossError` for an unknown layer or option, a network that cannot be opened, and waves too short for it. In
+    the spirit of the abstract of Sato et al., Interspeech 2023, arXiv 2305.14723.
+
+    >>> loss = SSLLoss('small', layers='last')
+    >>> clean = (torch.arange(4000.) / 9).sin()
+    >>> loss(clean, clean), loss(clean.clamp(-.5, .5), clean) > 0
+    (tensor(0.), tensor(True))
     """
-    def __init__(self, model='small', *, layers='later', distance: str = 'l2', weights=None,
-                 balance: str = 'none', sample_rate: int = SAMPLE_RATE,
-                 normalize: bool | None = None, offset: float = 0., cache: int = 0,
-                 dither_db: float | None = None,
-                 checkpoint: bool = False, random_seed: int | None = None,
+    def __init__(self, model: str | PathLike | nn.Module = 'small', *,
+                 layers: str | int | Sequence[str | int] = 'later', distance: str = 'l2',
+                 weights: Sequence[float] | dict[str, float] | None = None, balance: str = 'none',
+                 sample_rate: int = SAMPLE_RATE, normalize: bool | None = None, offset: float = 0., cache: int = 0,
+                 dither_db: float | None = None, checkpoint: bool = False, random_seed: int | None = None,
                  reduction: str = 'mean'):
         options = dict(layers=layers, sample_rate=sample_rate, normalize=normalize,
                        checkpoint=checkpoint, random_seed=random_seed)

@@ -6,21 +6,37 @@
 __all__ = ['VQLoss']
 
 # %% ../../nbs/losses/vq.ipynb #c0697b71
-from ..features.vqvae import VQFeatures
+from collections.abc import Sequence
+from os import PathLike
+
+from ..features.vqvae import VQFeatures, VQVAE
 from .distance import FeatureDistance
 
 # %% ../../nbs/losses/vq.ipynb #58692093
 class VQLoss(FeatureDistance):
-    """Mean distance over layers of a vector-quantised autoencoder of clean speech; 0 at identity.
+    """Measure the mean distance over layers of a vector-quantised autoencoder of clean speech; 0 at identity.
+     `loss(enhanced, clean)` takes waves `(T,)`, `(B, T)` or `(B, C, T)` in [-1, 1] at 16 kHz and gives a scalar of 0 or
+    more. Level and phase do not count; no gradient where the enhanced wave is silent (below -140 dB against full
+    scale).
 
-    `model`, `layers` and `random_seed` as in `VQFeatures`: 'vq-speech', which comes along, a folder that `save_vqvae`
-    or `train_vqvae` has written, or a `VQVAE`; and 'vectors', 'all' or names. `distance` is 'l1', 'l2' or 'cosine';
-    `weights` by layer, relative to one another; `balance` as in `FeatureDistance`. Level and phase do not count; no
-    gradient where the enhanced wave is silent (below -140 dB against full scale).
+    - `model`: 'vq-speech' (shipped), a folder that `save_network` or `train_vqvae` has written, or a `VQVAE`
+    - `layers`: 'vectors' (what the codebook sees), 'all', a name such as 'pair1', or several names
+    - `distance`: 'l1' (mean absolute difference), 'l2' (mean squared difference) or 'cosine' (1 - cosine of each frame)
+    - `weights`: of the layers, in order or by name, relative to one another; None: all alike
+    - `balance`: 'none', 'value', 'mean' or 'grad', the `mode` of `Balancer`
+    - `random_seed`: draw new weights from this seed: the control that tells what training is worth; None: keep them
+    - `reduction`: 'mean' or 'sum' over the batch, or 'none' for one value per utterance, `(B,)`
 
-    The network is that of Fu et al., ICLR 2024, arXiv 2402.16321; as a loss between two waves it is our use of it.
+    `SpeechLossError` for an unknown layer or option and for a folder that holds no network. The network is that of Fu
+    et al., ICLR 2024, arXiv 2402.16321; as a loss between two waves it is our use of it.
+
+    >>> loss = VQLoss('vq-speech')
+    >>> clean = (torch.arange(4000.) / 9).sin()
+    >>> loss(.5 * clean, clean).round(decimals=4), loss(clean + clean.roll(7).square(), clean) > 0
+    (tensor(0.), tensor(True))
     """
-    def __init__(self, model='vq-speech', *, layers='vectors', distance: str = 'l1', weights=None,
+    def __init__(self, model: str | PathLike | VQVAE = 'vq-speech', *, layers: str | Sequence[str] = 'vectors',
+                 distance: str = 'l1', weights: Sequence[float] | dict[str, float] | None = None,
                  balance: str = 'none', random_seed: int | None = None, reduction: str = 'mean'):
         features = VQFeatures(model, layers=layers, random_seed=random_seed)
         super().__init__(features, distance=distance, weights=weights, balance=balance, reduction=reduction)

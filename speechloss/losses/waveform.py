@@ -54,7 +54,7 @@ def snr(
     lengths: Tensor | None = None,  # (B,) valid samples
     max_db: float = 100.,           # value at identity
 ) -> Tensor:                        # (B,) dB, higher is better
-    """Signal-to-noise ratio in dB, at most `max_db`.
+    """Return the signal-to-noise ratio in dB, at most `max_db`; `SNRLoss` is its negative.
 
     >>> snr(torch.tensor([1.1, 1.1]), torch.ones(2)).round()
     tensor(20.)
@@ -71,7 +71,9 @@ def si_sdr(
     max_db: float = 100.,           # value at identity
     zero_mean: bool = True,         # remove the mean of both waves first
 ) -> Tensor:                        # (B,) dB, higher is better
-    """Scale-invariant signal-to-distortion ratio in dB (Le Roux et al. 2019), within ±`max_db`.
+    """Return the scale-invariant signal-to-distortion ratio in dB, within ±`max_db`; `SISDRLoss` is its negative.
+
+    After Le Roux et al., ICASSP 2019, arXiv 1811.02508, equation 3.
 
     0 dB for a silent enhanced wave, -`max_db` for a silent clean one.
 
@@ -83,7 +85,19 @@ def si_sdr(
 
 
 class SNRLoss(Loss):
-    "Negative `snr` in dB; `-max_db` at identity"
+    """Measure the signal-to-noise ratio in dB, negated so that lower is better; `-max_db` at identity.
+
+    `loss(enhanced, clean)` takes waves `(T,)`, `(B, T)` or `(B, C, T)` in [-1, 1] and gives a scalar in dB, at least
+    `-max_db`. A silent clean wave counts as one of -120 dBFS.
+
+    - `max_db`: the largest ratio, in dB, that the enhanced wave can reach
+    - `reduction`: 'mean' or 'sum' over the batch, or 'none' for one value per utterance, `(B,)`
+
+    `SpeechLossError` for waves of unequal shape. Source: textbook.
+
+    >>> SNRLoss(max_db=60.)(torch.full((2, 8), .11), torch.full((2, 8), .1)).round(decimals=2)
+    tensor(-20.)
+    """
     def __init__(self, *, max_db: float = 100., reduction: str = 'mean'):
         super().__init__(reduction=reduction)
         self.max_db = max_db
@@ -93,10 +107,21 @@ class SNRLoss(Loss):
 
 
 class SISDRLoss(Loss):
-    """Negative `si_sdr` in dB; `-max_db` at identity.
+    """Measure the scale-invariant signal-to-distortion ratio in dB, negated; `-max_db` at identity.
 
-    Blind to the level of `enhanced`; its gradient vanishes for a silent clean or enhanced wave,
-    and the value for a silent enhanced wave is 0, also where the clean one is silent too.
+    `loss(enhanced, clean)` takes waves `(T,)`, `(B, T)` or `(B, C, T)` in [-1, 1] and gives a scalar in dB, within
+    ±`max_db`. It does not see the level of `enhanced`: add a loss that does. Its gradient vanishes for a silent
+    clean or enhanced wave, and the value for a silent enhanced wave is 0, also where the clean one is silent too.
+
+    - `max_db`: the largest ratio, in dB, that the enhanced wave can reach
+    - `zero_mean`: subtract the mean of both waves first
+    - `reduction`: 'mean' or 'sum' over the batch, or 'none' for one value per utterance, `(B,)`
+
+    `SpeechLossError` for waves of unequal shape. Source: Le Roux et al., *SDR: half-baked or well done?*, ICASSP 2019,
+    arXiv 1811.02508, equation 3.
+
+    >>> SISDRLoss(max_db=50.)(torch.tensor([1., 1., -2.]), torch.tensor([1., 0., -1.])).round()
+    tensor(-5.)
     """
     def __init__(self, *, max_db: float = 100., zero_mean: bool = True, reduction: str = 'mean'):
         super().__init__(reduction=reduction)
@@ -106,25 +131,63 @@ class SISDRLoss(Loss):
         return {'si_sdr': -_si_sdr(waves, self.max_db, self.zero_mean)}
 
 # %% ../../nbs/losses/waveform.ipynb #2c13631c
-def wave_l1(enhanced: Tensor, clean: Tensor, *, lengths: Tensor | None = None) -> Tensor:
-    "Mean absolute difference of the samples, `(B,)`"
+def wave_l1(
+    enhanced: Tensor,               # (T,), (B, T) or (B, C, T), in [-1, 1]
+    clean: Tensor,                  # same shape
+    *,
+    lengths: Tensor | None = None,  # (B,) valid samples; None: all
+) -> Tensor:                        # (B,) >= 0, 0 at identity
+    """Return the mean absolute difference of the samples, the values of `WaveL1Loss`.
+
+    >>> wave_l1(torch.full((2, 8), .5), torch.zeros(2, 8))
+    tensor([0.5000, 0.5000])
+    """
     waves = prepare(enhanced, clean, lengths=lengths)
     return waves.unfold(mean_over((waves.enhanced - waves.clean).abs(), waves.lengths))
 
 
-def wave_l2(enhanced: Tensor, clean: Tensor, *, lengths: Tensor | None = None) -> Tensor:
-    "Mean squared difference of the samples, `(B,)`"
+def wave_l2(
+    enhanced: Tensor,               # (T,), (B, T) or (B, C, T), in [-1, 1]
+    clean: Tensor,                  # same shape
+    *,
+    lengths: Tensor | None = None,  # (B,) valid samples; None: all
+) -> Tensor:                        # (B,) >= 0, 0 at identity
+    """Return the mean squared difference of the samples, the values of `WaveL2Loss`.
+
+    >>> wave_l2(torch.full((2, 8), .5), torch.zeros(2, 8))
+    tensor([0.2500, 0.2500])
+    """
     waves = prepare(enhanced, clean, lengths=lengths)
     return waves.unfold(_power(waves.enhanced - waves.clean, waves.lengths))
 
 
 class WaveL1Loss(Loss):
-    "Mean absolute difference of the samples; 0 at identity"
+    """Measure the mean absolute difference of the samples; 0 at identity.
+
+    `loss(enhanced, clean)` takes waves `(T,)`, `(B, T)` or `(B, C, T)` in [-1, 1] and gives a scalar of 0 or more.
+
+    - `reduction`: 'mean' or 'sum' over the batch, or 'none' for one value per utterance, `(B,)`
+
+    `SpeechLossError` for waves of unequal shape. Source: textbook.
+
+    >>> WaveL1Loss()(torch.full((2, 8), .5), torch.zeros(2, 8))
+    tensor(0.5000)
+    """
     def values(self, waves):
         return {'l1': mean_over((waves.enhanced - waves.clean).abs(), waves.lengths)}
 
 
 class WaveL2Loss(Loss):
-    "Mean squared difference of the samples; 0 at identity"
+    """Measure the mean squared difference of the samples; 0 at identity.
+
+    `loss(enhanced, clean)` takes waves `(T,)`, `(B, T)` or `(B, C, T)` in [-1, 1] and gives a scalar of 0 or more.
+
+    - `reduction`: 'mean' or 'sum' over the batch, or 'none' for one value per utterance, `(B,)`
+
+    `SpeechLossError` for waves of unequal shape. Source: textbook.
+
+    >>> WaveL2Loss()(torch.full((2, 8), .5), torch.zeros(2, 8))
+    tensor(0.2500)
+    """
     def values(self, waves):
         return {'l2': _power(waves.enhanced - waves.clean, waves.lengths)}
