@@ -331,6 +331,11 @@ class LossContract:
                     torch.testing.assert_close(
                         value, torch.full((B,), case.identity), rtol=0, atol=max(1e-5, case.atol))
 
+    def test_silence_alone(self, case):
+        "A batch without one sound in it, where nothing loud stands beside the silence"
+        value, grad = value_and_grad(case, build(case), *(torch.zeros_like(w) for w in waves()))
+        assert value.isfinite().all() and grad.isfinite().all()
+
     def test_nan_propagates(self, case):
         loss = build(case)
         for which in range(3 if case.noisy else 2):
