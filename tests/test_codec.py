@@ -9,10 +9,10 @@ import torch
 
 from speechloss.common.errors import SpeechLossError
 from speechloss.common.files import sha256
-from speechloss.common.weights import SHIPPED
+from speechloss.common.weights import SHIPPED, load_network, save_network
 from speechloss.features import CodecFeatures
 from speechloss.features.codec import (
-    BANDS, FLOOR, CodecNet, layer_scales, load_codec, log_power, save_codec, skill, with_gain)
+    BANDS, FLOOR, CodecNet, layer_scales, log_power, skill, with_gain)
 from speechloss.losses import CodecLoss, build
 
 WIDTHS = (4, 6, 8)
@@ -78,18 +78,22 @@ def test_skill_by_closed_form():
 
 def test_a_folder_and_what_can_be_wrong_with_it(tmp_path):
     made = net()
-    save_codec(made, tmp_path/'good', CARD, half=False)
-    again, card = load_codec(tmp_path/'good')
+    save_network(made, tmp_path/'good', CARD, half=False)
+    again, card = load_network(CodecNet, tmp_path/'good')
     x = .1 * torch.randn(2, 5_000)
     assert torch.equal(again(x), made(x)) and card['skill'] == CARD['skill'] and made.training
     for value in 0., -.2, None, float('nan'):
-        save_codec(made, tmp_path/'poor', dict(skill=dict(skill=value)))
+        save_network(made, tmp_path/'poor', dict(skill=dict(skill=value)))
         with pytest.raises(SpeechLossError, match='no better than the identity'): CodecLoss(tmp_path/'poor')
+    (tmp_path/'good/card.json').rename(tmp_path/'good/codec.json')      # its name in earlier versions
+    earlier, same_card = load_network(CodecNet, tmp_path/'good')
+    assert torch.equal(earlier(x), made(x)) and same_card == card
+    (tmp_path/'good/codec.json').rename(tmp_path/'good/card.json')
     (tmp_path/'good/model.safetensors').write_bytes(b'cut')
     with pytest.raises(SpeechLossError, match='train or fetch it again'): CodecLoss(tmp_path/'good')
-    (tmp_path/'good/codec.json').write_text(json.dumps(CARD))
-    with pytest.raises(SpeechLossError, match='cannot be opened'): load_codec(tmp_path/'good')
-    with pytest.raises(SpeechLossError, match='holds no codec.json'): CodecLoss(tmp_path)
+    (tmp_path/'good/card.json').write_text(json.dumps(CARD))
+    with pytest.raises(SpeechLossError, match='cannot be opened'): load_network(CodecNet, tmp_path/'good')
+    with pytest.raises(SpeechLossError, match='holds no card.json'): CodecLoss(tmp_path)
     for card, words in ((None, 'card of the network is None: give'), (dict(skill=.3), 'card of the network is'),
                         (CARD | dict(scale=dict(down1=1.)), 'a number above 0 for each of down1, down2'),
                         (CARD | dict(scale=dict.fromkeys(made.names, 0.)), 'a number above 0'),
@@ -136,7 +140,7 @@ def test_an_imitation_has_the_magnitudes_of_the_network_and_the_phase_of_the_wav
 
 def test_the_shipped_network_has_skill_its_card_and_few_bytes():
     folder = SHIPPED['mp3-16k']
-    made, card = load_codec('mp3-16k')
+    made, card = load_network(CodecNet, 'mp3-16k')
     assert sum(p.numel() for p in made.parameters()) == card['weights'] < 3e6
     assert (folder/'model.safetensors').stat().st_size < 10e6 and card['skill']['skill'] > 0
     text = (folder/'README.md').read_text(encoding='utf-8')
@@ -163,7 +167,7 @@ def test_the_default_is_the_shipped_network():
 def test_the_shipped_network_takes_off_what_the_codec_takes_off():
     "On a signal that it has never seen: noise in bursts, whose upper half does not fit into 16 kbit/s"
     from speechloss.corpora import Codec
-    made, _ = load_codec('mp3-16k')
+    made, _ = load_network(CodecNet, 'mp3-16k')
     draw = torch.Generator().manual_seed(0)
     wave = .1 * torch.randn(48_000, generator=draw) * (torch.arange(48_000) % 8_000 < 4_000)
     assert skill(made, [(wave, Codec(16)(wave))])['skill/4000-8001'] > .3
@@ -190,7 +194,7 @@ def test_training_goes_on_where_it_was_stopped(tmp_path):
     assert (first/'model.safetensors').read_bytes() == (second/'model.safetensors').read_bytes()
     with pytest.raises(SpeechLossError, match='holds another run'):
         train_codec(replace(options, bit_rate=32), tmp_path/'a')
-    card = json.loads((first/'codec.json').read_text())
+    card = json.loads((first/'card.json').read_text())
     assert card['speakers'] and card['weights'] == sum(p.numel() for p in CodecNet(widths=WIDTHS).parameters())
     assert all(v > 0 for v in card['scale'].values()) and card['seconds_of_speech'] > 10
 

@@ -12,6 +12,7 @@ import torch
 from torch.nn import functional as F
 
 from speechloss.common.errors import SpeechLossError, TrainingError
+from speechloss.common.weights import load_network
 from speechloss.corpora import get, Manifest, Mixtures
 from speechloss.features.vqvae import VQVAE
 from speechloss.models import enhancer, load_enhancer, VQEnhancer
@@ -258,7 +259,8 @@ def test_runs_that_wait_for_one_another_write_one_network(tmp_path):
         told, error = run.communicate(timeout=300)
         assert run.returncode == 0, error[-2000:]
         assert told.strip() == str(tmp_path/'out/model')
-    assert load_network(VQVAE, tmp_path/'out/model')[0].codebook.begun and load_enhancer(tmp_path/'out').sample_rate == 16_000
+    assert load_network(VQVAE, tmp_path/'out/model')[0].codebook.begun
+    assert load_enhancer(tmp_path/'out').sample_rate == 16_000
 
 
 def test_two_processes_write_one_network(tmp_path):
@@ -267,4 +269,5 @@ def test_two_processes_write_one_network(tmp_path):
                            str(script)], capture_output=True, text=True, timeout=300,
                           env=os.environ | dict(ACCELERATE_USE_CPU='true', OMP_NUM_THREADS='1'))
     assert done.returncode == 0, done.stderr[-2000:]
-    assert load_network(VQVAE, tmp_path/'out/model')[0].codebook.begun and load_enhancer(tmp_path/'out').sample_rate == 16_000
+    assert load_network(VQVAE, tmp_path/'out/model')[0].codebook.begun
+    assert load_enhancer(tmp_path/'out').sample_rate == 16_000

@@ -11,10 +11,10 @@ import torch
 from scipy.stats import spearmanr
 
 from speechloss.common.errors import SpeechLossError
-from speechloss.common.weights import SHIPPED
+from speechloss.common.weights import SHIPPED, load_network, save_network
 from speechloss.corpora import get
 from speechloss.features import VQFeatures
-from speechloss.features.vqvae import VQVAE, load_vqvae, save_vqvae
+from speechloss.features.vqvae import VQVAE
 from speechloss.metrics import score_one, VQScore, vq_score
 from speechloss.signal import load, resample, mix
 
@@ -131,7 +131,7 @@ def test_what_cannot_be_scored_is_one_sentence(wave, rate, words):
 
 def test_mistakes_are_named(score, tmp_path):
     for options, words in ((dict(space='time'), "space is 'time'"), (dict(distance='l1'), "distance is 'l1'"),
-                           (dict(model=tmp_path), 'holds no vqvae.json'), (dict(model=small_without()), 'no codebook')):
+                           (dict(model=tmp_path), 'holds no card.json'), (dict(model=small_without()), 'no codebook')):
         with pytest.raises(SpeechLossError, match=words): VQScore(**options)
     with pytest.raises(ValueError, match='shape'): score(torch.randn(1, 1, 1, 4000))
     with pytest.raises(TypeError, match='int64'): score(torch.ones(4000, dtype=torch.int64))
@@ -164,7 +164,7 @@ def test_the_shipped_network_is_what_its_card_says():
     card = (folder/'README.md').read_text()
     weights = (folder/'model.safetensors').read_bytes()
     assert hashlib.sha256(weights).hexdigest() in card and len(weights) < 10_000_000
-    net, found = load_vqvae()
+    net, found = load_network(VQVAE, 'vq-speech')
     assert sum(p.numel() for p in net.parameters()) == 906_081 == found['weights']
     assert len(found['speakers']) == 231 and f'{found["steps"]} steps' in card
 
@@ -188,17 +188,21 @@ def test_the_metric_is_the_function(speech):
 
 def test_a_folder_gives_back_what_it_was_given(tmp_path):
     net, wave = small(), .1 * torch.randn(2, 8_000)
-    save_vqvae(net, tmp_path/'whole', {}, half=False)
-    save_vqvae(net, tmp_path/'half', dict(note='kept'))
-    whole, half = load_vqvae(tmp_path/'whole')[0], load_vqvae(tmp_path/'half')
+    save_network(net, tmp_path/'whole', {}, half=False)
+    save_network(net, tmp_path/'half', dict(note='kept'))
+    whole, half = load_network(VQVAE, tmp_path/'whole')[0], load_network(VQVAE, tmp_path/'half')
     assert half[1]['note'] == 'kept' and half[1]['options'] == json.loads(json.dumps(net.options))
     with torch.no_grad():
         assert torch.allclose(VQScore(whole)(wave), VQScore(net)(wave), atol=1e-6)
         assert torch.allclose(VQScore(half[0])(wave), VQScore(net)(wave), atol=2e-3)
+    (tmp_path/'half/card.json').rename(tmp_path/'half/vqvae.json')       # its name in earlier versions
+    earlier, card = load_network(VQVAE, tmp_path/'half')
+    assert card == half[1] and all(torch.equal(a, b) for a, b in zip(earlier.state_dict().values(),
+                                                                     half[0].state_dict().values(), strict=True))
     plain = small_without()
-    assert load_vqvae(save_vqvae(plain, tmp_path/'plain', {}))[0].codebook is None
+    assert load_network(VQVAE, save_network(plain, tmp_path/'plain', {}))[0].codebook is None
     (tmp_path/'half/model.safetensors').write_bytes(b'no')
-    with pytest.raises(SpeechLossError, match='cannot be opened'): load_vqvae(tmp_path/'half')
+    with pytest.raises(SpeechLossError, match='cannot be opened'): load_network(VQVAE, tmp_path/'half')
 
 
 def test_features_are_the_layers_of_the_encoder():

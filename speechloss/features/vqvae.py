@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['RECIPES', 'LEVEL', 'SILENCE', 'Encoder', 'Decoder', 'Reconstruction', 'VQVAE', 'from_official', 'at_level',
-           'save_vqvae', 'load_vqvae', 'VQFeatures']
+           'VQFeatures']
 
 # %% ../../nbs/features/vqvae.ipynb #36031f82
-import json
+from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import dataclass
+from os import PathLike
 from pathlib import Path
 
 import torch
@@ -17,9 +18,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..common.errors import SpeechLossError
-from ..common.files import sha256, write_folder
-from ..common.libraries import optional
-from ..common.weights import load_tensors, save_tensors, folder_of
+from ..common.files import sha256
+from ..common.weights import SavableNetwork, load_network
 from .base import Features, Frozen, chosen_layers, randomized
 from .codebook import Codebook, Quantised
 from ..signal.audio import SAMPLE_RATE
@@ -108,7 +108,7 @@ class Reconstruction:
     decoded: Tensor               # (B, frames, bins), what came out
 
 
-class VQVAE(nn.Module):
+class VQVAE(SavableNetwork):
     """A vector-quantised autoencoder of speech spectra.
 
     `recipe` is 'quality' or 'enhance'; options replace what it fixes: `widths` (of the pairs of
@@ -116,6 +116,8 @@ class VQVAE(nn.Module):
     `hop_length`, `log`, `norm_input`, `deviation`, `blocks`, `metric`; `codebook` holds further options
     of `Codebook`. Waves are `(B, T)` at 16 kHz, `lengths` `(B,)` samples.
     """
+    shipped = 'vq-speech'
+
     def __init__(self, recipe: str = 'quality', *, n_fft: int = 512, codebook: dict | None = None, **options):
         super().__init__()
         if recipe not in RECIPES: raise SpeechLossError(f'recipe is {recipe!r}: choose one of {", ".join(RECIPES)}')
@@ -151,6 +153,17 @@ class VQVAE(nn.Module):
 
     def decode(self, codes: Tensor, mask: Tensor) -> Tensor:      # (B, frames, dim) -> (B, frames, bins)
         return self.decoder(codes.mT, mask[:, None].to(codes)).mT
+
+    def saved_state(self) -> dict[str, Tensor]:
+        "Return the tensors to be written; the sums of the codebook follow from its codes and counts"
+        return {name: value for name, value in self.state_dict().items() if name != 'codebook.sums'}
+
+    def load_saved_state(self, state: dict[str, Tensor]) -> None:
+        "Take the tensors of `saved_state`; codes that half precision has rounded go through `Codebook.unit` again"
+        if self.codebook is not None:
+            codes = self.codebook.unit(state['codebook.codes'])
+            state = state | {'codebook.codes': codes, 'codebook.sums': codes * state['codebook.counts'][:, None]}
+        self.load_state_dict(state)
 
 # %% ../../nbs/features/vqvae.ipynb #3ff6377f
 _NAMES = (('CNN_1D_encoder.conv_enc', 'encoder.convs.'), ('CNN_1D_decoder.conv_dec', 'decoder.convs.'),
@@ -198,7 +211,6 @@ def from_official(
     return net.eval()
 
 # %% ../../nbs/features/vqvae.ipynb #8d830481
-_CARD, _WEIGHTS = 'vqvae.json', 'model.safetensors'
 LEVEL = .05         # root mean square that waves are brought to
 SILENCE = 1e-7      # root mean square up to which a wave is silent
 
@@ -216,53 +228,29 @@ def at_level(
     return wave * torch.where(silent, 1., level / torch.where(silent, 1., power).sqrt())[:, None], silent
 
 
-def save_vqvae(
-    net: VQVAE,
-    folder,        # appears whole, in place of what was there
-    card: dict,    # JSON-able
-    *,
-    half: bool = True,
-) -> Path:
-    "Write a network for `load_vqvae`; what follows from the rest is left out"
-    def fill(part: Path):
-        kept = {k: v for k, v in net.state_dict().items() if k != 'codebook.sums'}   # see `load_vqvae`
-        save_tensors({k: v.half() if half and v.is_floating_point() else v for k, v in kept.items()}, part / _WEIGHTS)
-        text = json.dumps(dict(options=net.options) | card, indent=1) + '\n'
-        (part / _CARD).write_text(text, encoding='utf-8')
-    return write_folder(folder, fill)
-
-
-def load_vqvae(model='vq-speech') -> tuple[VQVAE, dict]:
-    "A network in eval mode and its card; `SpeechLossError` when neither a shipped name nor a folder that holds one"
-    optional('safetensors', 'a saved network', 'metrics')
-    folder = folder_of(model)
-    if not (folder / _CARD).is_file():
-        raise SpeechLossError(f'{folder} holds no {_CARD}: give a folder that save_vqvae has written, or vq-speech')
-    try:
-        card = json.loads((folder / _CARD).read_text(encoding='utf-8'))
-        net = VQVAE(**card['options'])
-        state = {k: v.float() if v.is_floating_point() else v for k, v in load_tensors(folder / _WEIGHTS).items()}
-        if net.codebook is not None:
-            state['codebook.codes'] = net.codebook.unit(state['codebook.codes'])     # half precision has rounded them
-            state['codebook.sums'] = state['codebook.codes'] * state['codebook.counts'][:, None]
-        net.load_state_dict(state)
-    except Exception as error:
-        raise SpeechLossError(f'{folder} cannot be opened ({type(error).__name__}: {str(error)[:120]}): '
-                              'train or fetch it again') from None
-    return net.eval(), card
-
-
 class VQFeatures(Features):
-    """What a vector-quantised autoencoder of clean speech makes of a wave, `(B, frames, channels)` each.
+    """Look at a wave through a vector-quantised autoencoder of clean speech.
 
-    `model` is 'vq-speech' (ours, in the package), a folder of `save_vqvae`, or a `VQVAE`; `layers` is 'all', 'vectors'
-    (before the codebook) or names. Waves are brought to one `level` first, None leaves them. `random_seed` draws new
-    weights, the control.
+    `features(wave)` takes `(B, T)` at 16 kHz and gives `(B, frames, channels)` for each layer of the encoder.
+
+    - `model`: 'vq-speech' (shipped), a folder of `save_network` or `train_vqvae`, or a `VQVAE`, of which a
+      frozen copy is taken
+    - `layers`: 'all', 'vectors' (what the codebook sees), a name such as 'pair1', or several names
+    - `level`: root mean square that each wave is brought to first; None: leave it
+    - `random_seed`: draw new weights from this seed, the control; None: keep them
+
+    `SpeechLossError` for an unknown layer and for a folder that holds no network. The network is that of Fu et al.,
+    ICLR 2024, arXiv 2402.16321.
+
+    >>> features = VQFeatures('vq-speech', layers='vectors')
+    >>> features(torch.zeros(2, 4096))[0].shape
+    torch.Size([2, 17, 32])
     """
-    def __init__(self, model='vq-speech', *, layers='all', level: float | None = LEVEL, random_seed: int | None = None):
+    def __init__(self, model: str | PathLike | VQVAE = 'vq-speech', *, layers: str | Sequence[str] = 'all',
+                 level: float | None = LEVEL, random_seed: int | None = None):
         super().__init__()
         self.level = level
-        net = deepcopy(model) if isinstance(model, VQVAE) else load_vqvae(model)[0]
+        net = deepcopy(model) if isinstance(model, VQVAE) else load_network(VQVAE, model)[0]
         if random_seed is not None: net = randomized(net, seed=random_seed)
         self.net, self.sample_rate, self.hop_length = Frozen(net), net.sample_rate, net.hop_length
         pairs = len(net.encoder.convs) // 2 - (net.encoder.blocks is None)     # else the last one gives the vectors

@@ -19,7 +19,8 @@ from torch.nn import functional as F
 from ..common.errors import AudioError, SpeechLossError
 from ..common.weights import folder_of
 from ..features.base import Frozen
-from ..features.vqvae import LEVEL, VQVAE, at_level, load_vqvae
+from ..common.weights import load_network
+from ..features.vqvae import LEVEL, VQVAE, at_level
 from ..kernels.backends import check_floating
 from ..signal.audio import SAMPLE_RATE, resample
 from ..signal.spectra import check_lengths
@@ -56,7 +57,7 @@ class Scores:
 class VQScore(nn.Module):
     """Closeness to clean speech, without a reference: `score(wave, lengths=None)`, at most 1, higher is cleaner.
 
-    `model` is 'vq-speech' (ours, in the package), a folder of `save_vqvae`, or a `VQVAE`. `space` is 'code' or
+    `model` is 'vq-speech' (ours, in the package), a folder of `save_network`, or a `VQVAE`. `space` is 'code' or
     'signal', `distance` 'cosine' or 'l2' (minus the relative squared error, at most 0). Waves are `(T,)`, `(B, T)` or
     `(B, C, T)` (mean over the channels that are not silent) at 16 kHz, of at least 257 samples; the result is `()` or
     `(B,)`, in float64 for float64, and carries a gradient to the wave. Any gain of a wave gives the same score; a
@@ -72,7 +73,7 @@ class VQScore(nn.Module):
             if value not in known: raise SpeechLossError(f'{name} is {value!r}: choose one of {", ".join(known)}')
         if level is not None and not level > 0:
             raise SpeechLossError(f'level is {level}: give a level above 0, or None')
-        net = deepcopy(model) if isinstance(model, VQVAE) else load_vqvae(model)[0]
+        net = deepcopy(model) if isinstance(model, VQVAE) else load_network(VQVAE, model)[0]
         if space == 'code' and net.codebook is None:
             raise SpeechLossError("the network has no codebook: take space='signal'")
         self.net, self.space, self.distance, self.level = Frozen(net), space, distance, level
@@ -135,7 +136,7 @@ def vq_score(
     wave,                            # (T,) or (C, T), finite, a quarter of a second at least
     sample_rate: int = SAMPLE_RATE,  # Hz
     *,
-    model='vq-speech',               # shipped name, folder of `save_vqvae`, or a VQVAE
+    model='vq-speech',               # shipped name, folder of `save_network`, or a VQVAE
     space: str = 'code',             # or 'signal'
     distance: str = 'cosine',        # or 'l2'
     seconds: float = 30.,            # longest piece

@@ -14,10 +14,10 @@ import torch
 from torch import nn
 from torch.utils.data import Dataset
 
-from ..common.weights import load_tensors
+from ..common.weights import load_tensors, save_network
 from ..corpora.codec_pairs import CodecPairs, build_pairs
 from ..corpora.corpus import get
-from ..features.codec import CodecNet, layer_scales, log_power, save_codec, skill
+from ..features.codec import CodecNet, layer_scales, log_power, skill
 from ..losses.base import Hooks
 from ..signal.audio import SAMPLE_RATE
 from .loop import fit, input_and_target, once
@@ -109,5 +109,5 @@ def train_codec(
         speakers=sorted({r.speaker for r in clean['train']}), steps=training.steps, seed=training.seed,
         seconds_of_speech=round(sum(p.samples for p in report.pairs if p.id in set(splits['train'])) / SAMPLE_RATE),
         weights=sum(p.numel() for p in net.parameters()))
-    once(lambda: save_codec(net, out / 'model', card), out / 'model')
+    once(lambda: save_network(net, out / 'model', card), out / 'model')
     return out / 'model'

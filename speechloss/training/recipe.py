@@ -17,7 +17,7 @@ from pathlib import Path
 
 from ..common.errors import TrainingError
 from ..common.files import sha256
-from ..common.weights import folder_of
+from ..common.weights import find_card, folder_of
 
 # %% ../../nbs/training/recipe.ipynb #f9455fb9
 BASE = dict(terms=dict(spectrum=dict(name='compressed_complex', hop_length=256),
@@ -157,9 +157,8 @@ def _network(name, drawn_anew: bool) -> str:
     "What counts of a network that a loss looks through: its weights, or its shape alone"
     folder = folder_of(name)
     if drawn_anew and (folder / 'config.json').is_file(): return sha256(folder / 'config.json')
-    for card in (folder / 'codec.json', folder / 'vqvae.json'):    # which say how well they were trained as well
-        if drawn_anew and card.is_file():
-            return json.dumps(json.loads(card.read_text(encoding='utf-8'))['options'], sort_keys=True)
+    if drawn_anew and (card := find_card(folder)):    # which says how well it was trained as well
+        return json.dumps(json.loads(card.read_text(encoding='utf-8'))['options'], sort_keys=True)
     return _fingerprint(folder if folder.exists() else name, 'model')
 
 

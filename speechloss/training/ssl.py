@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['WINDOW', 'HOP', 'NETWORK', 'Pretraining', 'crop_frames', 'mfcc', 'hidden', 'cluster', 'Crops', 'speech', 'spans',
-           'MaskedPrediction', 'MaskedPredictionLoss', 'accuracy', 'network', 'pretrain', 'save_model']
+           'MaskedPrediction', 'MaskedPredictionLoss', 'accuracy', 'network', 'pretrain']
 
 # %% ../../nbs/training/ssl.ipynb #52ee5804
 from collections.abc import Callable
@@ -20,7 +20,7 @@ from torch.utils.data import Dataset
 from ..common.errors import CorpusError, TrainingError
 from ..common.files import write_folder
 from ..common.libraries import quiet, transformers_module
-from ..common.weights import load_tensors, save_tensors
+from ..common.weights import allow_others, load_tensors, save_tensors
 from ..corpora.corpus import get
 from ..corpora.manifest import Recording
 from ..features.ssl import SSLFeatures
@@ -232,7 +232,7 @@ def pretrain(
                     progress=progress, judge=accuracy, about=about)
         model.load_state_dict(load_tensors(final / 'model.safetensors'))
         net = model.net.cpu()
-    return write_folder(out / 'model', lambda part: save_model(net, part))
+    return write_folder(out / 'model', lambda part: _save_model(net, part))
 
 
 def _labels(file: Path, recipe: Pretraining, k: int, net, manifest, waves) -> dict[str, Tensor]:
@@ -247,9 +247,9 @@ def _labels(file: Path, recipe: Pretraining, k: int, net, manifest, waves) -> di
     return load_tensors(file)
 
 
-def save_model(net: nn.Module, folder: Path) -> None:
-    "The network in half precision, with the note that its input is normalised"
+def _save_model(net: nn.Module, folder: Path) -> None:
+    "Write a network in half precision as transformers does, with the note that its input is normalised"
     package = transformers_module()
     with quiet(): net.half().save_pretrained(folder)
-    (folder / 'model.safetensors').chmod(0o644)     # the library lets only its owner read
+    allow_others(folder / 'model.safetensors')
     package.Wav2Vec2FeatureExtractor(do_normalize=True, return_attention_mask=False).save_pretrained(folder)

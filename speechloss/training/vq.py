@@ -17,11 +17,11 @@ import torch
 from torch import nn
 
 from ..common.errors import TrainingError
-from ..common.weights import load_tensors
+from ..common.weights import load_network, load_tensors, save_network
 from ..corpora.corpus import get
 from ..corpora.manifest import Manifest
 from ..corpora.mixing import Mixtures
-from ..features.vqvae import VQVAE, load_vqvae, save_vqvae
+from ..features.vqvae import VQVAE
 from ..losses.base import Hooks
 from ..metrics.scoring import score
 from ..metrics.vqscore import VQScore, cosine
@@ -74,7 +74,7 @@ class VQTraining:
 @dataclass(frozen=True, kw_only=True)
 class VQDistillation(VQTraining):
     "Everything that determines the second stage of an enhancer; `network` is not looked at"
-    init: str                        # folder of `save_vqvae`, the first stage and the teacher
+    init: str                        # folder of `save_network`, the first stage and the teacher
     steps: int = 1000
     lr: float = 2e-4
     strength: tuple = (.03, .55)     # of the attack, its norm over that of the wave
@@ -160,7 +160,7 @@ def ranks(model: VQVAE, data, *, device='cpu') -> dict[str, float]:
 def _begun(training: VQTraining) -> tuple[nn.Module, nn.Module]:
     "A model to be trained, and its objective"
     if isinstance(training, VQDistillation):
-        net = load_vqvae(training.init)[0].train()
+        net = load_network(VQVAE, training.init)[0].train()
         if net.recipe != 'enhance':
             raise TrainingError(f'init {training.init} is of the recipe {net.recipe!r}: the second stage is that of '
                                 "an enhancer, give a network of the recipe 'enhance'")
@@ -176,7 +176,7 @@ def train_vqvae(
     out,                               # folder of the run; where it goes on when it was stopped
     *,
     progress: Callable | None = None,  # called with (label, steps done, steps in all)
-) -> Path:                             # out / 'model', for `load_vqvae`; an enhancer lies in out / 'final' too
+) -> Path:                             # out / 'model', for `load_network`; an enhancer lies in out / 'final' too
     "Train on clean speech, or go on where that was stopped; `TrainingError` when `out` holds another run"
     out, recipe = Path(out), training.recipe()
     manifest = get(training.corpus, from_dir=training.corpus_dir)
@@ -204,7 +204,7 @@ def train_vqvae(
 
     def write():
         if net.recipe == 'enhance': VQEnhancer.of(net).save_pretrained(out / 'final')
-        save_vqvae(net, out / 'model', card)
+        save_network(net, out / 'model', card)
 
     once(write, out / 'model')
     return out / 'model'
