@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from ..common.errors import SpeechLossError
 from ..common.libraries import extra
-from .mask_network import LEAST_POWER, check_frame, check_waves, frame_total, spectrum
+from .mask_network import LEAST_POWER, SpectralModel, check_waves, spectrum
 from ..signal.audio import SAMPLE_RATE
 from ..signal.spectra import compress, frame_mask, istft
 
@@ -35,7 +35,7 @@ class _Block(nn.Module):
     def forward(self, x, mask): return x + F.gelu(self.conv((self.norm(x) * mask).mT)).mT
 
 # %% ../../nbs/models/autoencoder.ipynb #cca12f94
-class SpectralAutoencoder(nn.Module, PyTorchModelHubMixin, library_name='speechloss', license='apache-2.0'):
+class SpectralAutoencoder(SpectralModel, PyTorchModelHubMixin, library_name='speechloss', license='apache-2.0'):
     """Reconstruct speech from `latents` numbers a frame.
 
     `model(wave, lengths=None)` takes waves `(T,)` or `(B, T)` at `sample_rate`, nominal range [-1, 1], and returns the
@@ -59,33 +59,19 @@ class SpectralAutoencoder(nn.Module, PyTorchModelHubMixin, library_name='speechl
     torch.Size([2, 17, 8])
     """
     def __init__(
-        self, *,
-        latents: int = 16,
-        n_fft: int = 512,
-        hop_length: int = 256,
-        channels: int = 128,
-        blocks: int = 2,
-        kernel: int = 5,
-        power: float = .5,
-        sample_rate: int = SAMPLE_RATE,
-        kind: str = 'autoencoder',
+        self, *, latents: int = 16, n_fft: int = 512, hop_length: int = 256, channels: int = 128, blocks: int = 2,
+        kernel: int = 5, power: float = .5, sample_rate: int = SAMPLE_RATE, kind: str = 'autoencoder',
     ):
-        super().__init__()
-        check_frame(n_fft, hop_length)
+        super().__init__(n_fft, hop_length, sample_rate)
         if min(latents, channels, blocks) < 1 or kernel % 2 == 0 or not 0 < power <= 1:
             raise SpeechLossError(f'latents is {latents}, channels {channels}, blocks {blocks}, kernel {kernel}, '
                                   f'power {power}: give at least one of the first three, an odd kernel, a power '
                                   'of at most 1')
-        self.n_fft, self.hop_length, self.power, self.sample_rate = n_fft, hop_length, power, sample_rate
-        bins = n_fft // 2 + 1
+        self.power, bins = power, n_fft // 2 + 1
         self.before, self.waist = nn.Linear(2 * bins, channels), nn.Linear(channels, latents)
         self.down = nn.ModuleList(_Block(channels, kernel) for _ in range(blocks))
         self.after, self.out = nn.Linear(latents, channels), nn.Linear(channels, 2 * bins)
         self.up = nn.ModuleList(_Block(channels, kernel) for _ in range(blocks))
-
-    def frame_lengths(self, lengths: Tensor) -> Tensor:
-        "Return the valid frames of `encode` for valid samples, both `(B,)`"
-        return frame_total(lengths, self.n_fft, self.hop_length)
 
     def _normalise(self, wave, lengths):   # spectrum at unit level (B, frames, bins), level (B, 1, 1), frame mask
         check_waves(wave, lengths)
@@ -117,7 +103,7 @@ class SpectralAutoencoder(nn.Module, PyTorchModelHubMixin, library_name='speechl
         wave: Tensor,                   # (B, T) or (T,)
         lengths: Tensor | None = None,  # (B,) valid samples
     ) -> Tensor:                        # same shape; zeros beyond lengths
-        "Reconstruct `wave` from its bottleneck and return waves of its shape and level"
+        "Reconstruct `wave` up to its `lengths` and return waves of the same shape and level"
         if wave.ndim == 1: return self(wave[None], lengths)[0]
         spec, level, mask = self._normalise(wave, lengths)
         x = F.gelu(self.after(self._compress(spec, mask)))

@@ -117,8 +117,9 @@ def enhance_file(
 
     >>> import tempfile
     >>> from speechloss.models import enhancer
+    >>> from speechloss.signal.audio import info, save
     >>> with tempfile.TemporaryDirectory() as folder:
-    ...     soundfile.write(f'{folder}/noisy.wav', np.zeros(44100), 44100)
+    ...     _ = save(f'{folder}/noisy.wav', torch.zeros(44100), 44100)
     ...     info(enhance_file(enhancer('tiny'), f'{folder}/noisy.wav', f'{folder}/enhanced.flac')).frames
     44100
     """

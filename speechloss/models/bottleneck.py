@@ -21,8 +21,9 @@ class HasEncoder(Protocol):
     `encode` takes `(B, T)` and returns the bottleneck `(B, frames, dim)`, or a list that ends in it. `isinstance`
     checks that the method is there; nothing need inherit from this class.
 
-    >>> isinstance(nn.Linear(1, 1), HasEncoder)
-    False
+    >>> from speechloss.models import enhancer
+    >>> isinstance(enhancer('tiny'), HasEncoder), isinstance(torch.nn.Linear(1, 1), HasEncoder)
+    (True, False)
     """
     def encode(self, wave: Tensor) -> Tensor:
         "Return the bottleneck `(B, frames, dim)` of waves `(B, T)`"

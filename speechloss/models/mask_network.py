@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LEAST_POWER', 'erb_bands', 'spectrum', 'frame_total', 'mean_so_far', 'Recurrent', 'SpectralEncoder',
-           'SpectralDecoder', 'check_frame', 'check_waves', 'SpectralEnhancer']
+           'SpectralDecoder', 'check_frame', 'check_waves', 'SpectralModel', 'SpectralEnhancer']
 
 # %% ../../nbs/models/mask_network.ipynb #1b92d48c
 import torch
@@ -177,9 +177,34 @@ def check_waves(wave: Tensor, lengths: Tensor | None) -> None:
         raise SpeechLossError(f'lengths is {lengths.tolist()}: give one for each of '
                               f'{len(wave)} waves, in 1..{wave.shape[-1]} samples')
 
+
+class SpectralModel(nn.Module):
+    """Hold the frames and the rate of a model of waves.
+
+    - `n_fft`: samples of a frame, even
+    - `hop_length`: samples between frames, at most n_fft // 2
+    - `sample_rate`: rate of the waves, Hz
+    """
+    def __init__(self, n_fft: int, hop_length: int, sample_rate: int):
+        super().__init__()
+        check_frame(n_fft, hop_length)
+        self.n_fft, self.hop_length, self.sample_rate = n_fft, hop_length, sample_rate
+
+    def frame_lengths(self, lengths: Tensor) -> Tensor:
+        "Return the valid frames of `encode` for valid samples, both `(B,)`"
+        return frame_total(lengths, self.n_fft, self.hop_length)
+
+    def _spectrum(self, wave: Tensor, lengths: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        "Return the spectrum of the valid part, `(B, frames, bins)`, and the valid frames, `(B,)` or None"
+        check_waves(wave, lengths)
+        if wave.dtype in (torch.float16, torch.bfloat16): wave = wave.float()
+        if lengths is None: return spectrum(wave, self.n_fft, self.hop_length), None
+        lengths = lengths.to(wave.device)
+        wave = wave * frame_mask(lengths, wave.shape[-1])
+        return spectrum(wave, self.n_fft, self.hop_length), self.frame_lengths(lengths)
+
 # %% ../../nbs/models/mask_network.ipynb #bb478561
-class SpectralEnhancer(nn.Module, PyTorchModelHubMixin,
-                       library_name='speechloss', tags=['speech-enhancement'],
+class SpectralEnhancer(SpectralModel, PyTorchModelHubMixin, library_name='speechloss', tags=['speech-enhancement'],
                        license='apache-2.0'):
     """Enhance speech by a complex mask on its STFT, from an encoder and a decoder.
 
@@ -208,39 +233,17 @@ class SpectralEnhancer(nn.Module, PyTorchModelHubMixin,
     bands: Tensor   # (bins, bands), from bins to bands and back
 
     def __init__(
-        self, *,
-        n_fft: int = 512,
-        hop_length: int = 256,
-        bands: int = 64,
-        channels: int = 160,
-        layers: int = 1,
-        kernel: int = 5,
-        floor_db: float = -60.,
-        causal: bool = False,
-        sample_rate: int = SAMPLE_RATE,
+        self, *, n_fft: int = 512, hop_length: int = 256, bands: int = 64, channels: int = 160, layers: int = 1,
+        kernel: int = 5, floor_db: float = -60., causal: bool = False, sample_rate: int = SAMPLE_RATE,
     ):
-        super().__init__()
-        check_frame(n_fft, hop_length)
+        super().__init__(n_fft, hop_length, sample_rate)
         if channels < 2 or channels % 2 or layers < 1 or kernel < 1:
             raise SpeechLossError(f'channels is {channels}, layers {layers}, kernel {kernel}: '
                                   'give an even number of channels and at least one of the others')
-        self.n_fft, self.hop_length, self.sample_rate = n_fft, hop_length, sample_rate
         self.causal = causal
         self.register_buffer('bands', erb_bands(bands, n_fft, sample_rate), persistent=False)
         self.encoder = SpectralEncoder(bands, channels, layers, kernel, floor_db, causal)
         self.decoder = SpectralDecoder(bands, channels, layers, causal)
-
-    def frame_lengths(self, lengths: Tensor) -> Tensor:
-        "Return the valid frames of `encode` for valid samples, both `(B,)`"
-        return frame_total(lengths, self.n_fft, self.hop_length)
-
-    def _spectrum(self, wave, lengths):
-        check_waves(wave, lengths)
-        if wave.dtype in (torch.float16, torch.bfloat16): wave = wave.float()
-        if lengths is None: return spectrum(wave, self.n_fft, self.hop_length), None
-        lengths = lengths.to(wave.device)
-        wave = wave * frame_mask(lengths, wave.shape[-1])
-        return spectrum(wave, self.n_fft, self.hop_length), self.frame_lengths(lengths)
 
     def _encode(self, spec, frames):
         # a Hann window of n samples has power 3n/8, so unit white noise has unit power in a band
@@ -265,7 +268,7 @@ class SpectralEnhancer(nn.Module, PyTorchModelHubMixin,
         noisy: Tensor,                  # (B, T) or (T,)
         lengths: Tensor | None = None,  # (B,) valid samples
     ) -> Tensor:                        # same shape and dtype; zeros beyond lengths
-        "Enhance `noisy` and return waves of its shape and level"
+        "Enhance `noisy`, each wave up to its `lengths`, and return waves of the same shape and level"
         if noisy.ndim == 1: return self(noisy[None], lengths)[0]
         spec, frames = self._spectrum(noisy, lengths)
         mask = self.decoder(*self._encode(spec, frames), frames).to(spec.real.dtype)

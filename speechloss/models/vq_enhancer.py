@@ -81,7 +81,7 @@ class VQEnhancer(nn.Module, PyTorchModelHubMixin, library_name='speechloss', lic
         wave: Tensor,                   # (B, T) or (T,)
         lengths: Tensor | None = None,  # (B,) valid samples
     ) -> Tensor:                        # same shape; zeros beyond lengths
-        "Enhance `wave` and return waves of its shape"
+        "Enhance `wave` up to its `lengths` and return waves of the same shape"
         if wave.ndim == 1: return self(wave[None], lengths)[0]
         check_waves(wave, lengths)
         size, net = wave.shape[-1], self.net
@@ -120,6 +120,18 @@ def _codebook(net: VQVAE) -> Codebook:
     return net.codebook
 
 
+def _cross_entropy(net: VQVAE, vectors: Tensor, tokens: Tensor, mask: Tensor) -> Tensor:   # (B,)
+    book = _codebook(net)
+    each = token_cross_entropy(book.unit(vectors), book.codes, tokens,      # padded tokens are -1
+                               metric='cosine' if book.metric == 'cosine' else 'euclidean')
+    return each.sum(-1) / mask.sum(-1)
+
+
+def _decoder_error(net: VQVAE, vectors: Tensor, mask: Tensor, spectrum: Tensor) -> Tensor:   # ()
+    codes = _codebook(net)(vectors.detach(), mask.sum(-1), update=False).codes.detach()
+    return 45 * spectral_ratio(net.decode(codes, mask), spectrum, mask)
+
+# %% ../../nbs/models/vq_enhancer.ipynb #16ee552b
 class SelfDistillation(nn.Module):
     """Train a student network to keep its teacher's codes under attack, the second stage of `VQEnhancer`.
 
@@ -134,6 +146,7 @@ class SelfDistillation(nn.Module):
     `SpeechLossError` for a network without codebook or a strength out of order. Fu, Hung, Tsao and Wang, ICLR 2024,
     arXiv 2402.16321.
 
+    >>> from speechloss.features import VQVAE
     >>> net = VQVAE('enhance', widths=(16, 8), size=8, blocks=0)
     >>> _ = net(torch.randn(2, 4000) / 10)      # its codes start where speech is
     >>> sorted(SelfDistillation(net, attack=False)(torch.randn(2, 4000) / 10))
@@ -154,16 +167,6 @@ class SelfDistillation(nn.Module):
     def _frames(self, wave: Tensor, lengths: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         spectrum, mask = self.student.spectrum(wave, lengths)
         return spectrum, mask, self.student.encode(spectrum, mask)
-
-    def _cross_entropy(self, vectors: Tensor, tokens: Tensor, mask: Tensor) -> Tensor:   # (B,)
-        book = _codebook(self.student)
-        each = token_cross_entropy(book.unit(vectors), book.codes, tokens,      # padded tokens are -1
-                                   metric='cosine' if book.metric == 'cosine' else 'euclidean')
-        return each.sum(-1) / mask.sum(-1)
-
-    def _decoder_error(self, vectors: Tensor, mask: Tensor, spectrum: Tensor) -> Tensor:
-        codes = _codebook(self.student)(vectors.detach(), mask.sum(-1), update=False).codes.detach()
-        return 45 * spectral_ratio(self.student.decode(codes, mask), spectrum, mask)
 
     @torch.no_grad()
     def tokens(
@@ -186,7 +189,7 @@ class SelfDistillation(nn.Module):
         wave = valid_part(wave, lengths)
         asked = wave.detach().requires_grad_()
         _, mask, vectors = self._frames(asked, lengths)
-        entropy = self._cross_entropy(vectors, self.tokens(wave, lengths), mask)
+        entropy = _cross_entropy(self.student, vectors, self.tokens(wave, lengths), mask)
         return attack_step(wave, torch.autograd.grad(entropy.sum(), asked)[0], strength)
 
     def forward(
@@ -194,16 +197,16 @@ class SelfDistillation(nn.Module):
         wave: Tensor,                   # (B, T), clean speech
         lengths: Tensor | None = None,  # (B,) valid samples
     ) -> dict[str, Tensor]:             # () each: tokens, decoder, and both again under attack
-        "Return the terms of the loss, which are to be summed"
+        "Return the terms of the loss for `wave` up to its `lengths`; they are to be summed"
         wave = valid_part(wave, lengths)
         tokens, wave = self.tokens(wave, lengths), wave.detach().requires_grad_(self.attack)
         spectrum, mask, vectors = self._frames(wave, lengths)
-        entropy = self._cross_entropy(vectors, tokens, mask)
+        entropy = _cross_entropy(self.student, vectors, tokens, mask)
         target = spectrum.detach()
-        terms = dict(tokens=entropy.mean(), decoder=self._decoder_error(vectors, mask, target))
+        terms = dict(tokens=entropy.mean(), decoder=_decoder_error(self.student, vectors, mask, target))
         if not self.attack: return terms
         gradient, = torch.autograd.grad(entropy.sum(), wave, retain_graph=True)
         strength = torch.empty(len(wave), device=wave.device).uniform_(*self.strength)
         _, _, moved = self._frames(attack_step(wave, gradient, strength), lengths)
-        return terms | dict(tokens_attacked=self._cross_entropy(moved, tokens, mask).mean(),
-                            decoder_attacked=self._decoder_error(moved, mask, target))
+        return terms | dict(tokens_attacked=_cross_entropy(self.student, moved, tokens, mask).mean(),
+                            decoder_attacked=_decoder_error(self.student, moved, mask, target))
