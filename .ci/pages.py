@@ -111,6 +111,39 @@ def documented(text):
     return ''.join(parts)
 
 
+CHAPTERS = '<!-- the site lists the modules here -->'
+
+
+def chapters(page, root=ROOT):
+    """The modules of a package as a table of Markdown, in the order of the menu.
+
+    What a module does is the line below the title of its notebook, which is its docstring too; what is public
+    is what the notebook of the package, `page`, imports.
+    """
+    from speechloss._modidx import d as index
+    folder = Path(page).parent
+    imports = '\n'.join(c.source for c in nbformat.read(root/page, as_version=4).cells
+                        if c.source.startswith('#| export'))
+    lines = ['| module | what it does | public names |', '| --- | --- | --- |']
+    for chapter in pages(root):
+        if Path(chapter).parent != folder or chapter == page: continue
+        nb = nbformat.read(root/chapter, as_version=4)
+        does = next((m[1] for c in nb.cells if (m := re.search(r'^> (.*)$', c.source, re.M))), '')
+        module = f'speechloss.{folder.name}.{Path(chapter).stem}'
+        found = index['syms'].get(module, {})
+        names = public_names(imports, module)
+        shown_names = [f'[`{n}`]({Path(chapter).stem}.ipynb#{n.lower()})' if f'{module}.{n}' in found else f'`{n}`'
+                       for n in names]
+        lines.append(f'| [{Path(chapter).stem}]({Path(chapter).name}) | {does} | {", ".join(shown_names)} |')
+    return '\n'.join(lines)
+
+
+def public_names(code, module):
+    "What the code imports from a module"
+    found = re.findall(rf'^ *from {re.escape(module)} import (\([^)]*\)|.*)$', code, re.M)
+    return [name for names in found for name in re.findall(r'\w+', names)]
+
+
 def filtered(path, page=INDEX):
     "The notebook as `nbdev_filter` hands it to Quarto: exports as documentation, names linked"
     from nbdev.cli import nbdev_filter
@@ -121,6 +154,8 @@ def filtered(path, page=INDEX):
         if 'show_doc(' in ''.join(cell['source']):
             for data in (output['data'] for output in cell['outputs']):
                 data['text/markdown'] = documented(''.join(data['text/markdown']))
+        if CHAPTERS in ''.join(cell['source']):
+            cell['source'] = ''.join(cell['source']).replace(CHAPTERS, chapters(page))
         for key in set(cell) - {'cell_type', 'id', 'metadata', 'source', 'outputs'}: cell.pop(key)
         if cell['cell_type'] != 'code': continue
         cell['execution_count'] = None

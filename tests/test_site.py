@@ -97,6 +97,23 @@ def test_pages_that_no_menu_knows_are_found(small):
     assert 'c.md, which does not exist' in found and 'a.md, and no menu' in found
 
 
+def test_a_package_lists_its_modules():
+    "In the order of the menu, with the line below the title and with what is public, linked where it has a heading"
+    table = pages.chapters('nbs/losses/index.ipynb').splitlines()
+    folder = [Path(p) for p in pages.pages() if p.startswith('nbs/losses/')][1:]
+    assert [row.split('](')[0].removeprefix('| [') for row in table[2:]] == [p.stem for p in folder]
+    row = next(row for row in table if row.startswith('| [registry]'))
+    assert '[`build`](registry.ipynb#build)' in row and '`CARDS`,' in row
+    line = nbformat.read(ROOT/'nbs/losses/registry.ipynb', 4).cells[0].source.splitlines()[1]
+    assert line.removeprefix('> ') in row
+
+
+@pytest.mark.parametrize('package', sorted(p.parent.name for p in ROOT.glob('nbs/*/index.ipynb')))
+def test_every_package_leaves_its_list_to_the_site(package):
+    text = (ROOT/f'nbs/{package}/index.ipynb').read_text()
+    assert pages.CHAPTERS in text and '| module |' not in text
+
+
 def test_names_are_linked_from_where_they_stand():
     text = '[`A_b`](https://speechloss.github.io/speechloss/nbs/x/y.html#a_b) [`mini`](https://speechloss.github.io' \
            '/speechloss/nbs/x/y.html#mini) [`C.run`](https://speechloss.github.io/speechloss/nbs/x/y.html#c.run)'
