@@ -76,7 +76,7 @@ bench: $(ready)  ## time the kernels beside their rivals, rows appended to bench
 docs: $(ready)  ## build the site in _site, by Quarto or plainly without it, and check it
 	@PATH="$$PWD/$(VENV)/bin:$$PATH" command -v quarto >/dev/null || \
 	    $(run) -m pip install -q --disable-pip-version-check -c constraints.txt quarto-cli >/dev/null 2>&1 || \
-	    echo 'Quarto could not be fetched: the site gets a plain frame without search (https://quarto.org/docs/get-started)'
+	    echo 'Quarto could not be fetched: the site gets a plain frame (https://quarto.org/docs/get-started)'
 	@PATH="$$PWD/$(VENV)/bin:$$PATH" HF_HUB_OFFLINE=1 $(run) .ci/docs.py site
 
 docs-serve:  ## build the site and open it

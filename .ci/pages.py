@@ -1,6 +1,8 @@
 """What the site is made of: the list of pages, and each page as it is handed on to be shown."""
 import hashlib
 import html
+import importlib
+import inspect
 import io
 import json
 import os
@@ -111,6 +113,41 @@ def documented(text):
     return ''.join(parts)
 
 
+def thing_of(nb, cell):
+    "What a cell of `show_doc` documents: the name in the module that the notebook exports, None where it is not there"
+    found = (re.search(r'^#\| *default_exp +(\S+)', ''.join(c['source']), re.M) for c in nb['cells'])
+    module = next((m[1] for m in found if m), None)
+    name = re.search(r'show_doc\(([\w.]+)', ''.join(cell['source']))
+    if not module or not name: return None
+    thing = importlib.import_module(f'speechloss.{module}'.removesuffix('.__init__'))
+    for part in name[1].split('.'): thing = getattr(thing, part, None)
+    return thing
+
+
+def signed(text, thing):
+    """The Markdown of `show_doc` with a class called a class, the fields of a named tuple, and the source where it is.
+
+    nbdev writes `def Name(*args, **kwargs)` for every class without an `__init__` of its own, and finds the source by
+    the bare name, which two modules may share.
+    """
+    if inspect.isclass(thing):
+        name = thing.__name__
+        if hasattr(thing, '_fields'):
+            fields = [line.strip() for line in inspect.getsource(thing).splitlines()
+                      if line.strip().split(':')[0] in thing._fields]
+            text = re.sub(rf'^def {name}\(\n.*?^\):$', lambda m: '\n    '.join([f'class {name}(NamedTuple):', *fields]),
+                          text, count=1, flags=re.M | re.S)
+        text = re.sub(rf'^def {name}\(\n    \*args, \*\*kwargs\n\):$', f'class {name}', text, count=1, flags=re.M)
+        text = re.sub(rf'^def {name}\((.*?)^\):?(?=$|->)', rf'class {name}(\1)', text, count=1, flags=re.M | re.S)
+    if inspect.isclass(thing) or inspect.isfunction(thing):
+        try: file, line = Path(inspect.getsourcefile(inspect.unwrap(thing))), inspect.getsourcelines(thing)[1]
+        except (OSError, TypeError): return text
+        if file.is_relative_to(ROOT):
+            here = f'{file.relative_to(ROOT).as_posix()}#L{line}'
+            text = re.sub(r'(\[source\]\([^)]*/blob/[^/]*/)[^)]*\)', rf'\g<1>{here})', text, count=1)
+    return text
+
+
 CHAPTERS = '<!-- the site lists the modules here -->'
 
 
@@ -150,10 +187,11 @@ def filtered(path, page=INDEX):
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')
         nb = json.loads(linked(nbdev_filter(fname=str(path), printit=False), page))
+        source = json.loads(Path(path).read_text(encoding='utf-8'))    # the filter drops the name of the module
     for cell in nb['cells']:
         if 'show_doc(' in ''.join(cell['source']):
             for data in (output['data'] for output in cell['outputs']):
-                data['text/markdown'] = documented(''.join(data['text/markdown']))
+                data['text/markdown'] = documented(signed(''.join(data['text/markdown']), thing_of(source, cell)))
         if CHAPTERS in ''.join(cell['source']):
             cell['source'] = ''.join(cell['source']).replace(CHAPTERS, chapters(page))
         for key in set(cell) - {'cell_type', 'id', 'metadata', 'source', 'outputs'}: cell.pop(key)
@@ -204,9 +242,10 @@ def picture(data, about, alt, folder):
 
 
 def shown(nb):
-    "Without the sources that `echo: false` hides, and without the other directives"
+    "Without the sources that `echo: false` hides, those that `code-fold` folds marked, without the other directives"
     for cell in nb.cells:
         if cell.cell_type != 'code': continue
         if directive(cell, 'echo') == 'false': cell.metadata['tags'] = ['hide_input']
+        elif directive(cell, 'code-fold') == 'true': cell.metadata['tags'] = ['fold_input']
         cell.source = re.sub(r'^#\|.*\n?', '', cell.source, flags=re.M)
     return nb

@@ -18,6 +18,7 @@ from pages import INDEX, ROOT, address, config, copy, filtered, outputs_as_pages
 from running import DRAWN
 
 SITE = ROOT/'_site'
+DIRECTIVE = re.compile(r'#\|\s*(hide|export|default_exp|echo|fig-alt|code-fold)|^:::', re.M)
 HEAVIEST = 3e6    # bytes of a page with its pictures, styles and scripts, without its audio
 
 
@@ -54,7 +55,7 @@ def render(place):
         version = subprocess.run([quarto, '--version'], check=True, capture_output=True, text=True).stdout.strip()
         return f'Quarto {version}'
     plain.render(place)
-    return 'pandoc, in a plain frame without search'
+    return 'pandoc, in a plain frame'
 
 
 def build():
@@ -110,8 +111,9 @@ def problems(site, root=ROOT):
     found = {n: Page((site/n).read_text(encoding='utf-8')) for n in names if (site/n).is_file()}
     for name, page in found.items():
         if not page.titles: wrong.append(f'{name}: has no title')
-        if name.startswith('nbs/') and re.search(r'#\|\s*(hide|export|default_exp|echo|fig-alt)|^:::', page.text, re.M):
+        if name.startswith('nbs/') and DIRECTIVE.search(page.text):
             wrong.append(f'{name}: a directive is visible')
+        if '{target=' in page.text: wrong.append(f'{name}: an attribute is visible')
         if 'data:audio' in page.text: wrong.append(f'{name}: carries audio in itself: refer to a file')
         wrong += [f'{name}: the picture {src} has no alt text' for src in page.no_alt]
         wrong += [f'{name}: {reason}' for reason in broken(name, page, found, site, base)]

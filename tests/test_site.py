@@ -10,6 +10,7 @@ import tomllib
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
+from typing import NamedTuple
 
 import nbformat
 import numpy as np
@@ -41,13 +42,19 @@ def small(tmp_path):
     code = nbformat.v4.new_code_cell('#| fig-alt: "A \\"dot\\""\nplt.plot(1)')
     picture = 'iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR4nGNgYGD4DwABBAEAX+XDSwAAAABJRU5ErkJggg=='
     code.outputs = [nbformat.v4.new_output('display_data', {'image/png': picture})]
-    text = nbformat.v4.new_markdown_cell('# B\n\n## Deep\n\n[back](../a.md)')
-    nbformat.write(nbformat.v4.new_notebook(cells=[text, code]), tmp_path/'nbs/b.ipynb')
+    text = nbformat.v4.new_markdown_cell('# B\n\n## Deep\n\n[back](../a.md)\n\n### Deeper\nSome *words*:\n- `a`: one')
+    folded = nbformat.v4.new_code_cell('#| code-fold: true\nfor k in "a": pass')
+    plain_code = nbformat.v4.new_code_cell('import os  # of use')
+    documented = nbformat.v4.new_code_cell('#| echo: false\nshow_doc(f)')
+    documented.outputs = [nbformat.v4.new_output('display_data', {
+        'text/markdown': '[source](https://y.org/f.py){target="_blank" style="float:right; font-size:smaller"}'})]
+    cells = [text, code, folded, plain_code, documented]
+    nbformat.write(nbformat.v4.new_notebook(cells=cells), tmp_path/'nbs/b.ipynb')
     (tmp_path/'nbs/site.css').write_text('')
     (tmp_path/'_quarto.yml').write_text(
         'project: {render: [a.md, nbs/b.ipynb], resources: ["nbs/site.css", "nbs/pictures/*"]}\n'
         'ipynb-filters: [nbdev_filter]\nwebsite: {site-url: "https://x.org", navbar: {}, sidebar: {contents: '
-        '[{section: S, contents: [a.md]}, {text: The B, href: nbs/b.ipynb}]}}\n')
+        '[{section: S, contents: [a.md]}, {section: T, href: nbs/b.ipynb, contents: [a.md]}]}}\n')
     return tmp_path
 
 
@@ -63,9 +70,47 @@ def test_plain_site(small):
     site = built(small)
     assert not list(pages.structure(small)) and not website.problems(site, small)
     a, b = (site/'a.html').read_text(), (site/'nbs/b.html').read_text()
-    assert 'href="nbs/b.html#deep"' in a and 'href="../a.html"' in b and '>The B<' in a
+    assert 'href="nbs/b.html#deep"' in a and 'href="../a.html"' in b and '>Overview<' in a
     assert 'alt="A &quot;dot&quot;"' in b and 'data:image' not in b and '#|' not in b
-    assert '<details open><summary>S</summary>' in a and 'aria-current="page"' in b
+    assert '<details open><summary>S</summary>' in a and '<details open><summary>T</summary>' in b
+    assert '<li class="level2"><a href="#deep">Deep</a></li>' in b and '>Deeper<' in b and 'On this page' not in a
+    assert '{target=' not in b and '<a href="https://y.org/f.py" target="_blank"' in b.replace('\n', ' ')
+    assert re.search(r'<details class="folded">\s*<summary>\s*Code\s*</summary>.*<span class="cf">for</span>', b, re.S)
+    assert '<span class="im">import</span>' in b and '<span class="co"># of use</span>' in b and 'cb1-1' not in b
+    assert re.search(r'<li>\s*(<p>)?<code>a</code>: one', b)
+
+
+def test_search_index_of_the_plain_frame(small):
+    "Every page with its title, its headings and its words"
+    text = (built(small)/'search.js').read_text().strip()
+    a, b = json.loads(text.removeprefix('window.searchIndex = ').removesuffix(';'))
+    assert (a['title'], a['page'], b['title'], b['page']) == ('A', 'a.html', 'B', 'nbs/b.html')
+    assert b['headings'] == [['Deep', 'deep'], ['Deeper', 'deeper']] and 'words' in b['words'].split()
+
+
+class Point(NamedTuple):
+    near: int  # samples
+    far: int = 2
+
+
+class Bare: "Nothing to give"
+
+
+class Sized:
+    def __init__(self, size: int = 1): self.size = size
+
+
+def test_classes_are_shown_as_classes():
+    "With the fields of a named tuple, and the source where the class is"
+    empty = '[source](https://h/r/blob/main/x/y.py#L3){a}\n```python\ndef NAME(\n    *args, **kwargs\n):\n```\n'
+    tuples = pages.signed(empty.replace('NAME', 'Point'), Point)
+    assert 'class Point(NamedTuple):\n    near: int  # samples\n    far: int = 2\n```' in tuples
+    assert '/blob/main/tests/test_site.py#L' in tuples and '{a}' in tuples
+    assert '\nclass Bare\n```' in pages.signed(empty.replace('NAME', 'Bare'), Bare)
+    sized = pages.signed('```python\ndef Sized(\n    size:int=1\n):\n```\n', Sized)
+    assert sized == '```python\nclass Sized(\n    size:int=1\n)\n```\n'
+    function = '```python\ndef built(\n    root\n):\n```\n'
+    assert pages.signed(function, built) == function
 
 
 @pytest.mark.parametrize('old, new, wanted', [
@@ -327,6 +372,15 @@ def test_every_page_opens(browser, address):
 PLAYERS = ['nbs/index.html', *(p for p in PAGES if '/results/' in p)]
 
 
+def test_folded_code_opens(browser, address):
+    page = Seen(browser, address).open('nbs/guides/which_loss.html')
+    code = page.locator('details:has(> summary:text-is("Code"))').first
+    assert not code.locator('pre').first.is_visible()
+    code.locator('summary').click()
+    assert code.locator('pre').first.is_visible()
+    page.close()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize('path', PLAYERS)
 def test_players_play(path, browser, address):
@@ -367,14 +421,14 @@ def test_dark_mode_is_dark(browser, address):
 
 
 def test_search_finds_a_loss(browser, address):
-    if not json.loads((SITE/'built.json').read_text())['by'].startswith('Quarto'):
-        pytest.skip('the plain frame has no search')
+    quarto = json.loads((SITE/'built.json').read_text())['by'].startswith('Quarto')
+    field, hits = ('#quarto-search button, #quarto-search input', '.aa-Item a') if quarto else ('#search', '#found a')
     seen = Seen(browser, address)
     page = seen.open('nbs/index.html')
-    page.locator('#quarto-search button, #quarto-search input').first.click()
+    page.locator(field).first.click()
     page.keyboard.type('ModelAsLoss', delay=20)
-    page.wait_for_selector('.aa-Item a')
-    found = page.locator('.aa-Item a').evaluate_all('items => items.map(a => a.href)')
+    page.wait_for_selector(hits)
+    found = page.locator(hits).evaluate_all('items => items.map(a => a.href)')
     assert any('losses/model_as_loss.html' in url for url in found), found
     assert not seen.wrong
     page.close()
