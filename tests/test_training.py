@@ -5,6 +5,7 @@ import random
 import signal
 import subprocess
 import sys
+from copy import deepcopy
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 
@@ -15,12 +16,15 @@ from torch import nn
 
 from speechloss.cli.train import overrides
 from speechloss.common.errors import SpeechLossError, CheckpointError, TrainingError
-from speechloss.losses import Hooks, Objective, build_objective
+from speechloss.common.weights import DATA
+from speechloss.features import STFTFeatures
+from speechloss.losses import ContrastiveRegularization, Hooks, Objective, SISDRLoss, SNRLoss, SSLLoss, build_objective
 from speechloss.losses.model_as_loss import feature_health
+from speechloss.losses.registry import CARDS, FEATURES, default_options
 from speechloss.models import enhancer, load_enhancer
 from speechloss.training import checkpoints, fit, Recipe, read_log, train, train_many
 from speechloss.training.enhancer import data_of, model_of
-from speechloss.training.recipe import recipe_fields
+from speechloss.training.recipe import BASE, recipe_fields
 from speechloss.training.state import PATIENCE, TrainingState
 
 
@@ -222,8 +226,8 @@ def test_checkpoint_damaged_between(recipe, whole, tmp_path):
     "The newest is cut: the one before is used, and the end is the same. All cut: an error"
     out = tmp_path / 'parts'
     with pytest.raises(KeyboardInterrupt): train(recipe, out, progress=stop_at(10))
-    folders = checkpoints.steps(out / 'checkpoints')
-    cut(folders[-1] / checkpoints.TENSORS)
+    folders = checkpoints.checkpoint_folders(out / 'checkpoints')
+    cut(folders[-1] / checkpoints.TENSORS_FILE)
     with pytest.warns(UserWarning, match='going on from step-00000006'):
         with pytest.raises(KeyboardInterrupt): train(recipe, out, progress=stop_at(8))
     with pytest.warns(UserWarning): train(recipe, out)
@@ -236,7 +240,7 @@ def cut(path): path.write_bytes(path.read_bytes()[:path.stat().st_size // 2])
 
 def test_all_checkpoints_damaged(recipe, tmp_path):
     with pytest.raises(KeyboardInterrupt): train(recipe, tmp_path, progress=stop_at(10))
-    for folder in checkpoints.steps(tmp_path / 'checkpoints'): cut(folder / checkpoints.TENSORS)
+    for folder in checkpoints.checkpoint_folders(tmp_path / 'checkpoints'): cut(folder / checkpoints.TENSORS_FILE)
     before = (tmp_path / 'log.jsonl').read_bytes()
     with pytest.raises(CheckpointError, match='no checkpoint in'):
         train(recipe, tmp_path)
@@ -478,3 +482,40 @@ def test_key_follows_the_network_of_a_loss(recipe, tmp_path, monkeypatch):
     with pytest.raises(TrainingError, match='model .* holds no model.safetensors'):
         (tmp_path / 'empty').mkdir()
         key(model=str(tmp_path / 'empty'))
+
+
+KEYS = {     # of recipes whose objective is one term, of key format 1; with others, cached models are trained again
+    'si_sdr': '1cd234e8f92ff9366f6eab5f9de216e387fe710fc773d234345dd4a9c1933af4',
+    'ssl': '32a32f99fe2ad414d9759c83a9076a85508758f1fb2f37367832be98d5f5c5bc',
+    'snr': '12b900d55020a87d2e64ed7be9e7d305153a2edfd0c6bdbc433b6323d4577d31',
+    'contrastive': '133289655090ffab9c939e86c7623a3efe379ea6fac4acb3659f4c2ef98d043c',
+    'base': 'e5fa9d12fb30beeea7b99b7ce77ac444112d781b9f69f99c19bad0b6df1093da',
+}
+
+
+def one_term(name: str) -> Recipe:
+    terms = {'si_sdr': 'si_sdr', 'ssl': dict(name='ssl', layers='later'), 'snr': dict(name='snr', max_db=20.),
+             'contrastive': dict(name='contrastive', features='stft'), 'base': deepcopy(BASE)}
+    return Recipe(objective=dict(terms=dict(a=terms[name])))
+
+
+def test_keys_of_today():
+    assert {name: one_term(name).key for name in KEYS} == KEYS
+
+
+@pytest.mark.parametrize('made,option,value,changed', [
+    (SISDRLoss, 'zero_mean', False, {'si_sdr'}), (SSLLoss, 'distance', 'l1', {'ssl'}),
+    (SNRLoss, 'max_db', 30., {'base'}),                          # where it is given, the default says nothing
+    (STFTFeatures, 'kind', 'log', {'contrastive'}), (ContrastiveRegularization, 'clamp', None, {'contrastive'}),
+    (Objective, 'reduction', 'sum', set(KEYS))])
+def test_a_changed_default_changes_the_key(made, option, value, changed, monkeypatch):
+    monkeypatch.setitem(made.__init__.__kwdefaults__, option, value)
+    assert {name for name in KEYS if one_term(name).key != KEYS[name]} == changed
+
+
+def test_first_defaults_know_every_option():
+    "A new option goes into the file with the value that leaves the loss as it was"
+    first = json.loads((DATA / 'key_defaults.json').read_text())
+    for kind, names in dict(losses=CARDS, features=FEATURES).items():
+        for name in names: assert default_options(kind, name).keys() <= first[kind][name].keys(), name
+    assert default_options('objective').keys() <= first['objective'].keys()
