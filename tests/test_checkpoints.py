@@ -65,7 +65,7 @@ def test_killed_at_every_call(tmp_path, monkeypatch, again):
 @pytest.mark.parametrize('kept', [0, 1, 100, -1])
 def test_cut_short(tmp_path, kept):
     save(tmp_path, 1)
-    path = save(tmp_path, 2) / checkpoints.TENSORS
+    path = save(tmp_path, 2) / checkpoints.TENSORS_FILE
     path.write_bytes(path.read_bytes()[:kept])
     with pytest.warns(UserWarning, match='going on from step-00000001'):
         assert latest(tmp_path)[0] == 1
@@ -74,7 +74,7 @@ def test_cut_short(tmp_path, kept):
 def test_rot(tmp_path):
     "One flipped bit in the data, which safetensors itself does not see"
     save(tmp_path, 1)
-    path = save(tmp_path, 2) / checkpoints.TENSORS
+    path = save(tmp_path, 2) / checkpoints.TENSORS_FILE
     data = bytearray(path.read_bytes())
     data[-5] ^= 1
     path.write_bytes(data)
@@ -84,14 +84,14 @@ def test_rot(tmp_path):
 
 @pytest.mark.parametrize('text', ['', '{', '[]', '{"step": 1}', 'null'])
 def test_state_unreadable(tmp_path, text):
-    (save(tmp_path, 1) / checkpoints.STATE).write_text(text)
+    (save(tmp_path, 1) / checkpoints.STATE_FILE).write_text(text)
     with pytest.raises(CheckpointError, match='no checkpoint in .* can be read'):
         latest(tmp_path)
 
 
 def test_both_corrupt(tmp_path):
     for step in (1, 2):
-        (save(tmp_path, step) / checkpoints.TENSORS).unlink()
+        (save(tmp_path, step) / checkpoints.TENSORS_FILE).unlink()
     with pytest.raises(CheckpointError) as caught:
         latest(tmp_path)
     assert '\n' not in str(caught.value) and 'missing' in str(caught.value)
@@ -121,7 +121,7 @@ def test_readable_by_others(tmp_path):
     folder = save(tmp_path, 1)
     mask = os.umask(0)
     os.umask(mask)
-    assert (folder / checkpoints.TENSORS).stat().st_mode & 0o777 == 0o666 & ~mask
+    assert (folder / checkpoints.TENSORS_FILE).stat().st_mode & 0o777 == 0o666 & ~mask
 
 
 def test_tensors_of_all_kinds(tmp_path):

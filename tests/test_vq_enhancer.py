@@ -19,7 +19,7 @@ from speechloss.models import enhancer, load_enhancer, VQEnhancer
 from speechloss.models.vq_enhancer import SelfDistillation, attack_step, spectral_ratio
 from speechloss.signal import load, save, istft, stft
 from speechloss.training import VQDistillation, VQTraining, train_vqvae
-from speechloss.training.vq import mean_pesq, restores
+from speechloss.training.vq import mean_pesq, restored_share
 
 FEW = dict(corpus='mini', steps=4, batch_size=4, seconds=1., valid_size=2, warmup=1, eval_every=2)
 SHAPE = dict(recipe='enhance', widths=(24, 16), size=48, blocks=0)
@@ -123,7 +123,7 @@ def test_mistakes_are_named(net, tmp_path):
     for wrong in (dict(strength=(0., .5)), dict(strength=(.5, .1)), dict(net=VQVAE(**SHAPE | dict(size=0)))):
         with pytest.raises(SpeechLossError, match='strength is'): SelfDistillation(**dict(net=net) | wrong)
     with pytest.raises(SpeechLossError, match="synthesis 'flat' is unknown: choose one of hann, hamming"): VQEnhancer(synthesis='flat')
-    with pytest.raises(TrainingError, match="selection is 'best'"): VQTraining(selection='best')
+    with pytest.raises(TrainingError, match="selection 'best' is unknown"): VQTraining(selection='best')
     with pytest.raises(SpeechLossError, match='holds no'):
         train_vqvae(VQDistillation(**FEW, init=str(tmp_path)), tmp_path/'out')
 
@@ -183,7 +183,7 @@ def test_what_a_validation_measures(net, wave):
     spectrum, mask = net.spectrum(wave[:1])
     for answer, want in ((spectrum, 1.), (net.spectrum(wave[:1] + wave[1:2])[0], 0.)):
         model.answer = answer
-        assert restores(model, data)['restored'] == pytest.approx(want, abs=1e-6)
+        assert restored_share(model, data)['restored'] == pytest.approx(want, abs=1e-6)
     assert spectral_ratio(2 * spectrum, spectrum, mask).item() == pytest.approx(1.)
     pytest.importorskip('pesq')
     pairs = Mixtures.grid(get('mini'), 'valid', limit=2, seconds=2., extra_noise=('white',))
