@@ -244,7 +244,7 @@ def test_from_auraloss_of_something_else(says, peer):
 def test_presets_by_name():
     assert build('dac-mel').resolutions == preset('dac-mel').resolutions
     assert build({'name': 'parallel-wavegan', 'reduction': 'sum'}).options['eps'] == 1e-7
-    with pytest.raises(ValueError, match="name is 'dac': choose one of auraloss, "): preset('dac')
+    with pytest.raises(ValueError, match="'dac' is unknown: did you mean 'dac-mel'"): preset('dac')
 
 
 def test_mel_against_librosa():
@@ -443,12 +443,12 @@ def test_wrong_options():
         'n_mels is 512': partial(MelLoss, sample_rate=16000, n_mels=512),
         'power is 0': partial(CompressedComplexLoss, power=0),
         'share is 2': partial(CompressedComplexLoss, share=2),
-        'distance is .*l3': partial(FeatureDistance, STFTFeatures(), distance='l3'),
+        "distance 'l3' is unknown": partial(FeatureDistance, STFTFeatures(), distance='l3'),
         'weights has 3 entries': partial(FeatureDistance, STFTFeatures(), weights=[1, 2, 3]),
-        'rule is .*thawed': partial(ModelAsLoss, TinyModel(), rule='thawed'),
-        'refresh is .*hourly': partial(ModelAsLoss, TinyModel(), refresh='hourly'),
-        'balance is .*auto': partial(Objective, dict(a=WaveL1Loss()), balance='auto'),
-        'weights names b': partial(Objective, dict(a=WaveL1Loss()), weights=dict(b=1.)),
+        "rule 'thawed' is unknown": partial(ModelAsLoss, TinyModel(), rule='thawed'),
+        "refresh 'hourly' is unknown": partial(ModelAsLoss, TinyModel(), refresh='hourly'),
+        "balance 'auto' is unknown": partial(Objective, dict(a=WaveL1Loss()), balance='auto'),
+        "weights of term 'b' is unknown": partial(Objective, dict(a=WaveL1Loss()), weights=dict(b=1.)),
         'losses is empty': partial(Objective, {}),
     }.items():
         with pytest.raises(ValueError, match=message): wrong()
@@ -686,7 +686,7 @@ def test_build_objective():
 
 
 @pytest.mark.parametrize('spec, message', [
-    ('si-sdr', 'si-sdr.*choose one of wave_l1'), ({'max_db': 3}, 'name is None'),
+    ('si-sdr', 'si-sdr.*choose one of wave_l1'), ({'max_db': 3}, 'loss None'), ('stfft', "did you mean 'stft'.*auraloss"),
     ({'name': 'snr', 'max': 3}, 'SNRLoss cannot be built.*max'), ('mel', 'sample_rate'),
     ('model_as_loss', 'needs the enhancer'),
     ({'name': 'model_as_loss', 'encoder': 'x.pt'}, 'give load='),
