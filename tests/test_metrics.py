@@ -159,7 +159,7 @@ def test_dnsmos_hears_the_windows_of_its_package(seconds):
         if len(part) >= int(9.01 * RATE): want.append(part)
     found = listeners._windows(wave, None)
     assert sum(found.values()) == len(want)
-    got = [wave.take(range(s, s + listeners.WINDOW), mode='wrap') for s, n in found.items() for _ in range(n)]
+    got = [wave.take(range(s, s + listeners.DNSMOS_WINDOW), mode='wrap') for s, n in found.items() for _ in range(n)]
     assert sorted(p[0] for p in got) == sorted(p[0] for p in want)
     assert all(any((p == q).all() for q in got) for p in want)
 
@@ -225,7 +225,7 @@ def test_frames_of_silence_inside_a_clip_are_harmless():
 
 def test_composite_takes_what_is_known(monkeypatch):
     calls = []
-    monkeypatch.setitem(composite.PARTS, 'pesq', lambda *a: calls.append(a) or 2.)
+    monkeypatch.setitem(composite.COMPOSITE_PARTS, 'pesq', lambda *a: calls.append(a) or 2.)
     values, _ = M.score_one(NOISY, CLEAN, ['pesq', 'llr', 'wss', 'seg_snr', 'composite'])
     assert not calls                                                       # the card's own was used
     assert values['covl'] == composite_ratings(

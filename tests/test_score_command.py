@@ -18,7 +18,7 @@ from speechloss.cli.app import app
 from speechloss.common.errors import SpeechLossError
 from speechloss.common.tables import read_table
 from speechloss.metrics import METRICS, score_one, score_files, summary_of, jobs_of, vq_score
-from speechloss.metrics.files import REFERENCED
+from speechloss.metrics.files import METRICS_WITH_CLEAN
 
 RATE = 16_000
 
@@ -85,11 +85,11 @@ def test_with_references_everything_that_is_usual(tmp_path):
     (tmp_path/'clean/broken.wav').write_bytes(b'x')
     code, _, _ = run(tmp_path/'enhanced', '--ref', tmp_path/'clean', '--out', tmp_path/'s.csv')
     rows = {Path(row['file']).stem: row for row in read_table(tmp_path/'s.csv')}
-    columns = [c for name in REFERENCED for c in METRICS[name].columns]
+    columns = [c for name in METRICS_WITH_CLEAN for c in METRICS[name].columns]
     assert code == 1
     assert list(rows['0']) == ['file', 'clean', 'seconds', 'sample_rate', *columns, 'error', 'fingerprint']
     e, c = (soundfile.read(tmp_path/p)[0] for p in ('enhanced/0.wav', 'clean/0.flac'))
-    want, _ = score_one(e, c, REFERENCED)
+    want, _ = score_one(e, c, METRICS_WITH_CLEAN)
     assert {n: float(rows['0'][n]) for n in columns} == pytest.approx(want, rel=1e-6)
     for name in ('alone', 'broken'):       # what needs no clean file is there all the same
         assert float(rows[name]['vqscore']) and not rows[name]['pesq'] and name in rows[name]['error']

@@ -39,10 +39,9 @@ def test_a_pool_gives_ordered_rows_and_survives_its_killers(tmp_path):
              dict(id=5, enhanced=NOISY, clean=CLEAN, sample_rate=lambda: 0),   # does not pickle
              *(pair(id=k) for k in range(6, 16))]
     seen, threads = [], os.environ.get('OMP_NUM_THREADS')
-    rows = score(iter(items), ['si_sdr', 'lsd'], workers=2,
-                   progress=lambda done, total: seen.append((done, total)))
+    rows = score(iter(items), ['si_sdr', 'lsd'], workers=2, progress=lambda *event: seen.append(event))
     assert [r['id'] for r in rows] == list(range(16))
-    assert seen == [(k + 1, None) for k in range(16)]
+    assert seen == [('scoring', k + 1, None) for k in range(16)]
     assert os.environ.get('OMP_NUM_THREADS') == threads
     bad = {3: 'cut.wav', 4: 'died', 5: 'ickle'}
     for row in rows:

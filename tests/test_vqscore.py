@@ -130,7 +130,7 @@ def test_what_cannot_be_scored_is_one_sentence(wave, rate, words):
 
 
 def test_mistakes_are_named(score, tmp_path):
-    for options, words in ((dict(space='time'), "space is 'time'"), (dict(distance='l1'), "distance is 'l1'"),
+    for options, words in ((dict(space='time'), "space 'time' is unknown: choose one of code, signal"), (dict(distance='l1'), "distance 'l1' is unknown"),
                            (dict(model=tmp_path), 'holds no card.json'), (dict(model=small_without()), 'no codebook')):
         with pytest.raises(SpeechLossError, match=words): VQScore(**options)
     with pytest.raises(ValueError, match='shape'): score(torch.randn(1, 1, 1, 4000))
@@ -150,10 +150,10 @@ def test_its_gradient_leads_up(score, speech):
     with torch.no_grad():
         after = score(wave + 1e-3 * wave.norm() * wave.grad / wave.grad.norm())
     assert (after > before).all()
-    assert not score.state_dict() and not list(score.parameters()) and not score.net.net.training
-    codes = score.net.net.codebook.codes.clone()
+    assert not score.state_dict() and not list(score.parameters()) and not score.frozen.net.training
+    codes = score.frozen.net.codebook.codes.clone()
     score(wave)
-    assert torch.equal(codes, score.net.net.codebook.codes)     # scoring teaches it nothing
+    assert torch.equal(codes, score.frozen.net.codebook.codes)     # scoring teaches it nothing
     with torch.autocast('cpu', dtype=torch.bfloat16): assert torch.equal(score(wave), before)
 
 

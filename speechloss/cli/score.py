@@ -37,13 +37,13 @@ def score(
     with its error. Exits with 1 when there are such rows.
     """
     from speechloss.common.progress import bar
-    from speechloss.metrics.cards import cards_of
+    from speechloss.metrics.cards import metric_cards
     from speechloss.metrics.files import (
-        FREE, REFERENCED, check_plot, plot_scores, score_files, summary_of)
+        METRICS_ALONE, METRICS_WITH_CLEAN, check_plot, plot_scores, score_files, summary_of)
     from speechloss.metrics.jobs import jobs_of
     jobs = jobs_of(sources, ref)
-    names = _names(metrics) or (REFERENCED if any(job.clean for job in jobs) else FREE)
-    drawn = _names(columns) or [cards_of(names)[0].columns[0]]
+    names = _names(metrics) or (METRICS_WITH_CLEAN if any(job.clean for job in jobs) else METRICS_ALONE)
+    drawn = _names(columns) or [metric_cards(names)[0].columns[0]]
     if plot: check_plot(plot, drawn, names)
     with bar('score', hide=quiet) as draw:
         rows = score_files(jobs, names, out, resume=resume, overwrite=overwrite, workers=workers, progress=draw)

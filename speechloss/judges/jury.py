@@ -19,7 +19,7 @@ from .cards import (
 from .listener import BATCH, Listener
 from .probes import (
     Probe, fit_probe, frames_of, pooled_frames)
-from ..metrics.cards import reason
+from ..metrics.cards import explain_error
 from ..signal.audio import SAMPLE_RATE
 
 # %% ../../nbs/judges/jury.ipynb #dcb1ff99
@@ -125,7 +125,7 @@ def _enter(row: dict, task: DownstreamTask, clip: dict, heard, reference) -> Non
         for c in columns:
             if math.isnan(rates[c]): row['reasons'][c] = f'{c} has nothing to divide by in this clip'
     except Exception as error:
-        row['reasons'] |= dict.fromkeys(columns, reason(error))
+        row['reasons'] |= dict.fromkeys(columns, explain_error(error))
 
 
 def pooled(
