@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from speechloss.metrics import Interval
 from speechloss.reproduce import load_claims, Run, kept_results, load_results
 from speechloss.reproduce.claims import (
-    KINDS, RULES, SCALES, Claim, Verdicts, failures, judge, judge_all, reading, text)
+    CLAIM_KINDS, CLAIM_RULES, SCALES, Claim, Verdicts, failures, verdict_on, verdicts_of, outcome_of, number_text)
 
 CLAIMS = load_claims()
 finite = st.floats(-10, 10)
@@ -45,7 +45,7 @@ def test_entries_read_well():
 
 def test_kept_verdicts_are_what_the_registry_says_of_kept_numbers():
     for results in kept_results():
-        said = judge_all(results['paper'], results['numbers'], results['scale']).rows()
+        said = verdicts_of(results['paper'], results['numbers'], results['scale']).rows()
         assert results['claims'] == said, results['paper']
 
 
@@ -60,8 +60,8 @@ def test_smoke_asks_only_what_two_minutes_can_answer():
 @given(st.lists(finite, min_size=3, max_size=3))
 def test_above_is_the_mirror_of_below(three):
     low, value, high = sorted(three)
-    up = reading(dict(kind='interval_above', than=0.), number(value, low, high))
-    down = reading(dict(kind='interval_below', than=0.), number(-value, -high, -low))
+    up = outcome_of(dict(kind='interval_above', than=0.), number(value, low, high))
+    down = outcome_of(dict(kind='interval_below', than=0.), number(-value, -high, -low))
     assert up == down
     assert (up == 'open') == (low <= 0 <= high)
 
@@ -69,7 +69,7 @@ def test_above_is_the_mirror_of_below(three):
 @given(st.lists(finite, min_size=3, max_size=3), st.floats(.01, 5))
 def test_within_is_never_both(three, margin):
     low, value, high = sorted(three)
-    said = reading(dict(kind='within', margin=margin), number(value, low, high))
+    said = outcome_of(dict(kind='within', margin=margin), number(value, low, high))
     assert (said == 'holds') == (-margin <= low and high <= margin)
     assert (said == 'fails') == (low > margin or high < -margin)
 
@@ -78,21 +78,21 @@ def test_within_is_never_both(three, margin):
 def test_a_wider_interval_decides_less(three):
     low, value, high = sorted(three)
     for rule in (dict(kind='interval_above', than=0.), dict(kind='within', margin=1.)):
-        narrow, wide = (reading(rule, number(value, low - w, high + w)) for w in (0, 2))
+        narrow, wide = (outcome_of(rule, number(value, low - w, high + w)) for w in (0, 2))
         assert wide in (narrow, 'open')
 
 
-@pytest.mark.parametrize('kind', RULES)
+@pytest.mark.parametrize('kind', CLAIM_RULES)
 @pytest.mark.parametrize('value', [None, math.nan, math.inf])
 def test_what_is_not_a_number_is_missing(kind, value):
     rule = dict(kind=kind, than=0., margin=1.)
-    assert reading(rule, number(value, -1, 1)) == 'missing'
+    assert outcome_of(rule, number(value, -1, 1)) == 'missing'
 
 
-@pytest.mark.parametrize('kind', [k for k in RULES if k.startswith('interval') or k == 'within'])
+@pytest.mark.parametrize('kind', [k for k in CLAIM_RULES if k.startswith('interval') or k == 'within'])
 @pytest.mark.parametrize('low, high', [(None, None), (math.nan, 1.), (None, 1.)])
 def test_without_an_interval_nothing_is_decided(kind, low, high):
-    assert reading(dict(kind=kind, than=0., margin=9.), number(1., low, high)) == 'open'
+    assert outcome_of(dict(kind=kind, than=0., margin=9.), number(1., low, high)) == 'open'
 
 
 # ------------------------------------------------------------------------------------ verdicts
@@ -106,7 +106,7 @@ WIN, DRAW, LOSS = number(1, .5, 2), number(.1, -.5, 1), number(-1, -2, -.5)
 def test_all_measures_decide(numbers, wanted):
     names = ('a', 'b')
     given = {k: v for k, v in zip(names, numbers, strict=True) if v}
-    assert judge(claim(measure=names), given, 'laptop').verdict == wanted
+    assert verdict_on(claim(measure=names), given, 'laptop').verdict == wanted
 
 
 TIE = dict(holds=dict(kind='within', margin=.3), kind='expected tie')
@@ -120,14 +120,14 @@ NARROW, WIDE, OUTSIDE = number(.1, -.1, .2), number(.1, -.4, .6), number(.5, .4,
 def test_a_tie_that_the_data_cannot_show_is_not_called_a_tie(numbers, wanted):
     names = ('a', 'b')
     given = {k: v for k, v in zip(names, numbers, strict=True) if v}
-    assert judge(claim(measure=names, **TIE), given, 'laptop').verdict == wanted
+    assert verdict_on(claim(measure=names, **TIE), given, 'laptop').verdict == wanted
 
 
-@given(st.sampled_from(list(RULES)), st.lists(finite, min_size=3, max_size=3))
+@given(st.sampled_from(list(CLAIM_RULES)), st.lists(finite, min_size=3, max_size=3))
 def test_tied_and_undecided_are_answers_to_different_questions(rule, three):
     low, value, high = sorted(three)
     options = dict(margin=1.) if rule == 'within' else dict(than=0.)
-    verdict = judge(claim(holds=dict(kind=rule, **options)), dict(x=number(value, low, high)), 'laptop').verdict
+    verdict = verdict_on(claim(holds=dict(kind=rule, **options)), dict(x=number(value, low, high)), 'laptop').verdict
     assert verdict in ('reproduced', 'undecided' if rule == 'within' else 'tied', 'not reproduced')
 
 
@@ -135,31 +135,31 @@ def test_tied_and_undecided_are_answers_to_different_questions(rule, three):
     (('laptop', 'paper'), 'smoke', 'needs scale laptop'), (('paper',), 'smoke', 'needs scale paper'),
     (('paper',), 'laptop', 'needs scale paper'), (('smoke',), 'paper', 'needs scale smoke')])
 def test_a_claim_is_not_judged_where_it_may_not_be(scales, scale, wanted):
-    assert judge(claim(scales=scales), dict(x=LOSS), scale).verdict == wanted
+    assert verdict_on(claim(scales=scales), dict(x=LOSS), scale).verdict == wanted
 
 
-@pytest.mark.parametrize('kind', KINDS)
+@pytest.mark.parametrize('kind', CLAIM_KINDS)
 @pytest.mark.parametrize('value, verdict', [(WIN, 'reproduced'), (DRAW, 'tied'), (LOSS, 'not reproduced')])
 def test_only_what_must_hold_fails_the_run(kind, value, verdict):
-    shown = Verdicts([judge(claim(kind=kind), dict(x=value), 'laptop')])
+    shown = Verdicts([verdict_on(claim(kind=kind), dict(x=value), 'laptop')])
     assert shown[0].verdict == verdict
     assert bool(failures(dict(claims=shown.rows()))) == (kind == 'must hold' and verdict != 'reproduced')
 
 
-@pytest.mark.parametrize('kind', KINDS)
+@pytest.mark.parametrize('kind', CLAIM_KINDS)
 def test_undecided_fails_only_what_must_hold(kind):
-    shown = Verdicts([judge(claim(**TIE | dict(kind=kind)), dict(x=WIDE), 'laptop')])
+    shown = Verdicts([verdict_on(claim(**TIE | dict(kind=kind)), dict(x=WIDE), 'laptop')])
     assert bool(failures(dict(claims=shown.rows()))) == (kind == 'must hold')
     assert '**undecided**' in shown._repr_markdown_() and 'undecided' in str(shown)
 
 
 def test_a_number_that_was_not_recorded_fails_the_run():
-    shown = Verdicts([judge(claim(kind='open'), {}, 'laptop')])
+    shown = Verdicts([verdict_on(claim(kind='open'), {}, 'laptop')])
     assert 'not measured' in failures(dict(claims=shown.rows()))[0]
 
 
 def test_shown_safely():
-    shown = Verdicts([judge(claim(claim='a < b | c'), dict(x=WIN), 'laptop')])
+    shown = Verdicts([verdict_on(claim(claim='a < b | c'), dict(x=WIN), 'laptop')])
     assert 'a &lt; b | c' in shown._repr_html_() and 'a < b \\| c' in shown._repr_markdown_()
     assert 'reproduced' in str(shown) and json.dumps(shown.rows())
 
@@ -183,20 +183,20 @@ def test_registry_over_a_run(scale, good, tmp_path):
     for paper in {c.paper for c in CLAIMS}:
         claims, asked = [c for c in CLAIMS if c.paper == paper], []
         for c in claims:    # one by one: two claims may ask the same number opposite questions
-            verdict = judge(c, {name: answer(c, good) for name in c.measure}, scale)
+            verdict = verdict_on(c, {name: answer(c, good) for name in c.measure}, scale)
             if not verdict.verdict.startswith('needs'): asked.append(verdict)
         numbers = {name: answer(c, good) for c in claims for name in c.measure}
-        assert judge_all(paper, numbers, scale) == Verdicts(judge(c, numbers, scale) for c in claims)
+        assert verdicts_of(paper, numbers, scale) == Verdicts(verdict_on(c, numbers, scale) for c in claims)
         assert asked and {v.verdict for v in asked} == {'reproduced' if good else 'not reproduced'}
         assert bool(failures(dict(claims=Verdicts(asked).rows()))) == (not good)
 
 
 def test_results_from_before_the_seeds_were_kept_read_as_they_did():
     old = number(.2, .1, .3, n=40, clusters=9, clustered_by='cluster', seeds=[0, 1, 2], unit='dB', note='')
-    assert text('x', old) == text('x', old | dict(by_seed=None)) == 'x = +0.2 [+0.1, +0.3] dB, n = 40'
-    assert judge(claim(), dict(x=old), 'laptop').verdict == 'reproduced'
-    assert text('x', old | dict(by_seed=[.1, None, .3])).endswith('n = 40, seeds +0.1 to +0.3')
-    assert text('x', old | dict(by_seed=[.2])) == text('x', old)      # one seed has no spread
+    assert number_text('x', old) == number_text('x', old | dict(by_seed=None)) == 'x = +0.2 [+0.1, +0.3] dB, n = 40'
+    assert verdict_on(claim(), dict(x=old), 'laptop').verdict == 'reproduced'
+    assert number_text('x', old | dict(by_seed=[.1, None, .3])).endswith('n = 40, seeds +0.1 to +0.3')
+    assert number_text('x', old | dict(by_seed=[.2])) == number_text('x', old)      # one seed has no spread
 
 
 def test_results_hold_what_the_interval_held(tmp_path):

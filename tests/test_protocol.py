@@ -10,12 +10,12 @@ from hypothesis import strategies as st
 
 from speechloss.common.errors import SpeechLossError
 from speechloss.metrics import difference
-from speechloss.metrics.stats import column
+from speechloss.metrics.stats import score_array
 from speechloss.models import enhancer
 from speechloss.reproduce import (
     iterate_model, score_model, arm_recipe, protocol_of, shared_recipe, Run, load_results)
-from speechloss.reproduce.claims import text
-from speechloss.reproduce.evaluation import cached, iterate
+from speechloss.reproduce.claims import number_text
+from speechloss.reproduce.evaluation import compute_once, iterate
 from speechloss.reproduce.protocol import model_folder
 from speechloss.training import Recipe
 
@@ -72,8 +72,8 @@ def test_cache_computes_once_and_survives_a_failure(cache):
         if len(calls) == 1: raise RuntimeError('power cut')
         return [dict(a=1.)]
 
-    with pytest.raises(RuntimeError): cached('kind', 'key', compute)
-    assert [cached('kind', 'key', compute) for _ in range(3)] == [[dict(a=1.)]] * 3
+    with pytest.raises(RuntimeError): compute_once('kind', 'key', compute)
+    assert [compute_once('kind', 'key', compute) for _ in range(3)] == [[dict(a=1.)]] * 3
     assert len(calls) == 2 and not list((cache / 'kind').glob('*.json.*'))
 
 
@@ -138,10 +138,10 @@ def test_a_number_recorded_from_seeds_keeps_them(tmp_path):
     assert results['numbers']['a-b']['by_seed'] == [2., 7., 12.]
     assert results['numbers']['a-other']['by_seed'] == []
     assert results['tables']['arms'][0]['gap']['by_seed'] == [2., 7., 12.]
-    assert text('a-b', results['numbers']['a-b']).endswith('dB, n = 5, seeds +2 to +12')
-    assert 'seeds' not in text('a-other', results['numbers']['a-other'])
+    assert number_text('a-b', results['numbers']['a-b']).endswith('dB, n = 5, seeds +2 to +12')
+    assert 'seeds' not in number_text('a-other', results['numbers']['a-other'])
 
 
 def test_a_metric_that_failed_is_nan():
     runs = [[dict(pesq=1.), dict(pesq=None)]]
-    assert np.isnan(column(runs, 'pesq')[0, 1])
+    assert np.isnan(score_array(runs, 'pesq')[0, 1])

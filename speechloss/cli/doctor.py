@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Check', 'doctor', 'look_basics', 'look_device', 'look_triton', 'look_torchaudio', 'look_formats', 'look_packages',
-           'look_cache', 'human', 'look_corpora', 'rows']
+           'look_cache', 'look_corpora', 'check_rows']
 
 # %% ../../nbs/cli/doctor.ipynb #89b2fe26
 import os
@@ -19,7 +19,7 @@ import speechloss
 from .. import __version__
 from ..common.files import home
 from ..common.libraries import extra
-from ..corpora.corpus import present
+from ..corpora.corpus import local_folders
 from ..reproduce.environment import PACKAGES, environment, version
 
 # %% ../../nbs/cli/doctor.ipynb #a1a1d815
@@ -86,7 +86,7 @@ def look_torchaudio() -> list[Check]:
     return [Check('torchaudio', 'note', f'{version("torchaudio")}: its compiled part does not load '
                   f'beside this torch ({reason}); its Python parts serve')]
 
-
+# %% ../../nbs/cli/doctor.ipynb #4506b209
 def look_formats() -> list[Check]:
     "What soundfile can read and write."
     import soundfile
@@ -124,10 +124,10 @@ def look_cache() -> list[Check]:
     free = shutil.disk_usage(near).free
     status = 'note' if free < 2e9 or not os.access(near, os.W_OK) else 'ok'
     cure = '' if status == 'ok' else 'set SPEECHLOSS_HOME to a folder with room that can be written'
-    return [Check('cache', status, f'{folder}: {human(size)}, {human(free)} free', cure)]
+    return [Check('cache', status, f'{folder}: {_readable_size(size)}, {_readable_size(free)} free', cure)]
 
 
-def human(size: float) -> str:
+def _readable_size(size: float) -> str:
     "A number of bytes for people."
     power = min(len(f'{int(size)}') - 1, 14) // 3
     return f'{size / 1000 ** power:.3g} {("B", "kB", "MB", "GB", "TB")[power]}'
@@ -137,9 +137,9 @@ def look_corpora() -> list[Check]:
     "The corpora, and which are here."
     return [Check(f'corpus {name}', 'ok' if folder else 'missing', str(folder or 'not here yet'),
                   '' if folder else f'speechloss data get {name}')
-            for name, folder in present().items()]
+            for name, folder in local_folders().items()]
 
 
-def rows() -> list[dict]:
+def check_rows() -> list[dict]:
     "The report as JSON-able rows."
     return [asdict(check) for check in doctor()]

@@ -89,7 +89,7 @@ def train_many(
     return {name: _train_named(name, recipe, outs[name], lambda done, name=name: report(name, done))
             for name, recipe in recipes.items()}
 
-
+# %% ../../nbs/training/enhancer.ipynb #0e40cde2
 class _Total:
     "Reports the steps of several runs as one sum"
     def __init__(self, recipes: dict[str, Recipe], progress: Callable):

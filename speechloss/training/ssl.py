@@ -19,7 +19,7 @@ from torch.utils.data import Dataset
 
 from ..common.errors import CorpusError, TrainingError
 from ..common.files import atomic, write_folder
-from ..common.libraries import quiet, transformers_module
+from ..common.libraries import quiet_transformers, transformers_module
 from ..common.weights import allow_others, load_tensors, save_tensors
 from ..corpora.corpus import get
 from ..corpora.manifest import Manifest, Recording
@@ -244,6 +244,6 @@ def _labels(file: Path, recipe: Pretraining, k: int, net, manifest, waves) -> di
 def _save_model(net: nn.Module, folder: Path) -> None:
     "Write a network in half precision as transformers does, with the note that its input is normalised"
     package = transformers_module()
-    with quiet(): net.half().save_pretrained(folder)
+    with quiet_transformers(): net.half().save_pretrained(folder)
     allow_others(folder / 'model.safetensors')
     package.Wav2Vec2FeatureExtractor(do_normalize=True, return_attention_mask=False).save_pretrained(folder)

@@ -21,7 +21,63 @@ from .recipe import Recipe
 PATIENCE = 10   # steps without a finite gradient before the run gives up
 
 
-class TrainingState:
+def _freeze(model: nn.Module) -> list[nn.Module]:
+    "Freeze the encoder's parameters; return its modules, which are kept in eval mode"
+    for parameter in encoder_parameters(model).values(): parameter.requires_grad_(False)
+    return encoder_modules(model)
+
+
+def _moments(flat: dict[str, Tensor]) -> dict[int, dict[str, Tensor]]:
+    "Return the optimiser's state of each parameter, from names such as '3.exp_avg'"
+    found: dict[int, dict[str, Tensor]] = {}
+    for name, value in flat.items():
+        index, _, key = name.partition('.')
+        found.setdefault(int(index), {})[key] = value
+    return found
+
+# %% ../../nbs/training/state.ipynb #cf1d36d9
+class _Saved:
+    "The half of the state that goes into a checkpoint and comes back from it"
+    model: nn.Module
+    averaged: dict[str, Tensor]
+    optimizer: torch.optim.Optimizer
+    objective: nn.Module
+    recipe: Recipe
+    step: int
+    skipped: int
+    in_a_row: int
+    best: float
+
+    def save(self) -> tuple[dict[str, Tensor], dict]:
+        "Return tensors and counters for a checkpoint"
+        moments = self.optimizer.state_dict()['state']
+        groups = dict(
+            model=self.model.state_dict(), averaged=self.averaged,
+            optimizer={f'{i}.{k}': v for i, each in moments.items() for k, v in each.items()},
+            objective=self.objective.state_dict(),
+            resume=self.objective.resume_state())
+        tensors = {f'{group}/{name}': value for group, each in groups.items()
+                   for name, value in each.items()}
+        return tensors, dict(skipped=self.skipped, in_a_row=self.in_a_row, key=self.recipe.key,
+                             best=self.best if math.isfinite(self.best) else None)
+
+    def load(self, step: int, tensors: dict[str, Tensor], counters: dict) -> None:
+        "Take what `save` gave after `step` steps"
+        groups = {name: {} for name in ('model', 'averaged', 'optimizer', 'objective', 'resume')}
+        for name, value in tensors.items():
+            group, _, rest = name.partition('/')
+            groups[group][rest] = value
+        self.model.load_state_dict(groups['model'])
+        for name, value in self.averaged.items(): value.copy_(groups['averaged'][name])
+        self.objective.load_state_dict(groups['objective'])
+        self.objective.load_resume_state(groups['resume'])
+        self.optimizer.load_state_dict(dict(self.optimizer.state_dict(),
+                                            state=_moments(groups['optimizer'])))
+        self.step, self.skipped, self.in_a_row = step, counters['skipped'], counters['in_a_row']
+        self.best = -math.inf if counters['best'] is None else counters['best']
+
+# %% ../../nbs/training/state.ipynb #236ea8f3
+class TrainingState(_Saved):
     """What changes while training: model, averaged model, optimiser, objective and counters.
 
     Raises `TrainingError` when `freeze_encoder` leaves nothing to train, or is missing where the
@@ -80,46 +136,3 @@ class TrainingState:
             raise TrainingError(f'the gradient was not finite at step {self.step} and the '
                                 f'{PATIENCE - 1} before: lower lr ({self.recipe.lr}), or look for '
                                 'the term of the objective that is not finite in log.jsonl')
-
-    def save(self) -> tuple[dict[str, Tensor], dict]:
-        "Return tensors and counters for a checkpoint"
-        moments = self.optimizer.state_dict()['state']
-        groups = dict(
-            model=self.model.state_dict(), averaged=self.averaged,
-            optimizer={f'{i}.{k}': v for i, each in moments.items() for k, v in each.items()},
-            objective=self.objective.state_dict(),
-            resume=self.objective.resume_state())
-        tensors = {f'{group}/{name}': value for group, each in groups.items()
-                   for name, value in each.items()}
-        return tensors, dict(skipped=self.skipped, in_a_row=self.in_a_row, key=self.recipe.key,
-                             best=self.best if math.isfinite(self.best) else None)
-
-    def load(self, step: int, tensors: dict[str, Tensor], counters: dict) -> None:
-        "Take what `save` gave after `step` steps"
-        groups = {name: {} for name in ('model', 'averaged', 'optimizer', 'objective', 'resume')}
-        for name, value in tensors.items():
-            group, _, rest = name.partition('/')
-            groups[group][rest] = value
-        self.model.load_state_dict(groups['model'])
-        for name, value in self.averaged.items(): value.copy_(groups['averaged'][name])
-        self.objective.load_state_dict(groups['objective'])
-        self.objective.load_resume_state(groups['resume'])
-        self.optimizer.load_state_dict(dict(self.optimizer.state_dict(),
-                                            state=_moments(groups['optimizer'])))
-        self.step, self.skipped, self.in_a_row = step, counters['skipped'], counters['in_a_row']
-        self.best = -math.inf if counters['best'] is None else counters['best']
-
-
-def _freeze(model: nn.Module) -> list[nn.Module]:
-    "Freeze the encoder's parameters; return its modules, which are kept in eval mode"
-    for parameter in encoder_parameters(model).values(): parameter.requires_grad_(False)
-    return encoder_modules(model)
-
-
-def _moments(flat: dict[str, Tensor]) -> dict[int, dict[str, Tensor]]:
-    "Return the optimiser's state of each parameter, from names such as '3.exp_avg'"
-    found: dict[int, dict[str, Tensor]] = {}
-    for name, value in flat.items():
-        index, _, key = name.partition('.')
-        found.setdefault(int(index), {})[key] = value
-    return found
