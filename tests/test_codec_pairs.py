@@ -128,7 +128,7 @@ def test_loud_sources_and_other_rates(tmp_path, speech):
 BUILD = '''
 import sys
 from speechloss.corpora import build_pairs
-build_pairs(sys.argv[1], sys.argv[2], bit_rates=(16, 24, 32, 48), progress=lambda *x: print(*x, flush=True))
+build_pairs(sys.argv[1], sys.argv[2], bit_rates=(16, 24, 32, 48), progress=lambda label, *x: print(*x, flush=True))
 '''
 
 

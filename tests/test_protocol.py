@@ -15,7 +15,7 @@ from speechloss.models import enhancer
 from speechloss.reproduce import (
     iterate_model, score_model, arm_recipe, protocol_of, shared_recipe, Run, load_results)
 from speechloss.reproduce.claims import number_text
-from speechloss.reproduce.evaluation import compute_once, iterate
+from speechloss.reproduce.evaluation import compute_once, iterate, read_cache
 from speechloss.reproduce.protocol import model_folder
 from speechloss.training import Recipe
 
@@ -39,6 +39,12 @@ def saved(recipe: Recipe):
     folder = model_folder(recipe)
     enhancer('small').save_pretrained(folder)
     return folder
+
+
+def test_a_reader_of_the_cache_writes_nothing(cache):
+    with pytest.raises(SpeechLossError, match='is gone'): read_cache('judged', 'key')
+    assert not list(cache.rglob('*'))
+    assert compute_once('judged', 'key', lambda: [1]) == [1] == read_cache('judged', 'key')[0:1]
 
 
 def test_stage_one_is_one_for_all(cache):

@@ -20,7 +20,7 @@ from .. import __version__
 from ..common.files import home
 from ..common.libraries import extra
 from ..corpora.corpus import local_folders
-from ..reproduce.environment import PACKAGES, environment, version
+from ..reproduce.environment import environment, packages_by_extra, version
 
 # %% ../../nbs/cli/doctor.ipynb #a1a1d815
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Check:
 
 
 def doctor() -> list[Check]:
-    "Look at everything; takes a few seconds, raises nothing."
+    "Look at everything, which takes a few seconds; raise nothing"
     checks = []
     for look in (look_basics, look_device, look_triton, look_torchaudio, look_formats,
                  look_packages, look_cache, look_corpora):
@@ -104,10 +104,9 @@ def look_formats() -> list[Check]:
 
 
 def look_packages() -> list[Check]:
-    "The optional packages, grouped by the extra that brings them."
+    "Look at the optional packages, by the extra that brings them"
     checks = []
-    for name in dict.fromkeys(filter(None, PACKAGES.values())):
-        wanted = [package for package, group in PACKAGES.items() if group == name]
+    for name, wanted in packages_by_extra().items():
         lacking = [package for package in wanted if version(package) is None]
         there = ', '.join(f'{p} {version(p)}' for p in wanted if p not in lacking)
         checks.append(Check(f'[{name}]', 'missing' if lacking else 'ok',
@@ -141,5 +140,5 @@ def look_corpora() -> list[Check]:
 
 
 def check_rows() -> list[dict]:
-    "The report as JSON-able rows."
+    "Return the report as JSON-able rows"
     return [asdict(check) for check in doctor()]

@@ -17,12 +17,12 @@ from .errors import CheckpointError, SpeechLossError
 
 # %% ../../nbs/common/files.ipynb #cff2fa7c
 def home() -> Path:
-    "Cache folder of the package: `$SPEECHLOSS_HOME`, else `~/.cache/speechloss`"
+    "Return the cache folder of the package: `$SPEECHLOSS_HOME`, else `~/.cache/speechloss`"
     return Path(os.environ.get('SPEECHLOSS_HOME') or '~/.cache/speechloss').expanduser()
 
 
 def sha256(path) -> str:
-    "Checksum of a file, hexadecimal"
+    "Return the SHA-256 checksum of a file, hexadecimal"
     with open(path, 'rb') as f: return hashlib.file_digest(f, 'sha256').hexdigest()
 
 # %% ../../nbs/common/files.ipynb #a2738f1d
@@ -44,7 +44,7 @@ def atomic(path) -> Iterator[Path]:
 
 
 def write_text(path, text: str) -> Path:  # the path
-    "Write a text whole or not at all (UTF-8); OSError when it cannot be written"
+    "Write a text whole or not at all (UTF-8); raise `OSError` when it cannot be written"
     with atomic(path) as part: part.write_text(text, encoding='utf-8')
     return Path(path)
 
@@ -58,7 +58,7 @@ def flush(path) -> None:
 
 @contextmanager
 def writing(path) -> Iterator[None]:
-    "What keeps `path` from being written becomes a `CheckpointError` of one sentence"
+    "Turn what keeps `path` from being written into a `CheckpointError` of one sentence"
     try: yield
     except OSError as error:
         raise CheckpointError(
@@ -99,7 +99,7 @@ def recover(target) -> None:
 
 
 def _names(target) -> tuple[Path, Path, Path]:
-    "A folder, where it is being written, and where the one before it waits"
+    "Return a folder, where it is being written, and where the one before it waits"
     target = Path(target)
     return target, *(target.with_name(f'.{target.name}.{kind}') for kind in ('part', 'old'))
 
@@ -138,7 +138,7 @@ def _acquired(file: Path, wait: bool):
         while True:
             held.acquire()
             if file.exists(): return held
-            held.release()               # whoever had it removed it as we came
+            held.release()               # the process that had it has just removed it
     except Timeout:
         return None
     except (OSError, NotImplementedError):

@@ -20,7 +20,7 @@ from .errors import SpeechLossError
 
 # %% ../../nbs/common/libraries.ipynb #51a0739f
 def extra(name: str) -> str:
-    "The cure where an optional package is missing: how to install the extra that brings it"
+    "Return how to install an extra, the cure where an optional package is missing"
     return f"pip install '.[{name}]' in the clone"
 
 
@@ -29,7 +29,7 @@ def optional(
     whom: str,      # who needs it, for the error
     bringer: str,   # the extra that installs it
 ) -> ModuleType:
-    "A module of an optional package; `SpeechLossError` with the cure when it is not installed"
+    "Return a module of an optional package; raise `SpeechLossError` with the cure when it is not installed"
     try:
         return importlib.import_module(name)
     except ImportError:
@@ -40,7 +40,7 @@ _EXTENSION = 'torchaudio._extension'
 
 
 def torchaudio_module() -> ModuleType:
-    """torchaudio, without its compiled part where that does not load beside this torch.
+    """Return torchaudio, without its compiled part where that does not load beside this torch.
 
     Raises `SpeechLossError` when it is not installed.
     """
@@ -66,7 +66,7 @@ def _no_alignment(function):
 
 
 def transformers_module() -> ModuleType:
-    "transformers, safe beside a torchaudio that does not load; `SpeechLossError` when not installed"
+    "Return transformers, safe beside a torchaudio that does not load; `SpeechLossError` when not installed"
     if find_spec('transformers') is None:
         raise SpeechLossError(f'transformers is not installed: {extra("ssl")}')
     if find_spec('torchaudio') is not None: torchaudio_module()
@@ -78,7 +78,7 @@ def transformers_module() -> ModuleType:
 # %% ../../nbs/common/libraries.ipynb #34b8d2d2
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
-    "transformers without progress bars and advice"
+    "Keep transformers from printing progress bars and advice while the block runs"
     log = transformers_module().logging
     level, bars = log.get_verbosity(), log.is_progress_bar_enabled()
     log.set_verbosity_error()
@@ -94,7 +94,7 @@ def check_loaded(
     name: str,
     info: dict,   # of `from_pretrained(..., output_loading_info=True)`
 ) -> None:
-    "Raises `SpeechLossError` when a checkpoint lacks weights, which transformers draws at random"
+    "Raise `SpeechLossError` when a checkpoint lacks weights, which transformers would draw at random"
     lost = sorted(k for k in info['missing_keys'] if not k.endswith('masked_spec_embed'))
     if lost:
         raise SpeechLossError(f'{name!r} has no trained weights for {lost[0]} and {len(lost) - 1} '
@@ -102,6 +102,6 @@ def check_loaded(
 
 
 def first_sentence(error: Exception) -> str:
-    "The first sentence of a library's error"
+    "Return the first sentence of a library's error"
     text = ' '.join(str(error).split()).partition('. ')[0]
     return text[:200].rstrip('.:') or type(error).__name__

@@ -19,34 +19,39 @@ from pathlib import Path
 PROGRESS = 'SPEECHLOSS_PROGRESS'  # the environment variable that names the file
 
 
-def progress(
-    label: str,  # what is being done, such as 'train frozen-fe'
-    done: int,
-    total: int,  # in any unit: steps, clips, passes
-) -> None:
-    "Report progress to whoever waits; cheap enough for every training step."
-    now, last = time.monotonic(), progress.last
-    if label == last[0] and done < total and now - last[1] < .2:
-        return
-    progress.last = (label, now)
-    if path := os.environ.get(PROGRESS):
-        with open(path, 'a', encoding='utf-8') as file:
-            file.write(json.dumps(dict(label=label, done=int(done), total=int(total))) + '\n')
-    else:
-        end = '\n' if done >= total else ''
-        print(f'\r{label} {done}/{total}', end=end, file=sys.stderr, flush=True)
+class _Progress:
+    "Report progress to whoever waits; cheap enough for every training step"
+    def __init__(self):
+        self.label, self.told = '', 0.     # of the last report, and when it was, s
+
+    def __call__(
+        self,
+        label: str,        # what is being done, such as 'train frozen-fe'
+        done: int,
+        total: int | None, # in any unit: steps, clips, passes; None: not known
+    ) -> None:
+        "Write the report to the file that `PROGRESS` names, else to stderr; one in 0.2 s of a label, and the last"
+        now, last = time.monotonic(), total is not None and done >= total
+        if label == self.label and not last and now - self.told < .2: return
+        self.label, self.told = label, now
+        if path := os.environ.get(PROGRESS):
+            with open(path, 'a', encoding='utf-8') as file:
+                file.write(json.dumps(dict(label=label, done=int(done), total=total and int(total))) + '\n')
+        else:
+            of = '' if total is None else f'/{total}'
+            print(f'\r{label} {done}{of}', end='\n' if last else '', file=sys.stderr, flush=True)
 
 
-progress.last = ('', 0.)
+progress = _Progress()
 
 # %% ../../nbs/common/progress.ipynb #14072b38
 @contextlib.contextmanager
 def watch(
     report: Path,                             # where the kernel tells its progress
     title: str,
-    show: bool | Callable[[str, int, int], None] = True,  # a bar, or what is called instead
+    show: bool | Callable[[str, int, int | None], None] = True,  # a bar, or what is called instead
 ) -> Iterator[None]:
-    "Show the progress of a run while the block runs."
+    "Show the progress of a run while the block runs"
     if not show:
         yield
         return
@@ -62,8 +67,8 @@ def watch(
             thread.join()
 
 
-def follow(report: Path, draw: Callable[[str, int, int], None], stop: threading.Event) -> None:
-    "Call `draw` with the newest report until `stop`, and once after it."
+def follow(report: Path, draw: Callable[[str, int, int | None], None], stop: threading.Event) -> None:
+    "Call `draw` with the newest report until `stop`, and once after it"
     place, last = 0, False
     while not last:
         last = stop.wait(.2)
@@ -81,7 +86,7 @@ def bar(
     title: str,
     *,
     hide: bool = False,
-) -> Iterator[Callable[[str, int, int], None]]:  # call it with label, done, total
+) -> Iterator[Callable[[str, int, int | None], None]]:  # call it with label, done, total
     "A progress bar on stderr; where there is no terminal, a line when something new begins."
     if hide:
         yield lambda label, done, total: None
@@ -92,13 +97,13 @@ def bar(
     if not console.is_terminal:
         def line(label, done, total):
             if label not in seen:
-                print(f'{title}: {label} ({done}/{total})', file=sys.stderr, flush=True)
+                print(f'{title}: {label} ({done}{"" if total is None else f"/{total}"})', file=sys.stderr, flush=True)
             seen.add(label)
         yield line
         return
     columns = (rp.TextColumn('{task.description}'), rp.BarColumn(), rp.MofNCompleteColumn(),
                rp.TimeElapsedColumn())
-    with rp.Progress(*columns, console=console, transient=True) as shown:
-        task = shown.add_task(f'{title}: starting', total=None)
-        yield lambda label, done, total: shown.update(
+    with rp.Progress(*columns, console=console, transient=True) as drawn:
+        task = drawn.add_task(f'{title}: starting', total=None)
+        yield lambda label, done, total: drawn.update(
             task, description=f'{title}: {label}', completed=done, total=total)

@@ -29,7 +29,7 @@ def _format(path: Path, what: str) -> str:
 
 
 def columns_of(rows: list[dict]) -> list[str]:
-    "Every column, in the order of first appearance"
+    "Return every column, in the order of first appearance"
     return list(dict.fromkeys(name for row in rows for name in row))
 
 
@@ -46,7 +46,7 @@ def write_table(
     rows: list[dict],
     path,               # its suffix is the format
 ) -> Path:
-    "All rows at once; NaN and None are empty (null). `SpeechLossError` for another suffix, OSError for want of room"
+    "Write all rows or nothing; NaN and None become empty (null). `SpeechLossError` for another suffix"
     path, columns = Path(path), columns_of(rows)
     kind = _format(path, 'table')
     whole = [{c: None if _missing(row.get(c)) else row[c] for c in columns} for row in rows]
@@ -67,7 +67,7 @@ def write_table(
 
 
 def read_table(path) -> list[dict]:
-    "Rows; of CSV every value is text. `SpeechLossError` when it is missing, damaged or of another kind"
+    "Return rows; of CSV every value is text. `SpeechLossError` when it is missing, damaged or of another kind"
     path = Path(path)
     kind = _format(path, 'table')
     if not path.is_file(): raise SpeechLossError(f'table {path} does not exist: name a {", ".join(FORMATS)} file')
@@ -89,7 +89,7 @@ def read_table(path) -> list[dict]:
 def as_markdown(
     rows: list[dict],     # the keys of all rows, in order of first appearance, are the columns
 ) -> str:                 # a table whose cells may hold Markdown themselves
-    "Rows as a table in Markdown"
+    "Return rows as a table in Markdown"
     def line(cells): return '| ' + ' | '.join(str(c).replace('|', '\\|').replace('\n', ' ') for c in cells) + ' |'
     columns = columns_of(rows)
     body = [line('' if _missing(row.get(c)) else row[c] for c in columns) for row in rows]

@@ -173,7 +173,7 @@ def build_pairs(
     bit_rates: Iterable[int] = (16,), # kbit/s
     sample_rate: int = SAMPLE_RATE,   # Hz
     quality: int = 2,                 # of LAME
-    progress: Callable | None = None, # called with (done, total) after each source
+    progress: Callable | None = None, # called with (label, sources done, sources in all)
 ) -> PairReport:
     "Code what is not coded yet, list it with what was listed before; `SpeechLossError` when no source can be used"
     codecs = [Codec(rate, sample_rate, quality) for rate in sorted(set(bit_rates))]
@@ -184,7 +184,7 @@ def build_pairs(
     for done, (name, path) in enumerate(table.items(), 1):
         try: made += _coded(name, Path(path), out, codecs, known)
         except SpeechLossError as error: skipped.append((str(path), str(error)))
-        if progress: progress(done, len(table))
+        if progress: progress('coding', done, len(table))
     if not made:
         raise SpeechLossError(f'none of {len(table)} sources can be coded; the first one: {skipped[0][1]}')
     # what earlier calls have listed stays, but for what this call was asked to make
@@ -192,7 +192,7 @@ def build_pairs(
     write_text(out / PAIRS_FILE, ''.join(json.dumps(asdict(pair)) + '\n' for pair in others + made))
     return PairReport(tuple(made), tuple(skipped))
 
-
+# %% ../../nbs/corpora/codec_pairs.ipynb #3ec2bdf3
 def _table(sources) -> dict[str, Path]:
     if isinstance(sources, dict):
         if not sources: raise SpeechLossError('sources is empty: name a folder, or ids and paths')

@@ -25,18 +25,18 @@ from .manifest import Manifest
 
 
 def read_listing(name: str) -> list[dict[str, str]]:
-    "Rows of a table of the package, `speechloss/data/NAME.csv`"
+    "Return the rows of a list that comes with the package, `speechloss/data/NAME.csv`"
     with open(DATA / f'{name}.csv', newline='', encoding='utf-8') as f:
         return list(csv.DictReader(f))
 
 
 def notify(text: str) -> None:
-    "Progress and licences go to stderr: stdout is data"
+    "Print progress or a licence to stderr; stdout is for data"
     print(text, file=sys.stderr, flush=True)
 
 # %% ../../nbs/corpora/download.ipynb #61e049a6
 def save_corpus(manifest: Manifest, folder: Path) -> Manifest:
-    "Write checksums, then the manifest, of a finished folder"
+    "Write the checksums of a finished folder, then its manifest"
     files = sorted(Path(r.path) for r in manifest)
     write_text(folder / 'SHA256SUMS', ''.join(
         f'{sha256(p)}  {p.relative_to(folder).as_posix()}\n' for p in files))
@@ -45,7 +45,7 @@ def save_corpus(manifest: Manifest, folder: Path) -> Manifest:
 
 
 def open_corpus(folder: Path) -> Manifest | None:
-    "The corpus in a sealed folder; None when it is unfinished or a file changed"
+    "Return the corpus in a folder of `save_corpus`; None when it is unfinished or a file has changed"
     sums, listed = folder / 'SHA256SUMS', folder / 'manifest.jsonl'
     if not (sums.is_file() and listed.is_file()): return None
     try:

@@ -101,6 +101,21 @@ class _Recordings:
         return hashlib.sha256('\n'.join(rows).encode()).hexdigest()
 
 # %% ../../nbs/corpora/manifest.ipynb #527828ae
+def _hours(recordings: Iterable[Recording]) -> float:
+    return round(sum(r.seconds for r in recordings) / 3600, 4)
+
+
+def _short(path: str, base: Path) -> str:
+    "`path` relative to `base` when it lies below it"
+    full = Path(path).absolute()
+    return full.relative_to(base).as_posix() if path and full.is_relative_to(base) else path
+
+
+def _placed(r: Recording, base: Path) -> Recording:
+    "Relative paths become absolute again"
+    return replace(r, **{k: str(base / getattr(r, k)) for k in _PLACE if getattr(r, k)})
+
+# %% ../../nbs/corpora/manifest.ipynb #6256b249
 @dataclass(frozen=True)
 class Manifest(_Recordings):
     "The recordings of a corpus, with checks, a summary and a file"
@@ -175,18 +190,3 @@ class Manifest(_Recordings):
             raise CorpusError(f'{path} does not match its own hash: it was edited or cut; '
                               'make it again')
         return found
-
-
-def _hours(recordings: Iterable[Recording]) -> float:
-    return round(sum(r.seconds for r in recordings) / 3600, 4)
-
-
-def _short(path: str, base: Path) -> str:
-    "`path` relative to `base` when it lies below it"
-    full = Path(path).absolute()
-    return full.relative_to(base).as_posix() if path and full.is_relative_to(base) else path
-
-
-def _placed(r: Recording, base: Path) -> Recording:
-    "Relative paths become absolute again"
-    return replace(r, **{k: str(base / getattr(r, k)) for k in _PLACE if getattr(r, k)})

@@ -18,6 +18,7 @@ from typing import Any
 
 from .. import __version__
 from ..common.errors import ReproduceError
+from ..common.files import atomic
 from ..common.progress import PROGRESS, progress
 from .claims import Verdicts, failures, verdicts_of
 from .results import (
@@ -26,7 +27,24 @@ from .study import Study
 from ..signal.audio import save
 
 # %% ../../nbs/reproduce/record.ipynb #d430606d
-class _Record(Study):
+class _Files(Study):
+    "Where the files of a study under way lie"
+
+    def _path(self, kind: str, name: str, suffix: str) -> Path:
+        if name != _file_name(name):
+            raise ReproduceError(f'name {name!r} cannot be a file name: use {_file_name(name)!r}')
+        (self.folder / kind).mkdir(exist_ok=True)
+        return self.folder / kind / (name + suffix)
+
+    def _relative(self, path: Path) -> str:
+        return path.relative_to(self.folder).as_posix()
+
+    def _source(self, path: Path) -> str:
+        "The address of a file as the notebook sees it: beside the executed one, or from here."
+        return self._relative(path) if os.environ.get(PROGRESS) else os.path.relpath(path)
+
+# %% ../../nbs/reproduce/record.ipynb #0aaaf3c5
+class _Record(_Files):
     "The numbers and tables of a study under way"
     def __post_init__(self):
         super().__post_init__()
@@ -114,9 +132,7 @@ class Run(_Record):
         "Save a figure under `figures/` and show it."
         from IPython.display import Image
         path = self._path('figures', name, '.png')
-        part = path.with_name(f'.{path.name}.part')
-        figure.savefig(part, dpi=dpi, bbox_inches='tight', format='png')
-        os.replace(part, path)
+        with atomic(path) as part: figure.savefig(part, dpi=dpi, bbox_inches='tight', format='png')
         if 'matplotlib.pyplot' in sys.modules:
             sys.modules['matplotlib.pyplot'].close(figure)
         self.figures[name] = dict(path=self._relative(path), alt=alt)
@@ -167,19 +183,6 @@ class Run(_Record):
         results['failures'] = failures(results)
         write_json(self.folder / 'results.json', results)
         return verdicts
-
-    def _path(self, kind: str, name: str, suffix: str) -> Path:
-        if name != _file_name(name):
-            raise ReproduceError(f'name {name!r} cannot be a file name: use {_file_name(name)!r}')
-        (self.folder / kind).mkdir(exist_ok=True)
-        return self.folder / kind / (name + suffix)
-
-    def _relative(self, path: Path) -> str:
-        return path.relative_to(self.folder).as_posix()
-
-    def _source(self, path: Path) -> str:
-        "The address of a file as the notebook sees it: beside the executed one, or from here."
-        return self._relative(path) if os.environ.get(PROGRESS) else os.path.relpath(path)
 
 # %% ../../nbs/reproduce/record.ipynb #299f8307
 def _cell_text(value: Any) -> Any:
