@@ -53,6 +53,28 @@ def test_export_is_in_sync(clone):
         assert path.read_text() == (ROOT/name).read_text(), f'{name} is stale: run `make export`'
 
 
+def test_every_module_says_in_a_sentence_what_one_does_with_it():
+    "nbdev takes the first line of the quote under the title, and cuts a sentence that goes on"
+    cut = {}
+    for path in (ROOT / 'speechloss').rglob('*.py'):
+        said = ast.get_docstring(ast.parse(path.read_text(encoding='utf-8'))) or ''
+        made = path.name == '_modidx.py' or path.parent.name in ('common', 'cli') and path.name == '__init__.py'
+        first = said.partition('\n')[0]
+        if not made and not first.endswith('.'): cut[path.relative_to(ROOT).as_posix()] = first
+    assert not cut
+
+
+def test_no_export_cell_is_longer_than_a_screen():
+    "80 lines: what is said about a function stands beside it"
+    long = {}
+    for path in (ROOT / 'nbs').rglob('*.ipynb'):
+        for cell in json.loads(path.read_text(encoding='utf-8'))['cells']:
+            lines = ''.join(cell['source']).splitlines()
+            if cell['cell_type'] == 'code' and lines and lines[0].startswith('#| export') and len(lines) > 80:
+                long[f'{path.relative_to(ROOT).as_posix()} {cell["id"]}'] = len(lines)
+    assert not long
+
+
 def test_every_module_comes_from_a_notebook():
     hand_written = {'speechloss/__init__.py', 'speechloss/_modidx.py'}
     for path in sorted((ROOT/'speechloss').rglob('*.py')):
