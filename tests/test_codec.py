@@ -12,7 +12,7 @@ from speechloss.common.files import sha256
 from speechloss.common.weights import SHIPPED, load_network, save_network
 from speechloss.features import CodecFeatures
 from speechloss.features.codec import (
-    BANDS, FLOOR, CodecNet, layer_scales, log_power, skill, with_gain)
+    BANDS, POWER_FLOOR, CodecNet, layer_scales, log_power, skill, with_gain)
 from speechloss.losses import CodecLoss, build
 
 WIDTHS = (4, 6, 8)
@@ -28,7 +28,7 @@ CARD = dict(skill=dict(skill=.25), scale={name: 2. for name in net().names})
 
 def test_log_power_of_a_tone():
     tone = torch.sin(2 * torch.pi * 1000 / 16_000 * torch.arange(16_000, dtype=torch.float64))[None]
-    power = 10 ** log_power(tone)[0, 5:-5] - FLOOR
+    power = 10 ** log_power(tone)[0, 5:-5] - POWER_FLOOR
     assert power.sum(-1).sub(1).abs().max() < 1e-9 and log_power(0 * tone).eq(log_power(0 * tone)[0, 0, 0]).all()
 
 
@@ -56,7 +56,7 @@ def test_convolutions_of_another_precision(kind):
     other(enhanced, x).backward()
     assert enhanced.grad.isfinite().all() and enhanced.grad.any() and other(x, x) == 0
     drawn = CodecFeatures(made.to(kind), card=CARD, random_seed=1)
-    assert next(drawn.net.net.parameters()).dtype == kind
+    assert next(drawn.frozen.net.parameters()).dtype == kind
 
 
 class Gain(CodecNet):
@@ -122,7 +122,7 @@ def test_weights_drawn_anew_have_scales_of_their_own():
     made, x = net(), .1 * torch.randn(1, 4_000)
     drawn = CodecFeatures(made, card=CARD, random_seed=1)
     again = CodecFeatures(made, card=CARD | dict(scale={name: 7. for name in made.names}), random_seed=1)
-    assert drawn.scale == again.scale == layer_scales(drawn.net.net) and len(set(drawn.scale.values())) > 1
+    assert drawn.scale == again.scale == layer_scales(drawn.frozen.net) and len(set(drawn.scale.values())) > 1
     assert torch.equal(drawn(x)[0], again(x)[0])
     assert CodecFeatures(made, card=dict(skill=CARD['skill'])).scale == layer_scales(made)
     apart = [(a - b).abs().mean() for a, b in zip(drawn(x), drawn(x + .01 * torch.randn_like(x)))]
@@ -134,8 +134,8 @@ def test_an_imitation_has_the_magnitudes_of_the_network_and_the_phase_of_the_wav
     gap = made.imitate(wave) - .5 * wave        # the floor of -80 dB moves the gain of weak bins a little
     assert gap.norm() < .01 * wave.norm()
     power = torch.tensor([1., .01, 0.])
-    shown = (power + FLOOR).log10()
-    assert torch.allclose(with_gain(shown, torch.tensor(-1.)), (.1 * power + FLOOR).log10(), atol=1e-3)
+    shown = (power + POWER_FLOOR).log10()
+    assert torch.allclose(with_gain(shown, torch.tensor(-1.)), (.1 * power + POWER_FLOOR).log10(), atol=1e-3)
 
 
 def test_the_shipped_network_has_skill_its_card_and_few_bytes():

@@ -12,9 +12,11 @@ from torch import nn
 
 from speechloss.losses import CARDS
 
-PACKAGES = ('speechloss.losses', 'speechloss.losses.functional', 'speechloss.features')
+PACKAGES = ('speechloss.losses', 'speechloss.losses.functional', 'speechloss.features', 'speechloss.models',
+            'speechloss.metrics', 'speechloss.judges')
 #: A docstring says what is done
-VERBS = ('Add', 'Build', 'Compare', 'Define', 'Draw', 'Hold', 'Keep', 'Look', 'Measure', 'Return', 'Scale', 'Weigh')
+VERBS = ('Add', 'Build', 'Compare', 'Define', 'Describe', 'Draw', 'Enhance', 'Fit', 'Hold', 'Judge', 'Keep', 'Load', 'Look',
+         'Measure', 'Reconstruct', 'Return', 'Scale', 'Score', 'Transcribe', 'Weigh')
 
 
 def public(kind):
@@ -59,15 +61,17 @@ def run_examples(thing):
 
 
 def first_line(thing):
-    "First line of a docstring of its own"
+    "First line of a docstring of its own; a blank line follows it"
     assert thing.__doc__, 'no docstring'
-    return inspect.cleandoc(thing.__doc__).splitlines()[0]
+    lines = inspect.cleandoc(thing.__doc__).splitlines()
+    assert lines[1:2] in ([], ['']), lines[1]
+    return lines[0]
 
 
 @each_class
 def test_parameters_of_classes(cls):
     "Each has a type and a line of the list in the docstring"
-    if cls.__init__ in (object.__init__, nn.Module.__init__): return
+    if cls.__init__ in (object.__init__, nn.Module.__init__) or getattr(cls, '_is_protocol', False): return
     listed = re.findall(r'^- `(\w+)`: \S', inspect.getdoc(cls), re.MULTILINE)
     wanted = parameters(cls.__init__)
     assert [name for name, p in wanted.items() if p.annotation is p.empty] == [], 'no type'

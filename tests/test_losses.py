@@ -686,7 +686,8 @@ def test_build_objective():
 
 
 @pytest.mark.parametrize('spec, message', [
-    ('si-sdr', 'si-sdr.*choose one of wave_l1'), ({'max_db': 3}, 'loss None'), ('stfft', "did you mean 'stft'.*auraloss"),
+    ('si-sdr', 'si-sdr.*choose one of wave_l1'), ({'max_db': 3}, 'loss None'),
+    ('stfft', "did you mean 'stft'.*auraloss"),
     ({'name': 'snr', 'max': 3}, 'SNRLoss cannot be built.*max'), ('mel', 'sample_rate'),
     ('model_as_loss', 'needs the enhancer'),
     ({'name': 'model_as_loss', 'encoder': 'x.pt'}, 'give load='),

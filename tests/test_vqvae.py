@@ -32,7 +32,7 @@ def filled(size=64, dim=8, **options):
 
 @pytest.mark.parametrize('metric', ['cosine', 'euclidean'])
 def test_nearest_by_brute_force(metric):
-    book, x = filled(metric=metric).eval(), torch.randn(3, 50, 8)
+    book, x = filled(distance=metric).eval(), torch.randn(3, 50, 8)
     found = book(x)
     seen = F.normalize(x, dim=-1) if metric == 'cosine' else x
     apart = (seen[..., None, :].double() - book.codes.double()).square().sum(-1)
@@ -43,7 +43,7 @@ def test_nearest_by_brute_force(metric):
 
 @pytest.mark.parametrize('metric', ['cosine', 'euclidean'])
 def test_moving_averages_by_closed_form(metric):
-    book = filled(metric=metric)
+    book = filled(distance=metric)
     before, x = copy.deepcopy(book.state_dict()), torch.randn(2, 90, 8)
     index = book(x).index
     seen = book.unit(x).flatten(0, 1).double()
@@ -61,7 +61,7 @@ def test_moving_averages_by_closed_form(metric):
 def test_the_library_that_others_keep_makes_the_same_codes(metric):
     library = pytest.importorskip('vector_quantize_pytorch')
     torch.manual_seed(0)
-    ours, draw = Codebook(64, 8, metric=metric), torch.randn(64, 8)
+    ours, draw = Codebook(64, 8, distance=metric), torch.randn(64, 8)
     theirs = library.VectorQuantize(dim=8, codebook_size=64, decay=.8, kmeans_init=False, commitment_weight=1.,
                                     use_cosine_sim=metric == 'cosine', threshold_ema_dead_code=0)
     book, counts = theirs._codebook, 1 + 5 * torch.rand(64)
@@ -80,7 +80,7 @@ def test_the_library_that_others_keep_makes_the_same_codes(metric):
 
 
 def test_gradient_goes_straight_through():
-    book, x = filled(metric='euclidean').eval(), torch.randn(1, 20, 8, requires_grad=True)
+    book, x = filled(distance='euclidean').eval(), torch.randn(1, 20, 8, requires_grad=True)
     weight = torch.randn(1, 20, 8)
     (book(x).codes * weight).sum().backward()
     assert x.grad.equal(weight)
@@ -119,7 +119,7 @@ def test_codes_rest_outside_training_and_live_in_the_state():
 def test_a_dead_code_is_revived_where_it_is_asked_for():
     far = torch.tensor([[[5., 5.], [5.1, 5.], [5., 5.1], [4.9, 5.]]])
     for revive, alive in ((0., False), (.5, True)):
-        book = Codebook(2, 2, metric='euclidean', revive=revive)
+        book = Codebook(2, 2, distance='euclidean', revive=revive)
         book.load_state_dict(dict(codes=torch.tensor([[0., 0.], [-90., 0.]]), sums=torch.zeros(2, 2),
                                   counts=torch.tensor([4., .4]), begun=torch.tensor(True)))
         for _ in range(3): book(far)
@@ -130,7 +130,7 @@ def test_kmeans_finds_what_is_there():
     torch.manual_seed(1)
     centres = 10 * torch.randn(3, 4)
     data = centres.repeat(20, 1) + torch.randn(60, 4)
-    book = Codebook(3, 4, metric='euclidean', iterations=20)
+    book = Codebook(3, 4, distance='euclidean', iterations=20)
     found = book(data[None]).index[0]
     assert torch.cdist(centres, book.codes).amin(1).max() < 1 and book.begun       # each centre has its code,
     for k in range(3): assert torch.allclose(book.codes[k], data[found == k].mean(0), atol=1e-3)    # a mean
@@ -239,11 +239,16 @@ def test_utterances_do_not_see_their_mates(recipe):
 
 
 def test_mistakes_are_named():
-    with pytest.raises(SpeechLossError, match='recipe is'): VQVAE('score')
-    with pytest.raises(SpeechLossError, match="no option 'depth'"): VQVAE(depth=3)
-    for options in (dict(metric='l1'), dict(size=0), dict(decay=1.)):
+    with pytest.raises(SpeechLossError, match="recipe 'score' is unknown"): VQVAE('score')
+    with pytest.raises(SpeechLossError, match="option of VQVAE 'depth' is unknown"): VQVAE(depth=3)
+    for options in (dict(distance='l1'), dict(size=0), dict(decay=1.)):
         (name, value), = options.items()
         with pytest.raises(SpeechLossError, match=rf"\b{name} (is )?{value!r}"): Codebook(**options)
+
+
+def test_a_stored_card_may_say_metric():
+    net = VQVAE(widths=(16, 8), size=4, metric='euclidean')
+    assert net.codebook.distance == 'euclidean' and net.options['metric'] == 'euclidean'
 
 
 # ---- several processes

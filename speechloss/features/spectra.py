@@ -9,7 +9,9 @@ __all__ = ['STFTFeatures', 'MelFeatures', 'GammatoneFeatures']
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 
+from ..common.errors import choose
 from .base import Features
 from ..signal.auditory import gammatone_filters
 from ..signal.spectra import compress, frame_count, magnitude, mel_filters, stft
@@ -35,8 +37,7 @@ class STFTFeatures(Features):
     def __init__(self, *, resolutions: Sequence[tuple[int, int]] = ((512, 128),), kind: str = 'magnitude',
                  power: float = 0.3):
         super().__init__()
-        if kind not in ('log', 'magnitude', 'complex'):
-            raise ValueError(f'kind is {kind!r}: choose one of log, magnitude, complex')
+        choose('kind', kind, ('log', 'magnitude', 'complex'))
         self.resolutions, self.kind, self.power = tuple(map(tuple, resolutions)), kind, power
         self.names = tuple(f'{kind}-{n_fft}' for n_fft, _ in self.resolutions)
 
@@ -51,7 +52,7 @@ class STFTFeatures(Features):
     def frame_lengths(self, lengths):
         return [frame_count(lengths, hop, n_fft) for n_fft, hop in self.resolutions]
 
-
+# %% ../../nbs/features/spectra.ipynb #25bd32f0
 class MelFeatures(Features):
     """Look at a wave through its log-mel spectrum, in nepers.
 
@@ -68,6 +69,8 @@ class MelFeatures(Features):
     >>> MelFeatures(sample_rate=16000)(torch.zeros(2, 2048))[0].shape
     torch.Size([2, 9, 80])
     """
+    filters: Tensor
+
     def __init__(self, *, sample_rate: int, n_fft: int = 1024, hop_length: int = 256,
                  n_mels: int = 80, eps: float = 1e-5):
         super().__init__()
@@ -86,7 +89,8 @@ class MelFeatures(Features):
 
 class GammatoneFeatures(Features):
     """Look at a wave through the bands of the ear, as the log level of each in nepers.
-     `features(wave)` takes `(B, T)` at `sample_rate` and gives one layer `(B, frames, n_bands)`: half the logarithm of
+
+    `features(wave)` takes `(B, T)` at `sample_rate` and gives one layer `(B, frames, n_bands)`: half the logarithm of
     the power that passes a gammatone filter, so a gain of `g` adds `log(g)`.
 
     - `sample_rate`: of the waves in Hz
@@ -101,6 +105,8 @@ class GammatoneFeatures(Features):
     >>> GammatoneFeatures(sample_rate=16000)(torch.zeros(2, 2048))[0].shape
     torch.Size([2, 9, 64])
     """
+    filters: Tensor
+
     def __init__(self, *, sample_rate: int, n_fft: int = 1024, hop_length: int = 256,
                  n_bands: int = 64, f_min: float = 50.):
         super().__init__()

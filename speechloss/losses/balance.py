@@ -48,6 +48,9 @@ class Balancer(nn.Module):
     >>> balancer(lambda wave: dict(a=wave.abs().mean(-1), b=9 * wave.square().mean(-1)), torch.full((1, 8), 2.))
     {'a': tensor([1.]), 'b': tensor([0.5000])}
     """
+    running: Tensor   # (terms,) running mean of the statistic, of 'mean' and 'grad'
+    steps: Tensor     # () how many it has seen
+
     def __init__(self, names: Iterable[str], *, mode: str = 'none', weights: dict[str, float] | None = None,
                  anchor: str | None = None, momentum: float = 0.99):
         super().__init__()

@@ -21,6 +21,7 @@ from .model_as_loss import unwrapped
 class _Output(Features):
     "Features of one number a frame: what a frozen copy of an enhancer makes of noisy waves"
     names = ('enhanced',)
+    frozen: Frozen
 
     def __init__(self, model: nn.Module, *, alone: bool = False):
         super().__init__()

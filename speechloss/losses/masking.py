@@ -16,7 +16,8 @@ from ..signal.spectra import frame_count
 # %% ../../nbs/losses/masking.ipynb #9906f847
 class MaskingLoss(Loss):
     """Measure the mean of log(1 + noise to mask) over critical bands and frames; 0 at identity.
-     `loss(enhanced, clean)` takes waves `(T,)`, `(B, T)` or `(B, C, T)` in [-1, 1] at `sample_rate` and gives a scalar
+
+    `loss(enhanced, clean)` takes waves `(T,)`, `(B, T)` or `(B, C, T)` in [-1, 1] at `sample_rate` and gives a scalar
     of 0 or more, in nepers. An error below the masking threshold of the clean wave costs next to nothing.
 
     - `sample_rate`: of the waves in Hz, 1,000 or more
@@ -60,6 +61,6 @@ def masking(
     >>> masking(clean, clean)
     tensor(0.)
     """
-    options = dict(sample_rate=sample_rate, n_fft=n_fft, hop_length=hop_length, full_scale_db=full_scale_db)
+    loss = MaskingLoss(sample_rate=sample_rate, n_fft=n_fft, hop_length=hop_length, full_scale_db=full_scale_db)
     waves = prepare(enhanced, clean, lengths=lengths)
-    return waves.unfold(MaskingLoss(**options).total(waves))
+    return waves.unfold(loss.total(waves))

@@ -31,7 +31,7 @@ def unwrapped(model: nn.Module) -> nn.Module:
 _RULES = ('frozen-fe', 'frozen', 'dynamic')
 _REFRESH = ('epoch', 'batch', 'ema')
 
-
+# %% ../../nbs/losses/model_as_loss.ipynb #8b1bb372
 class ModelAsLoss(FeatureDistance):
     """Measure the distance between enhanced and clean in the space of the enhancer's own encoder; 0 at identity.
 

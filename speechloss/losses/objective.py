@@ -6,6 +6,8 @@
 __all__ = ['Objective']
 
 # %% ../../nbs/losses/objective.ipynb #e82b3d56
+from typing import cast
+
 import torch
 from torch import Tensor, nn
 
@@ -46,38 +48,40 @@ class Objective(Loss):
     def values(self, waves):
         def compute(enhanced):
             now = waves._replace(enhanced=enhanced)
-            return {name: loss.total(now) for name, loss in self.losses.items()}
+            return {name: loss.total(now) for name, loss in self._by_name().items()}
 
         return self.balancer(compute, waves.enhanced)
 
     def step_end(self, model: nn.Module) -> None:
         "Tell every loss that an optimiser step is done"
-        for loss in self.losses.values(): loss.step_end(model)
+        for loss in self._by_name().values(): loss.step_end(model)
 
     def epoch_end(self, model: nn.Module) -> None:
         "Tell every loss that an epoch is done"
-        for loss in self.losses.values(): loss.epoch_end(model)
+        for loss in self._by_name().values(): loss.epoch_end(model)
 
     def health(self, clean: Tensor, *, noisy: Tensor | None = None,
                lengths: Tensor | None = None) -> dict[str, float]:
         "Return what the losses tell of their state on clips `(B, T)`, as 'loss.number'"
         return self._gathered({name: loss.health(clean, noisy=noisy, lengths=lengths)
-                               for name, loss in self.losses.items()})
+                               for name, loss in self._by_name().items()})
 
     def observed(self) -> dict[str, float]:
         "Return what the losses saw in training since they were last asked, as 'loss.number'"
-        return self._gathered({name: loss.observed() for name, loss in self.losses.items()})
+        return self._gathered({name: loss.observed() for name, loss in self._by_name().items()})
 
     def resume_state(self) -> dict[str, Tensor]:
         "Return the tensors that an exact resume needs and `state_dict()` leaves out, as 'loss.tensor'"
-        return self._gathered({name: loss.resume_state() for name, loss in self.losses.items()})
+        return self._gathered({name: loss.resume_state() for name, loss in self._by_name().items()})
 
     def load_resume_state(self, state: dict[str, Tensor]) -> None:
         "Restore what `resume_state()` gave"
-        for name, loss in self.losses.items():
+        for name, loss in self._by_name().items():
             prefix = f'{name}.'
             loss.load_resume_state({key.removeprefix(prefix): value for key, value in state.items()
                                     if key.startswith(prefix)})
+
+    def _by_name(self) -> dict[str, Loss]: return {name: cast(Loss, loss) for name, loss in self.losses.items()}
 
     @staticmethod
     def _gathered(each: dict[str, dict]) -> dict:

@@ -73,7 +73,7 @@ class SpectralLoss(Loss):
         "Move the banks with the module, but keep them float32: a model in bfloat16 must not round them"
         super()._apply(fn, recurse)
         for k, bank in enumerate(self.exact):
-            self._buffers[f'bank{k}'] = bank.to(self._buffers[f'bank{k}'].device)
+            self._buffers[f'bank{k}'] = bank.to(getattr(self, f'bank{k}').device)
         return self
 
     def _distances(self, waves, **more):
@@ -216,7 +216,8 @@ def mel(
 
 class MelLoss(SpectralLoss):
     """Measure the distance of mel spectra, averaged over resolutions; 0 at identity.
-     `loss(enhanced, clean)` takes waves `(T,)`, `(B, T)` or `(B, C, T)` in [-1, 1] and gives a scalar of 0 or more. By
+
+    `loss(enhanced, clean)` takes waves `(T,)`, `(B, T)` or `(B, C, T)` in [-1, 1] and gives a scalar of 0 or more. By
     default that is the mean absolute difference of log-mel magnitudes, in nepers. A magnitude has no gradient at exact
     silence: add a waveform or complex term where that matters.
 
@@ -390,7 +391,7 @@ def from_auraloss(
     if len(alike) > 1:
         raise SpeechLossError('the resolutions of the auraloss module differ in eps, scale or weights: make them equal')
     resolutions = [replace(r, weight=1 / len(parts)) for r, _, _ in parts]
-    banks = None if parts[0][2] is None else [bank for _, _, bank in parts]
+    banks = [bank for _, _, bank in parts if bank is not None] or None
     terms = {name: weight for name, weight in parts[0][1].items() if weight}
     return SpectralLoss(resolutions, terms, banks=banks, eps=ones[0].eps, floor='clamp', norm='batch',
                         sc_floor=0., backend=backend)
@@ -425,7 +426,8 @@ def consistency(
 
 class ConsistencyLoss(nn.Module):
     """Measure how far a complex spectrum is from the STFT of any wave, the batch mean of `consistency`.
-     `loss(spec, length=...)` takes a complex `(B, frames, bins)`, as from `speechloss.signal.stft`, and gives a scalar
+
+    `loss(spec, length=...)` takes a complex `(B, frames, bins)`, as from `speechloss.signal.stft`, and gives a scalar
     of 0 or more; 0 for the STFT of a wave of that length.
 
     - `n_fft`: samples of a frame

@@ -9,7 +9,7 @@ __all__ = ['SSLLoss']
 import inspect
 from collections.abc import Sequence
 from os import PathLike
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -42,7 +42,8 @@ class _Shifted(Features):
 # %% ../../nbs/losses/ssl.ipynb #6037befe
 class SSLLoss(FeatureDistance):
     """Measure the mean distance over layers of a frozen self-supervised speech network; 0 at identity.
-     `loss(enhanced, clean)` takes waves `(T,)`, `(B, T)` or `(B, C, T)` in [-1, 1] at `sample_rate` and gives a scalar
+
+    `loss(enhanced, clean)` takes waves `(T,)`, `(B, T)` or `(B, C, T)` in [-1, 1] at `sample_rate` and gives a scalar
     of 0 or more. Networks that standardise their input amplify digital silence 3,000-fold, and its gradient: clip
     gradients, or give `dither_db`.
 
@@ -77,7 +78,7 @@ class SSLLoss(FeatureDistance):
                  sample_rate: int = SAMPLE_RATE, normalize: bool | None = None, offset: float = 0., cache: int = 0,
                  dither_db: float | None = None, checkpoint: bool = False, random_seed: int | None = None,
                  reduction: str = 'mean'):
-        options = dict(layers=layers, sample_rate=sample_rate, normalize=normalize,
+        options: dict[str, Any] = dict(layers=layers, sample_rate=sample_rate, normalize=normalize,
                        checkpoint=checkpoint, random_seed=random_seed)
         features = _ready_features(model, options) if isinstance(model, Features) \
             else SSLFeatures(model, **options)
@@ -99,9 +100,9 @@ class SSLLoss(FeatureDistance):
         noise = noise * 10 ** (self.dither_db / 20)
         return waves._replace(enhanced=waves.enhanced + noise, clean=waves.clean + noise)
 
-    def values(self, waves):
+    def values(self, waves, **view):
         waves = self._dithered(waves)
-        if not self.offset or not self.training: return super().values(waves)
+        if not self.offset or not self.training: return super().values(waves, **view)
         most = int(self.offset * shortest(waves.enhanced, waves.lengths) / self.features.hop)
         return super().values(waves, lead=int(torch.randint(most + 1, ())))
 

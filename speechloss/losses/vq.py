@@ -15,7 +15,8 @@ from .distance import FeatureDistance
 # %% ../../nbs/losses/vq.ipynb #58692093
 class VQLoss(FeatureDistance):
     """Measure the mean distance over layers of a vector-quantised autoencoder of clean speech; 0 at identity.
-     `loss(enhanced, clean)` takes waves `(T,)`, `(B, T)` or `(B, C, T)` in [-1, 1] at 16 kHz and gives a scalar of 0 or
+
+    `loss(enhanced, clean)` takes waves `(T,)`, `(B, T)` or `(B, C, T)` in [-1, 1] at 16 kHz and gives a scalar of 0 or
     more. Level and phase do not count; no gradient where the enhanced wave is silent (below -140 dB against full
     scale).
 

@@ -123,7 +123,7 @@ def _codebook(net: VQVAE) -> Codebook:
 def _cross_entropy(net: VQVAE, vectors: Tensor, tokens: Tensor, mask: Tensor) -> Tensor:   # (B,)
     book = _codebook(net)
     each = token_cross_entropy(book.unit(vectors), book.codes, tokens,      # padded tokens are -1
-                               metric='cosine' if book.metric == 'cosine' else 'euclidean')
+                               metric='cosine' if book.distance == 'cosine' else 'euclidean')
     return each.sum(-1) / mask.sum(-1)
 
 
