@@ -15,9 +15,9 @@ from speechloss.common.libraries import transformers_module
 from speechloss.features import MelFeatures
 from speechloss.judges import (
     TASKS, task_table, Jury, judge, fit_probe, recogniser, word_errors, verifier)
-from speechloss.judges.cards import DEFAULT, cards_of, classifier
-from speechloss.judges.jury import pooled, probe_task
-from speechloss.judges.listener import Listener, as_wave
+from speechloss.judges.cards import DEFAULT_TASKS, classifier, task_cards
+from speechloss.judges.jury import pool_rates, probe_task
+from speechloss.judges.listener import Listener, mono_16k
 from speechloss.judges.probes import frame_labels, frames_of, phone_segments, pooled_frames
 from speechloss.judges.voice import equal_error_rate, pitch_counts
 
@@ -116,10 +116,10 @@ def test_a_head_in_miniature_counts_agreement_or_accuracy(extractor):
     for name in ('keyword', 'intent'):
         task = replace(TASKS[name], model=str(extractor))
         rows = judge(WAVES, clips, task)
-        assert pooled(rows, task) == {f'{name}_accuracy': 1}
+        assert pool_rates(rows, task) == {f'{name}_accuracy': 1}
         assert {row[f'{name}_truth'] for row in rows} == {'clean wave'}
         rows = judge(WAVES, [clip | {name: 'another'} for clip in clips], task)
-        assert pooled(rows, task) == {f'{name}_accuracy': 0} and rows[0][f'{name}_truth'] == name
+        assert pool_rates(rows, task) == {f'{name}_accuracy': 0} and rows[0][f'{name}_truth'] == name
     assert rows[0]['intent_heard'].count(' / ') == 2
     with pytest.raises(SpeechLossError, match='must add up'): classifier(str(extractor), slots=(3, 4))
 
@@ -141,8 +141,8 @@ def test_a_batch_in_which_everything_goes_wrong():
     jury = Jury(clips, recogniser='pocketsphinx')
     waves = [clean[0], torch.full_like(clean[0], torch.nan), clean[2][:-2000], torch.zeros_like(clean[0]), clean[4]]
     seen = []
-    rows = jury(waves, progress=lambda done, total: seen.append((done, total)))
-    assert seen == [(k + 1, 20) for k in range(20)]
+    rows = jury(waves, progress=lambda *event: seen.append(event))
+    assert [event[1:] for event in seen] == [(k + 1, 20) for k in range(20)] and seen[0][0] == 'recognition'
     good, broken, short, silent, lonely = rows
     assert good['pitch_unlike'] == good['pitch_gross'] == good['voicing_error'] == 0 < good['pitch_voiced']
     assert good['speaker_cosine'] > .5 and len(good['speaker_others']) == 2 and good['words'] == 2
@@ -154,13 +154,13 @@ def test_a_batch_in_which_everything_goes_wrong():
     assert 'no speaker' in silent['reasons']['speaker_cosine']
     assert 'second clip' in lonely['reasons']['speaker_cosine'] and lonely['voicing_error'] == 0
     assert 'noisy' not in good and good['snr'] == 5
-    found = pooled(json.loads(json.dumps(rows)))
-    assert set(found) == {c for name in DEFAULT for c in TASKS[name].columns}
+    found = pool_rates(json.loads(json.dumps(rows)))
+    assert set(found) == {c for name in DEFAULT_TASKS for c in TASKS[name].columns}
     assert found['wer'] == sum(r['word_errors'] for r in rows if r['words']) / 8
     own = [r['speaker_own'][0] for r in rows if r['speaker_own']]
     others = [s for r in rows if r['speaker_others'] for s in r['speaker_others']]
     assert found['speaker_eer'] == equal_error_rate(own, others)
-    best = pooled(jury.of_clean())
+    best = pool_rates(jury.of_clean())
     assert best['voicing_error'] == best['gross_pitch_error'] == 0
 
 
@@ -176,13 +176,13 @@ def test_a_clean_wave_that_cannot_be_heard_costs_its_own_row():
 def test_words_of_nothing_are_no_rate():
     task = replace(TASKS['recognition'], listener=lambda name: Listener(name, lambda b: [''] * len(b)))
     row, = judge([WAVES[0]], [dict(clean=WAVES[0], speaker='a')], task)
-    assert 'holds no word' in row['reasons']['wer'] and math.isnan(pooled([row], task)['wer'])
+    assert 'holds no word' in row['reasons']['wer'] and math.isnan(pool_rates([row], task)['wer'])
 
 
 def test_names_models_and_the_table():
-    assert cards_of('recognition', 'elsewhere')[0].model == 'elsewhere'
-    assert cards_of(['pitch', TASKS['speaker']])[1] is TASKS['speaker']
-    with pytest.raises(SpeechLossError, match="task 'asr' is unknown: choose from recognition"): cards_of('asr')
+    assert task_cards('recognition', 'elsewhere')[0].model == 'elsewhere'
+    assert task_cards(['pitch', TASKS['speaker']])[1] is TASKS['speaker']
+    with pytest.raises(SpeechLossError, match="task 'asr' is unknown: choose one of recognition"): task_cards('asr')
     assert len(task_table().splitlines()) == len(TASKS) + 2
     columns = [c for t in TASKS.values() for c in (*t.columns, *t.counts)]
     assert len(set(columns)) == len(columns)
@@ -224,7 +224,7 @@ def test_pitch_counts_by_hand():
 def test_waves_are_resampled_for_every_judge():
     ear = Listener('length', lambda batch: [batch.shape[1]] * len(batch))
     assert ear(torch.zeros(2, 8000), 8000) == [16_000] * 2
-    assert as_wave(torch.zeros(800, dtype=torch.float64), 8000).dtype == torch.float32
+    assert mono_16k(torch.zeros(800, dtype=torch.float64), 8000).dtype == torch.float32
 
 
 def test_probe_of_frames_falls_when_the_wave_changes():
@@ -237,7 +237,7 @@ def test_probe_of_frames_falls_when_the_wave_changes():
     probe = fit_probe(np.concatenate(frames), np.concatenate([c['register'] for c in clips]))
     task = probe_task(probe, mels, 'register', by_frame=True)
     jury = Jury(clips, task)
-    kept, lost = (pooled(jury(w), task)['register_probe_accuracy'] for w in (waves, waves[::-1]))
+    kept, lost = (pool_rates(jury(w), task)['register_probe_accuracy'] for w in (waves, waves[::-1]))
     assert kept > .7 > .3 > lost
     speaker = fit_probe([pooled_frames(f) for f in frames], kinds)
     assert speaker.predict([pooled_frames(frames[0])]).tolist() == ['low']
@@ -255,9 +255,9 @@ def cached(name: str) -> bool:
 
 @pytest.mark.slow
 def test_the_real_whisper_reads_a_real_voice():
-    from speechloss.corpora.corpus import present
+    from speechloss.corpora.corpus import local_folders
     name = 'openai/whisper-tiny.en'
-    if not cached(name) or not present()['laptop']: pytest.skip('needs the model and the corpus')
+    if not cached(name) or not local_folders()['laptop']: pytest.skip('needs the model and the corpus')
     from speechloss.reproduce import corpus_of, protocol_of, test_clips
     scale = protocol_of('laptop')
     clip = next(c for c in test_clips(scale, corpus_of(scale)) if c['id'] == '1688-142285-0004')

@@ -15,8 +15,8 @@ from speechloss.losses import CARDS
 PACKAGES = ('speechloss.losses', 'speechloss.losses.functional', 'speechloss.features', 'speechloss.models',
             'speechloss.metrics', 'speechloss.judges')
 #: A docstring says what is done
-VERBS = ('Add', 'Build', 'Compare', 'Define', 'Describe', 'Draw', 'Enhance', 'Fit', 'Hold', 'Judge', 'Keep', 'Load', 'Look',
-         'Measure', 'Reconstruct', 'Return', 'Scale', 'Score', 'Transcribe', 'Weigh')
+VERBS = ('Add', 'Build', 'Compare', 'Define', 'Describe', 'Draw', 'Enhance', 'Fit', 'Hold', 'Judge', 'Keep', 'Load',
+         'Look', 'Measure', 'Reconstruct', 'Return', 'Scale', 'Score', 'Transcribe', 'Weigh')
 
 
 def public(kind):
