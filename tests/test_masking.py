@@ -13,7 +13,7 @@ from speechloss.losses.functional import masking
 from speechloss.metrics import score_one, nmr
 from speechloss.signal import resample, MaskingModel
 from speechloss.signal.masking import (
-    bark, noise_offset, quiet_threshold, spread, tone_offset, tones)
+    bark, noise_offset, quiet_threshold, masking_spread, tone_offset, find_tones)
 
 #: Table D.1 of ISO/IEC 11172-3, layer I at 44.1 kHz: Hz, Bark, dB in quiet
 TABLE = np.array([
@@ -39,7 +39,7 @@ def test_the_tables_of_the_standard():
     (.5, 60., -8.5), (1., 60., -17.), (3., 60., -2 * 8 - 17.), (3., 20., -2 * 14 - 17.),
     (-3.1, 60., -math.inf), (8., 60., -math.inf)])
 def test_masking_function_by_hand(dz, level, expected):
-    assert spread(torch.tensor(dz), torch.tensor(level)).item() == pytest.approx(expected)
+    assert masking_spread(torch.tensor(dz), torch.tensor(level)).item() == pytest.approx(expected)
     assert tone_offset(10.) == pytest.approx(-8.775) and noise_offset(10.) == pytest.approx(-3.775)
 
 
@@ -105,7 +105,7 @@ def test_thresholds_are_those_of_the_steps(rate, n_fft):
 @given(st.integers(0, 10_000))
 def test_tones_are_few_and_apart(seed):
     power = torch.rand(3, 257, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) ** 4
-    peak, taken = tones(power, torch.arange(257) * 31.25)
+    peak, taken = find_tones(power, torch.arange(257) * 31.25)
     assert not (peak & ~taken).any()
     for row in peak: assert (row.nonzero().flatten().diff() > 2).all()
 
