@@ -471,9 +471,9 @@ def test_train_then_again_then_enhance(recipe, tmp_path):
     (['--steps', '-5'], 'steps is -5'),
     (['--steps', 'many'], "steps is 'many': give a number"),
     (['--steps'], 'not understood'),
-    (['--device', 'gpu'], "device is 'gpu'"),
+    (['--device', 'gpu'], "device 'gpu' is unknown"),
     (['--corpus', 'nothing'], "corpus 'nothing' is unknown"),
-    (['--model', 'huge'], "model is 'huge'"),
+    (['--model', 'huge'], "model 'huge' is unknown"),
     (['--steps.a', '5'], 'has no parts')])
 def test_train_refuses_an_option(args, said, recipe, tmp_path):
     result = CliRunner().invoke(app, ['train', str(recipe), '--out', str(tmp_path / 'out'), *args])

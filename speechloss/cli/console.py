@@ -23,7 +23,7 @@ _FILE_SYSTEM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACC
 
 
 def exit_message(error: BaseException) -> tuple[str, int] | None:
-    "The sentence and the exit code of an error, None for a bug."
+    "Return the sentence and the exit code of an error, None for a bug"
     from speechloss.common.errors import NotebookError, SpeechLossError
     if isinstance(error, SpeechLossError):
         return str(error), 2
@@ -41,12 +41,12 @@ def exit_message(error: BaseException) -> tuple[str, int] | None:
 
 
 def complain(message: str) -> None:
-    "One line on stderr."
+    "Print one line on stderr"
     print(f'speechloss: {message}', file=sys.stderr, flush=True)
 
 
 class Commands(TyperGroup):
-    "Commands whose errors are sentences."
+    "Commands whose errors are sentences"
 
     def invoke(self, ctx):
         try:
@@ -70,7 +70,7 @@ def show(
     columns: tuple[str, ...],
     as_json: bool = False,
 ) -> None:
-    "Rows on stdout: JSON, a table in a terminal, tab separated in a pipe."
+    "Print rows on stdout: JSON, a table in a terminal, tab separated in a pipe"
     rows = list(rows)
     if as_json:
         print(json.dumps(rows, indent=1, ensure_ascii=False))
@@ -90,7 +90,7 @@ def show(
 
 
 def torch_device(name: str | None) -> str:
-    "A device that torch has; None is the GPU if there is one."
+    "Return a device that torch has; None is the GPU if there is one"
     import torch
     from speechloss.common.errors import SpeechLossError
     there = ['cpu', *(f'cuda:{k}' for k in range(torch.cuda.device_count()))]

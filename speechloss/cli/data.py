@@ -112,7 +112,7 @@ def data_check(
 def speaker_in(
     pattern: str,  # regular expression
 ):                 # the speaker of a path
-    "Who speaks, by the name of the file; a file whose name says nothing is an `AudioError`, and so is skipped"
+    "Return who speaks in a file by its name; a name without a match is an `AudioError`, so that the file is skipped"
     from speechloss.common.errors import AudioError, SpeechLossError
     try: name = re.compile(pattern)
     except re.error as error:
@@ -126,7 +126,7 @@ def speaker_in(
 
 
 def _local_manifest(name: str):
-    "The manifest of a corpus that is on this machine; raises `SpeechLossError` when it is not."
+    "Return the manifest of a corpus that is on this machine; raise `SpeechLossError` when it is not"
     from speechloss.common.errors import SpeechLossError
     from speechloss.corpora import corpus
     from speechloss.corpora.corpus import local_folders

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Callable
 
 from ..common import files
-from ..common.errors import AudioError, CorpusError
+from ..common.errors import AudioError, CorpusError, choose
 from ..common.files import sha256, lock
 from .download import open_corpus, notify
 from .laptop import laptop
@@ -30,11 +30,9 @@ def get(
     from_dir=None,             # local folder to take the published files from: no network
     home: Path | None = None,  # cache folder; None: `speechloss.common.files.home()`
 ) -> Manifest:
-    "A corpus by name, fetched once and cached; `CorpusError` says what is missing"
+    "Return a corpus by name, fetched once and cached; `CorpusError` says what is missing"
     if str(name).endswith('.jsonl'): return Manifest.load(name).check()
-    if name not in CORPORA:
-        raise CorpusError(f'corpus {name!r} is unknown: use {", ".join(CORPORA)} '
-                          'or the path of a manifest (.jsonl)')
+    choose('corpus', name, CORPORA, more='or the path of a manifest (.jsonl)', error=CorpusError)
     if from_dir is not None and not Path(from_dir).is_dir():
         raise CorpusError(f'{from_dir} is not a folder: give one that holds the published files '
                           f'of {name}')
@@ -65,7 +63,7 @@ def from_folder(
     licence: str = '',         # of the recordings, for the record
     name: str = '',            # of the corpus
 ) -> Manifest:
-    "A corpus from folders; `CorpusError` when one is missing, empty or without usable audio"
+    "Return a corpus made of folders; `CorpusError` when one is missing, empty or without usable audio"
     say_who = speaker or (lambda p: p.parent.name)
     talk, bad = _read_all(_scanned(speech, 'speech'), Path(speech), 'speech', licence, say_who)
     places, worse = _read_all(_scanned(noise, 'noise'), Path(noise), 'noise', licence) \
@@ -89,7 +87,7 @@ def from_pairs(
     licence: str = '',
     name: str = '',
 ) -> Manifest:
-    "A corpus of real pairs; a file without its twin, or of another length or rate, is skipped"
+    "Return a corpus of real pairs; a file without its twin, or of another length or rate, is skipped"
     clean, noisy = Path(clean), Path(noisy)
     say_who = speaker or (lambda p: p.parent.name)
     twins = {p.relative_to(clean).with_suffix(''): p for p in _scanned(clean, 'clean')}
@@ -150,9 +148,7 @@ def _read(path: Path, folder: Path, kind: str, licence: str, speaker) -> Recordi
 def _splits(keys: set[str], split: str | None, valid: float, test: float, seed: int) -> dict:
     "Split of each key: sorted by hash, the first to test, the next to valid, the rest to train"
     if split is not None:
-        if split not in SPLITS:
-            raise CorpusError(f'split={split!r} is unknown: use one of {", ".join(SPLITS)}')
-        return dict.fromkeys(keys, split)
+        return dict.fromkeys(keys, choose('split', split, SPLITS, error=CorpusError))
     if not (valid >= 0 and test >= 0 and valid + test < 1):
         raise CorpusError(f'valid={valid} and test={test} must be shares that leave some to train')
     order = sorted(keys, key=lambda k: hashlib.sha256(f'{seed}/{k}'.encode()).digest())

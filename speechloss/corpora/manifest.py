@@ -14,7 +14,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Iterable, Iterator
 
-from ..common.errors import CorpusError
+from ..common.errors import CorpusError, choose
 from ..common.files import atomic
 
 SPLITS = ('train', 'valid', 'test')
@@ -70,32 +70,31 @@ class _Recordings:
                         (*self.skipped, *other.skipped), note)
 
     def of(self, kind: str, split: str | None = None) -> list[Recording]:
-        "Recordings of a kind, in one split or in all"
-        if split is not None and split not in SPLITS:
-            raise CorpusError(f'split={split!r} is unknown: use one of {", ".join(SPLITS)}')
+        "Return the recordings of a kind, in one split or in all"
+        if split is not None: choose('split', split, SPLITS, error=CorpusError)
         return [r for r in self if r.kind == kind and split in (None, r.split)]
 
     def speech(self, split: str | None = None) -> list[Recording]:
-        "Clean speech of a split"
+        "Return the clean speech of a split"
         return self.of('speech', split)
 
     def noise(self, split: str | None = None) -> list[Recording]:
-        "Noise of a split"
+        "Return the noise of a split"
         return self.of('noise', split)
 
     def pairs(self, split: str | None = None) -> list[Recording]:
-        "Noisy recordings with their clean twin"
+        "Return noisy recordings, each with the path of its clean twin"
         return self.of('pair', split)
 
     def clean_side(self) -> 'Manifest':
-        "Pairs as the clean speech that they hold, beside the speech and the noise that are there"
+        "Return the corpus with pairs replaced by the clean speech that they hold"
         rows = [r if r.kind != 'pair' else replace(r, kind='speech', path=r.clean_path, sha256=r.clean_sha256,
                                                    noise='', clean_path='', clean_sha256='') for r in self]
         return Manifest(rows, self.name, self.skipped, self.note)
 
     @cached_property
     def hash(self) -> str:
-        "sha256 over all rows, without paths and whatever their order"
+        "SHA-256 over all rows, whatever their paths and order"
         rows = sorted(json.dumps({k: v for k, v in asdict(r).items() if k not in _PLACE},
                                  sort_keys=True) for r in self)
         return hashlib.sha256('\n'.join(rows).encode()).hexdigest()
@@ -106,13 +105,13 @@ def _hours(recordings: Iterable[Recording]) -> float:
 
 
 def _short(path: str, base: Path) -> str:
-    "`path` relative to `base` when it lies below it"
+    "Return `path` relative to `base` when it lies below it"
     full = Path(path).absolute()
     return full.relative_to(base).as_posix() if path and full.is_relative_to(base) else path
 
 
 def _placed(r: Recording, base: Path) -> Recording:
-    "Relative paths become absolute again"
+    "Return a recording whose relative paths are absolute again"
     return replace(r, **{k: str(base / getattr(r, k)) for k in _PLACE if getattr(r, k)})
 
 # %% ../../nbs/corpora/manifest.ipynb #6256b249
@@ -147,7 +146,7 @@ class Manifest(_Recordings):
     def _title(self) -> str: return f'corpus {self.name}' if self.name else 'corpus'
 
     def summary(self) -> dict:
-        "Hours, speakers and noises per split, languages, licences and hash: JSON-able"
+        "Return hours, speakers and noises per split, languages, licences and hash, JSON-able"
         splits = {}
         for split in SPLITS:
             talk, noise, pairs = (self.of(k, split) for k in RECORDING_KINDS)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from ..common.errors import AudioError, CorpusError
+from ..common.errors import AudioError, CorpusError, choose
 from .acoustics import coloured, convolve, looped, room
 from .manifest import SPLITS, Manifest, Recording
 from ..signal.audio import SAMPLE_RATE, info, load
@@ -244,13 +244,11 @@ class _Items(_Sounds):
             raise CorpusError(f'split {self.split!r} of {self.manifest.name or "the corpus"} has '
                               "no noise: give more recordings, or extra_noise=('pink',)")
         for n in self.noises:
-            if isinstance(n, str) and n not in _GENERATED:
-                raise CorpusError(f'extra_noise {n!r} is unknown: use {", ".join(_GENERATED)}')
+            if isinstance(n, str): choose('extra_noise', n, _GENERATED, error=CorpusError)
         if self.seed < 0 or (self.samples is not None and self.samples < 1):
             raise CorpusError(f'seed={self.seed} and seconds={self.seconds}: the seed must not be '
                               'negative, and the seconds must be positive or None')
-        if self.target not in ('early', 'reverberant'):
-            raise CorpusError(f"target={self.target!r} is unknown: use 'early' or 'reverberant'")
+        choose('target', self.target, ('early', 'reverberant'), error=CorpusError)
 
 # %% ../../nbs/corpora/mixing.ipynb #2e0cc273
 class Mixtures(_Items):

@@ -34,7 +34,7 @@ def outcome_of(
     holds: Mapping,          # a rule of the registry, such as {'kind': 'within', 'margin': .03}
     number: Mapping | None,  # a number of results.json: value, and low and high if it has them
 ) -> str:                    # 'holds', 'open', 'fails' or 'missing'
-    "What one number says about one rule."
+    "Return what one number says about one rule"
     value = (number or {}).get('value')
     if value is None or not math.isfinite(value):
         return 'missing'
@@ -94,7 +94,7 @@ class Claim:
 
 
 def papers_folder() -> Path:
-    """The folder of `claims.toml` and the paper notebooks.
+    """Return the folder of `claims.toml` and the paper notebooks.
 
     In a clone that is `nbs/papers`, in an installed package the same files as data.
     """
@@ -140,7 +140,7 @@ def number_text(
     name: str,               # of the number
     number: Mapping | None,  # as in results.json
 ) -> str:
-    """One number for people: `x-y = +0.12 [+0.05, +0.19] dB, n = 60, seeds +0.08 to +0.15`.
+    """Return one number in words: `x-y = +0.12 [+0.05, +0.19] dB, n = 60, seeds +0.08 to +0.15`.
 
     The range of the seeds is there when there are several, and the run recorded them.
     """
@@ -162,7 +162,7 @@ def verdict_on(
     numbers: Mapping[str, Mapping],  # the numbers of results.json by name
     scale: str,                      # the scale of the run
 ) -> Verdict:
-    "The verdict of one claim over the numbers of one run."
+    "Return the verdict on one claim by the numbers of one run"
     measured = {name: numbers.get(name) for name in claim.measure}
     shown = '; '.join(number_text(name, n) for name, n in measured.items() if n) or '-'
     if scale not in claim.scales:
@@ -180,7 +180,7 @@ def verdict_on(
 
 # %% ../../nbs/reproduce/claims.ipynb #c95b66ba
 class Verdicts(list):
-    "The verdicts of one run: a list with a face."
+    "The verdicts of one run: a list that shows as a table"
 
     columns = ('id', 'section', 'kind', 'claim', 'measured', 'verdict')
 
@@ -214,14 +214,14 @@ def verdicts_of(
     *,
     registry_file: Path | None = None,    # another claims.toml
 ) -> Verdicts:
-    "The verdicts of every claim of a paper over the numbers of one run."
+    "Return the verdicts on every claim of a paper by the numbers of one run"
     return Verdicts(verdict_on(c, numbers, scale) for c in load_claims(paper, registry_file))
 
 
 def failures(
     results: Mapping,  # the content of a results.json
 ) -> list[str]:        # a sentence for each, empty when all is well
-    """What must not happen, for CI.
+    """Return what must not happen, for CI.
 
     A claim that must hold was asked and did not read *reproduced*, or any claim was asked
     and its number was not there.

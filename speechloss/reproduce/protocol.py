@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 
-from ..common.errors import SpeechLossError
+from ..common.errors import choose
 from ..common.files import home
 from ..corpora.corpus import get
 from ..corpora.manifest import Manifest
@@ -62,16 +62,14 @@ PROTOCOLS = {protocol.scale: protocol for protocol in (
 
 
 def protocol_of(scale: str, *, corpus: str | None = None, corpus_dir: str | None = None) -> Protocol:
-    "The protocol of a scale, on another corpus if one is named"
-    if scale not in PROTOCOLS:
-        raise SpeechLossError(f'scale is {scale!r}: choose one of {", ".join(PROTOCOLS)}')
-    chosen = PROTOCOLS[scale]
+    "Return the protocol of a scale, on another corpus if one is named"
+    chosen = PROTOCOLS[choose('scale', scale, PROTOCOLS)]
     return replace(chosen, corpus=corpus or chosen.corpus,
                    corpus_dir=None if corpus_dir is None else str(corpus_dir))
 
 # %% ../../nbs/reproduce/protocol.ipynb #3dfda7fe
 def shared_recipe(protocol: Protocol, seed: int) -> Recipe:
-    "The recipe of the shared enhancer"
+    "Return the recipe of the shared enhancer"
     return Recipe(
         model=protocol.model, objective=BASE, corpus=protocol.corpus, corpus_dir=protocol.corpus_dir,
         seconds=protocol.seconds, snr=protocol.snr, clean_fraction=protocol.clean_fraction,
@@ -89,7 +87,7 @@ def arm_recipe(
     alone: bool = False,            # the term without the base loss
     freeze_encoder: bool = False,
 ) -> Recipe:
-    "The recipe of an arm: further steps from stage 1 with one more term"
+    "Return the recipe of an arm: further steps from stage 1 with one more term"
     objective = BASE
     if term is not None and alone:
         objective = dict(terms=dict(extra=term))
@@ -103,30 +101,30 @@ def arm_recipe(
 
 
 def model_folder(recipe: Recipe) -> Path:
-    "Where the model of a recipe lies once it is trained"
+    "Return where the model of a recipe lies once it is trained"
     return training_folder(recipe) / 'final'
 
 
 def training_folder(recipe: Recipe) -> Path:
-    "Checkpoints, logs and the model of a recipe: content-addressed, shared by all papers"
+    "Return the folder of a recipe by its key: checkpoints, logs and the model, shared by all papers"
     return home() / 'models' / recipe.key
 
 
 def train_all(recipes: dict[str, Recipe], *, workers: int = 1,
               progress: Callable | None = None) -> dict[str, Path]:
-    "Train what is not trained yet; name -> model folder"
+    "Train what is not trained yet; return the folders of the models by name"
     train_many(recipes, {name: training_folder(r) for name, r in recipes.items()},
                workers=workers, progress=progress)
     return {name: model_folder(r) for name, r in recipes.items()}
 
 # %% ../../nbs/reproduce/protocol.ipynb #157f58e7
 def corpus_of(protocol: Protocol) -> Manifest:
-    "The manifest of a protocol"
+    "Return the manifest of a protocol"
     return get(protocol.corpus, from_dir=protocol.corpus_dir)
 
 
 def test_clips(protocol: Protocol, manifest: Manifest) -> list[dict]:
-    "The fixed test set: dicts with noisy, clean `(T,)`, snr, speaker, id, noise"
+    "Return the fixed test set: dicts with noisy, clean `(T,)`, snr, speaker, id, noise"
     clips = Mixtures.grid(manifest, 'test', snr=protocol.test_snr, seconds=protocol.seconds,
                           limit=protocol.test_clips)
     return [clips[k] for k in range(len(clips))]

@@ -22,14 +22,14 @@ def write_json(
     path: Path,
     content: Any,
 ) -> Path:        # the path
-    "`write_text` of JSON; a number that is not finite becomes null, which JSON can say."
+    "Write JSON, whole or not at all; a number that is not finite becomes null"
     return write_text(path, json.dumps(jsonable(content), indent=1, ensure_ascii=False) + '\n')
 
 
 def jsonable(
     value: Any,  # numpy and torch scalars, intervals, paths, nested
 ) -> Any:        # what JSON can hold
-    "The JSON-able form of a result."
+    "Return the JSON-able form of a result"
     if isinstance(value, Mapping):
         return {str(k): jsonable(v) for k, v in value.items()}
     if isinstance(value, (list, tuple, set)):
@@ -50,7 +50,7 @@ INTERVAL = ('low', 'high', 'n', 'clusters', 'clustered_by', 'dropped', 'level', 
 
 
 def is_interval(value: Any) -> bool:
-    "Whether a value carries its uncertainty: `mean`, `low` and `high`, as `stats.Interval` does."
+    "Return whether a value carries its uncertainty: `mean`, `low` and `high`, as `stats.Interval` does."
     return all(isinstance(getattr(value, k, None), (int, float)) for k in ('mean', 'low', 'high'))
 
 # %% ../../nbs/reproduce/results.ipynb #ece670f9
@@ -68,7 +68,7 @@ def load_results(
 
 
 def kept_results() -> list[dict]:
-    "The results of the runs that a clone keeps, by paper; an installed package keeps none."
+    "Return the results of the runs that a clone keeps, by paper; an installed package keeps none"
     return [load_results(path.parent) for path in sorted(papers_folder().glob('results/*/results.json'))]
 
 # %% ../../nbs/reproduce/results.ipynb #a237412d
@@ -76,6 +76,6 @@ VERDICTS = ('reproduced', 'tied', 'undecided', 'not reproduced', 'needs another 
 
 
 def count_verdicts(results: dict) -> dict[str, int]:
-    "How many claims of a run got each verdict"
+    "Return how many claims of a run got each verdict"
     found = Counter(v if v in VERDICTS else VERDICTS[-1] for v in (c['verdict'] for c in results['claims']))
     return {verdict: found[verdict] for verdict in VERDICTS}
