@@ -83,7 +83,7 @@ def load(
     return (wave if sample_rate is None else resample(wave, rate, sample_rate),
             sample_rate or rate)
 
-
+# %% ../../nbs/signal/audio.ipynb #7801a03b
 def save(
     path,                       # target; the suffix chooses the format
     wave: Tensor,               # `(T,)` or `(C, T)`; beyond [-1, 1] is clipped by PCM formats

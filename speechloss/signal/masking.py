@@ -100,7 +100,7 @@ def full_scale_power(
     spec = stft(wave, n_fft, hop_length, lengths=lengths)
     return (spec.real ** 2 + spec.imag ** 2) * scale
 
-
+# %% ../../nbs/signal/masking.ipynb #d7b9cf72
 @dataclass(frozen=True)
 class MaskingModel:
     """Find the masking threshold of speech: model 1 of ISO/IEC 11172-3, annex D.1.
