@@ -23,11 +23,27 @@ from pathlib import Path
 import numpy as np
 import torch
 
+import speechloss
+
 COLUMNS = ('op', 'config', 'shape', 'dtype', 'provider', 'mode', 'ms_p20', 'ms_p50', 'ms_p80', 'compile_s',
            'peak_mb', 'saved_mb', 'bytes_modelled', 'roofline_pct', 'grad_err', 'loss_err', 'gpu', 'driver',
            'torch', 'triton', 'speechloss', 'sha', 'date')
 ROOT = Path(__file__).resolve().parents[1]
 DEVICE = 'cuda' if torch.cuda.is_available() else 'cpu'
+
+
+def speechlike(batch: int, samples: int = 64000) -> tuple[torch.Tensor, torch.Tensor]:
+    "Enhanced and clean: noise with a falling spectrum and pauses at -80 dBFS; the one 10 dB off the other"
+    waves = []
+    for seed in (0, 1):
+        generator = torch.Generator().manual_seed(seed)
+        spectrum = torch.fft.rfft(torch.randn(batch, samples, generator=generator))
+        spectrum /= 1 + torch.arange(spectrum.shape[-1]) ** 2 * 1e-7
+        wave = torch.fft.irfft(spectrum, samples)
+        wave *= .1 / wave.square().mean(-1, keepdim=True).sqrt()
+        wave[:, samples // 3:samples // 2] *= 1e-3
+        waves.append(wave.to(DEVICE))
+    return waves[0] + .3 * waves[1], waves[0]
 
 
 def noisy_pair(batch: int, samples: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -165,16 +181,21 @@ def machine() -> dict:
     def of(package):
         try: return version(package)
         except Exception: return ''
-    sha = subprocess.run(['git', 'rev-parse', '--short', 'HEAD'], cwd=ROOT, capture_output=True,
-                         text=True).stdout.strip()
+    sha = _told('git', 'rev-parse', '--short', 'HEAD')
     if DEVICE == 'cuda':
         name = torch.cuda.get_device_name()
-        driver = subprocess.run(['nvidia-smi', '--query-gpu=driver_version', '--format=csv,noheader'],
-                                capture_output=True, text=True).stdout.strip()
+        driver = _told('nvidia-smi', '--query-gpu=driver_version', '--format=csv,noheader').split('\n')[0]
     else:
         name, driver = f'CPU {_processor()}, {torch.get_num_threads()} threads', ''
-    return dict(gpu=name, driver=driver, torch=torch.__version__, triton=of('triton'), speechloss=of('speechloss'),
+    return dict(gpu=name, driver=driver, torch=torch.__version__, triton=of('triton'),
+                speechloss=speechloss.__version__,
                 sha=sha, date=date.today().isoformat())
+
+
+def _told(*command: str) -> str:
+    "What a command prints; nothing where it is not installed"
+    try: return subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout.strip()
+    except OSError: return ''
 
 
 def _processor() -> str:

@@ -4,24 +4,9 @@ import torch
 
 from speechloss.losses import MelLoss, MultiResolutionSTFTLoss, from_auraloss, preset
 
-from .common import DEVICE, Contest
+from .common import DEVICE, Contest, speechlike
 
 SECONDS, RATE = 4, 16000
-
-
-def speechlike(batch: int) -> tuple:
-    "Enhanced and clean: noise with a falling spectrum and pauses at -80 dBFS; the one 10 dB off the other"
-    size = SECONDS * RATE
-    waves = []
-    for seed in (0, 1):
-        generator = torch.Generator().manual_seed(seed)
-        spectrum = torch.fft.rfft(torch.randn(batch, size, generator=generator))
-        spectrum /= 1 + torch.arange(spectrum.shape[-1]) ** 2 * 1e-7
-        wave = torch.fft.irfft(spectrum, size)
-        wave *= .1 / wave.square().mean(-1, keepdim=True).sqrt()
-        wave[:, size // 3:size // 2] *= 1e-3
-        waves.append(wave.to(DEVICE))
-    return waves[0] + .3 * waves[1], waves[0]
 
 
 def against(loss, **others) -> dict:
