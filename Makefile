@@ -13,7 +13,7 @@ VENV   ?= .venv
 SHELL := /bin/bash
 MAKEFLAGS += --no-print-directory
 .DEFAULT_GOAL := help
-.PHONY: help setup reproduce test notebooks smoke pytest lint bench docs docs-serve browser readme lab export clean FORCE
+.PHONY: help setup reproduce test notebooks smoke pytest lint bench gpu docs docs-serve browser readme lab export clean FORCE
 
 # One thread a process: the work is spread over processes instead.
 export OMP_NUM_THREADS ?= 1
@@ -71,6 +71,10 @@ pytest: browser
 
 bench: $(ready)  ## time the kernels beside their rivals, rows appended to benchmarks/rows.csv
 	@$(run) -m benchmarks.run
+
+# On a machine without an environment: python benchmarks/gpu.py, with torch, triton, numpy and pytest.
+gpu: $(ready)  ## check and time the kernels on this machine's GPU in ten minutes, rows in build/gpu
+	@$(run) benchmarks/gpu.py
 
 # Quarto: the one on the PATH, or the pinned one that its package on PyPI fetches from the project's own site.
 docs: $(ready)  ## build the site in _site, by Quarto or plainly without it, and check it
