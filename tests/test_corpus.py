@@ -194,7 +194,7 @@ def test_unwritable_home(tmp_path):
 
 def test_unknown_name():
     fails(lambda: get('huge'), "'huge'", 'mini', 'laptop')
-    assert set(CORPORA) == {'mini', 'laptop'}
+    assert set(CORPORA) == {'mini', 'laptop', 'desk', 'voicebank-demand'}
 
 
 @pytest.mark.skipif('SPEECHLOSS_LAPTOP_DIR' not in os.environ, reason='needs the laptop corpus')

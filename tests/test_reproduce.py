@@ -225,7 +225,6 @@ def test_a_full_disk_is_one_sentence(tmp_path):
     (dict(scale='smok'), "scale 'smok' is unknown: did you mean 'smoke'"),
     (dict(corpus='lapto'), "did you mean 'laptop'"),
     (dict(corpus='no/such.jsonl'), 'does not exist'),
-    (dict(scale='paper'), "comes with a later release: give .*--corpus my.jsonl"),
     (dict(seed=-1), 'seed is -1'),
     (dict(workers=0), 'workers is 0'),
     (dict(notebook='no.ipynb'), 'does not exist')])
@@ -236,6 +235,10 @@ def test_wrong_arguments_leave_nothing(more, said, tmp_path):
         given = arguments.pop('notebook')
         run(Study(**arguments), notebook=given)
     assert not (tmp_path / 'runs').exists()
+
+
+def test_scale_paper_has_its_corpus():
+    assert Study('toy', scale='paper').corpus == 'voicebank-demand'
 
 
 @pytest.mark.parametrize('content, said', [('{', 'is not a notebook'), (None, 'no parameters cell')])

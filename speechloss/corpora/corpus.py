@@ -15,17 +15,20 @@ from typing import Callable
 from ..common import files
 from ..common.errors import AudioError, CorpusError, choose
 from ..common.files import sha256, lock
+from .desk import desk
 from .download import open_corpus, notify
 from .laptop import laptop
 from .manifest import SPLITS, Manifest, Recording
 from .mini import mini
+from .voicebank import voicebank_demand
 from ..signal.audio import load, scan
 
-CORPORA = dict(mini=mini, laptop=laptop)  # name -> makes it: (folder, from_dir) -> Manifest
+CORPORA = {'mini': mini, 'laptop': laptop, 'desk': desk,
+           'voicebank-demand': voicebank_demand}  # name -> makes it: (folder, from_dir) -> Manifest
 
 
 def get(
-    name: str,                 # 'mini', 'laptop', or the path of a manifest (.jsonl)
+    name: str,                 # one of `CORPORA`, or the path of a manifest (.jsonl)
     *,
     from_dir=None,             # local folder to take the published files from: no network
     home: Path | None = None,  # cache folder; None: `speechloss.common.files.home()`

@@ -37,7 +37,7 @@ def notify(text: str) -> None:
 # %% ../../nbs/corpora/download.ipynb #61e049a6
 def save_corpus(manifest: Manifest, folder: Path) -> Manifest:
     "Write the checksums of a finished folder, then its manifest"
-    files = sorted(Path(r.path) for r in manifest)
+    files = sorted({Path(p) for r in manifest for p in (r.path, r.clean_path) if p})
     write_text(folder / 'SHA256SUMS', ''.join(
         f'{sha256(p)}  {p.relative_to(folder).as_posix()}\n' for p in files))
     manifest.check().save(folder / 'manifest.jsonl')

@@ -18,7 +18,7 @@ from ..common.errors import CorpusError, choose
 from ..common.files import atomic
 
 SPLITS = ('train', 'valid', 'test')
-RECORDING_KINDS = ('speech', 'noise', 'pair')
+RECORDING_KINDS = ('speech', 'noise', 'pair', 'room')
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Recording:
     "One file of a corpus"
     id: str              # unique in its kind
     path: str            # where the audio lies on this machine (noisy audio of a pair)
-    kind: str            # 'speech', 'noise' or 'pair'
+    kind: str            # 'speech', 'noise', 'pair' or 'room' (an impulse response)
     split: str           # 'train', 'valid' or 'test'
     speaker: str = ''    # who speaks; empty for noise
     frames: int = 0      # samples a channel at `sample_rate`
@@ -36,7 +36,7 @@ class Recording:
     licence: str = ''    # as stated by the source
     source: str = ''     # package, repository or folder it came from
     language: str = ''   # ISO 639-3; 'a|b' when either may be spoken
-    noise: str = ''      # of a pair: the noise in it, where known
+    noise: str = ''      # of a pair: the noise in it; of a noise: its kind; where known
     group: str = ''      # what must not be split: two takes of one noise share it
     clean_path: str = '' # of a pair: the clean audio
     clean_sha256: str = ''  # of a pair: checksum of the clean file
@@ -85,6 +85,10 @@ class _Recordings:
     def pairs(self, split: str | None = None) -> list[Recording]:
         "Return noisy recordings, each with the path of its clean twin"
         return self.of('pair', split)
+
+    def rooms(self, split: str | None = None) -> list[Recording]:
+        "Return the impulse responses of a split, or of all for None; responses of one room share a `group`"
+        return self.of('room', split)
 
     def clean_side(self) -> 'Manifest':
         "Return the corpus with pairs replaced by the clean speech that they hold"
@@ -135,7 +139,7 @@ class Manifest(_Recordings):
     def _disjoint(self, what: str, keys) -> None:
         home: dict[tuple, str] = {}
         for r in self:
-            kind = 'noise' if r.kind == 'noise' else 'speech'
+            kind = r.kind if r.kind in ('noise', 'room') else 'speech'
             for key in keys(r):
                 split = home.setdefault((kind, key), r.split)
                 if split != r.split:
@@ -149,12 +153,12 @@ class Manifest(_Recordings):
         "Return hours, speakers and noises per split, languages, licences and hash, JSON-able"
         splits = {}
         for split in SPLITS:
-            talk, noise, pairs = (self.of(k, split) for k in RECORDING_KINDS)
+            talk, noise, pairs, rooms = (self.of(k, split) for k in RECORDING_KINDS)
             splits[split] = dict(
                 utterances=len(talk), speech_hours=_hours(talk),
                 speakers=len({r.speaker for r in talk + pairs}),
                 noises=len(noise), noise_hours=_hours(noise),
-                pairs=len(pairs), pair_hours=_hours(pairs))
+                pairs=len(pairs), pair_hours=_hours(pairs), **({'rooms': len(rooms)} if rooms else {}))
         spoken = {part for r in self for part in r.language.split('|') if part}
         return dict(name=self.name, hash=self.hash, splits=splits, languages=sorted(spoken),
                     licences=dict(Counter(r.licence or 'unstated' for r in self)),

@@ -55,9 +55,6 @@ def check_corpus(
         if not Path(name).is_file():
             raise ReproduceError(f'corpus {name} does not exist: '
                                  'name the manifest (.jsonl) of a corpus')
-    elif name == CORPUS_OF['paper'] and name not in CORPORA:
-        raise ReproduceError(f'corpus {name!r}, that of scale paper, comes with a later release: '
-                             'give the path of a manifest (--corpus my.jsonl)')
     else:
         choose('corpus', name, CORPORA, more='or give the path of a manifest (.jsonl)', error=ReproduceError)
     return name
