@@ -122,7 +122,8 @@ def test_encoder_learns_from_tokens_and_decoder_from_codes_alone(net, wave):
 def test_mistakes_are_named(net, tmp_path):
     for wrong in (dict(strength=(0., .5)), dict(strength=(.5, .1)), dict(net=VQVAE(**SHAPE | dict(size=0)))):
         with pytest.raises(SpeechLossError, match='strength is'): SelfDistillation(**dict(net=net) | wrong)
-    with pytest.raises(SpeechLossError, match="synthesis 'flat' is unknown: choose one of hann, hamming"): VQEnhancer(synthesis='flat')
+    with pytest.raises(SpeechLossError, match="synthesis 'flat' is unknown: choose one of hann, hamming"):
+        VQEnhancer(synthesis='flat')
     with pytest.raises(TrainingError, match="selection 'best' is unknown"): VQTraining(selection='best')
     with pytest.raises(SpeechLossError, match='holds no'):
         train_vqvae(VQDistillation(**FEW, init=str(tmp_path)), tmp_path/'out')

@@ -130,7 +130,8 @@ def test_what_cannot_be_scored_is_one_sentence(wave, rate, words):
 
 
 def test_mistakes_are_named(score, tmp_path):
-    for options, words in ((dict(space='time'), "space 'time' is unknown: choose one of code, signal"), (dict(distance='l1'), "distance 'l1' is unknown"),
+    for options, words in ((dict(space='time'), "space 'time' is unknown: choose one of code, signal"),
+                           (dict(distance='l1'), "distance 'l1' is unknown"),
                            (dict(model=tmp_path), 'holds no card.json'), (dict(model=small_without()), 'no codebook')):
         with pytest.raises(SpeechLossError, match=words): VQScore(**options)
     with pytest.raises(ValueError, match='shape'): score(torch.randn(1, 1, 1, 4000))

@@ -100,24 +100,10 @@ def full_scale_power(
     spec = stft(wave, n_fft, hop_length, lengths=lengths)
     return (spec.real ** 2 + spec.imag ** 2) * scale
 
-# %% ../../nbs/signal/masking.ipynb #d7b9cf72
+# %% ../../nbs/signal/masking.ipynb #f011cb31
 @dataclass(frozen=True)
-class MaskingModel:
-    """Find the masking threshold of speech: model 1 of ISO/IEC 11172-3, annex D.1.
-
-    `model.threshold(model.power(wave))` gives the power `(B, frames, bins)` of the loudest thing that stays inaudible;
-    `model.noise_to_mask(enhanced, clean)` compares an error with it, `(B, frames, bands)`.
-
-    - `sample_rate`: of the waves in Hz, 1,000 or more
-    - `n_fft`: samples of a frame, even, 64 or more
-    - `hop_length`: samples from one frame to the next, at most `n_fft`
-    - `full_scale_db`: dB of sound pressure of a full-scale tone
-
-    `SpeechLossError` for frames that do not fit.
-
-    >>> MaskingModel().noise_to_mask(torch.zeros(1, 1024), torch.zeros(1, 1024)).max()
-    tensor(0.)
-    """
+class _CriticalBands:
+    "Hold the frames of a masking model, and the critical bands of its lines"
     sample_rate: int = SAMPLE_RATE  # Hz
     n_fft: int = 512
     hop_length: int = 256
@@ -171,6 +157,29 @@ class MaskingModel:
         member = torch.nn.functional.one_hot(self.band.to(power.device), self.bands)
         return power @ member.to(power)
 
+    def lowest(self, threshold: Tensor) -> Tensor:   # (..., bins) -> (..., bands)
+        "The lowest threshold in each critical band"
+        band = self.band.to(threshold.device).expand_as(threshold)
+        found = threshold.new_full((*threshold.shape[:-1], self.bands), math.inf)
+        return found.scatter_reduce(-1, band, threshold, 'amin')
+
+# %% ../../nbs/signal/masking.ipynb #d7b9cf72
+class MaskingModel(_CriticalBands):
+    """Find the masking threshold of speech: model 1 of ISO/IEC 11172-3, annex D.1.
+
+    `model.threshold(model.power(wave))` gives the power `(B, frames, bins)` of the loudest thing that stays inaudible;
+    `model.noise_to_mask(enhanced, clean)` compares an error with it, `(B, frames, bands)`.
+
+    - `sample_rate`: of the waves in Hz, 1,000 or more
+    - `n_fft`: samples of a frame, even, 64 or more
+    - `hop_length`: samples from one frame to the next, at most `n_fft`
+    - `full_scale_db`: dB of sound pressure of a full-scale tone
+
+    `SpeechLossError` for frames that do not fit.
+
+    >>> MaskingModel().noise_to_mask(torch.zeros(1, 1024), torch.zeros(1, 1024)).max()
+    tensor(0.)
+    """
     def noise_to_mask(
         self,
         enhanced: Tensor,               # (B, T)
@@ -181,12 +190,6 @@ class MaskingModel:
         clean = clean.detach()
         lowest = self.lowest(self.threshold(self.power(clean, lengths)))
         return self.in_bands(self.power(enhanced - clean, lengths)) / lowest
-
-    def lowest(self, threshold: Tensor) -> Tensor:   # (..., bins) -> (..., bands)
-        "The lowest threshold in each critical band"
-        band = self.band.to(threshold.device).expand_as(threshold)
-        found = threshold.new_full((*threshold.shape[:-1], self.bands), math.inf)
-        return found.scatter_reduce(-1, band, threshold, 'amin')
 
     @torch.no_grad()
     def threshold(
