@@ -371,7 +371,7 @@ def test_side_by_side(recipe, tmp_path):
     assert weights(ends['seed 1']) == weights(tmp_path / 'alone/final')
     assert events[-1] == ('2 of 2 trained', 24, 24)
     recipes['bad'] = replace(recipe, model='huge')
-    with pytest.raises(TrainingError, match='bad: model is'):
+    with pytest.raises(TrainingError, match="bad: model 'huge' is unknown"):
         train_many(recipes, tmp_path / 'two', 2)
 
 

@@ -312,7 +312,8 @@ class ContrastiveRegularization(_SeenInTraining, _Contrast):
         return {self.form: found.values}
 
     def _contrast(self, waves: Waves, *, push: bool) -> _Contrasted:
-        negatives, seen = self._negatives(waves), dict[str, Tensor]()
+        negatives = self._negatives(waves)
+        seen: dict[str, Tensor] = {}
         views, names = self._views(waves, negatives), list(negatives)
         weights = self._weigh(views, names, seen)
         if self.form == 'info_nce': value = _info_nce(views, weights, self.weights, temperature=self.temperature)
