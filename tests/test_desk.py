@@ -8,24 +8,12 @@ from pathlib import Path
 import pytest
 import soundfile
 import torch
+from helpers import RATE, hiss, refuses_corpus
 
-from speechloss.common.errors import CorpusError
 from speechloss.common.files import sha256
 from speechloss.corpora import desk, download, get, tables, voicebank
 from speechloss.corpora.download import read_listing
 from speechloss.signal import load, save
-
-RATE = 16000
-
-
-def sound(seconds=1., seed=0):
-    return torch.randn(int(seconds * RATE), generator=torch.Generator().manual_seed(seed)) * .1
-
-
-def fails(call, *parts):
-    with pytest.raises(CorpusError) as e: call()
-    text = str(e.value)
-    assert '\n' not in text and all(p in text for p in parts), text
 
 
 # The table -----------------------------------------------------------------------------------
@@ -85,7 +73,7 @@ def small(tmp_path, monkeypatch):
     for k, (kind, split) in enumerate((('speech', 'train'), ('speech', 'test'), ('noise', 'train'), ('noise', 'test'),
                                        ('room', 'train'), ('speech', 'left out'))):
         name = f'{kind}{k}_l'
-        wave = torch.stack([sound(seed=k), sound(seed=k + 50)]) if kind == 'room' else sound(2, seed=k)
+        wave = torch.stack([hiss(seed=k), hiss(seed=k + 50)]) if kind == 'room' else hiss(2, seed=k)
         path = save(given / f'{name}{".flac" if k == 0 else ".wav"}', wave, 48000 if kind == 'room' else RATE)
         rows.append(dict(
             id=f'src/{name}', kind=kind, split=split, speaker=f's{k}' if kind == 'speech' else '',
@@ -104,7 +92,7 @@ def test_desk_from_a_folder(small, tmp_path):
     assert [len(made.speech()), len(made.noise()), len(made.rooms()), len(made.skipped)] == [2, 2, 1, 1]
     cut = made.speech('test')[0]
     assert (cut.start, cut.frames) == (8000, 16000)
-    assert (load(cut.path)[0] - sound(2, seed=1)[8000:24000]).abs().max() < 2**-14
+    assert (load(cut.path)[0] - hiss(2, seed=1)[8000:24000]).abs().max() < 2**-14
     room = load(made.rooms('train')[0].path)[0]
     assert len(room) == round(RATE * RATE / 48000) and abs(room.abs().max() - desk.ROOM_PEAK) < 1e-3
     assert {r.noise for r in made.noise()} == {'k2', 'k3'} and made.summary()['splits']['train']['rooms'] == 1
@@ -113,8 +101,8 @@ def test_desk_from_a_folder(small, tmp_path):
 
 def test_a_changed_file_is_one_sentence(small, tmp_path):
     given, _ = small
-    save(given / 'noise2_l.wav', sound(seed=99), RATE)
-    fails(lambda: get('desk', from_dir=given, home=tmp_path / 'home'), 'changed', 'noise2_l.wav')
+    save(given / 'noise2_l.wav', hiss(seed=99), RATE)
+    refuses_corpus(lambda: get('desk', from_dir=given, home=tmp_path / 'home'), 'changed', 'noise2_l.wav')
 
 
 def test_a_killed_build_goes_on(small, tmp_path, monkeypatch):
@@ -156,7 +144,7 @@ def official(root):
     for k, name in enumerate(NAMES):
         part = 'testset_wav' if name < 'p226' or name[:4] in ('p232', 'p257') else 'trainset_28spk_wav'
         for j, side in enumerate(('clean', 'noisy')):
-            save(root / f'{side}_{part}' / f'{name}.wav', sound(3, seed=2 * k + j), 48000)
+            save(root / f'{side}_{part}' / f'{name}.wav', hiss(3, seed=2 * k + j), 48000)
     return root
 
 
@@ -172,9 +160,9 @@ def test_the_official_folders(tmp_path):
 
 def test_a_partial_copy_keeps_its_pairs(tmp_path):
     for k, name in enumerate(NAMES):
-        save(tmp_path / 'given/noisy' / f'{name}.flac', sound(seed=k), RATE)
-    save(tmp_path / 'given/clean/p232_001.flac', sound(seed=9), RATE)
-    save(tmp_path / 'given/clean/p257_002.flac', sound(2, seed=9), RATE)
+        save(tmp_path / 'given/noisy' / f'{name}.flac', hiss(seed=k), RATE)
+    save(tmp_path / 'given/clean/p232_001.flac', hiss(seed=9), RATE)
+    save(tmp_path / 'given/clean/p257_002.flac', hiss(2, seed=9), RATE)
     made = get('voicebank-demand', from_dir=tmp_path / 'given', home=tmp_path / 'home')
     assert [r.id for r in made] == ['p232_001'] and 'partial: 1 of 12396' in made.note
     reasons = dict(made.skipped)
@@ -183,13 +171,14 @@ def test_a_partial_copy_keeps_its_pairs(tmp_path):
 
 def test_a_folder_without_it(tmp_path):
     (tmp_path / 'empty').mkdir()
-    fails(lambda: get('voicebank-demand', from_dir=tmp_path / 'empty', home=tmp_path / 'home'), 'clean_testset_wav')
+    refuses_corpus(lambda: get('voicebank-demand', from_dir=tmp_path / 'empty', home=tmp_path / 'home'),
+                   'clean_testset_wav')
 
 
 def test_too_little_space_is_said_before_it_starts(tmp_path, monkeypatch):
     monkeypatch.setattr(voicebank.shutil, 'disk_usage', lambda p: type('U', (), dict(free=10**9)))
     monkeypatch.setattr(voicebank, 'download_archive', lambda *a: pytest.fail('it started'))
-    fails(lambda: get('voicebank-demand', home=tmp_path / 'home'), '1.0 GB free', 'SPEECHLOSS_HOME')
+    refuses_corpus(lambda: get('voicebank-demand', home=tmp_path / 'home'), '1.0 GB free', 'SPEECHLOSS_HOME')
 
 
 @pytest.fixture
@@ -244,11 +233,12 @@ def test_what_has_arrived_waits_for_the_next_call(archives, monkeypatch):
     root, asked, faults = archives
     target, url = root / 'a.zip', f'{voicebank.DATASHARE}/{voicebank.ARCHIVES[0].address}/content'
     faults += ['cut']
-    fails(lambda: voicebank.download_archive(url, target, voicebank.ARCHIVES[0].md5, attempts=1), 'broke', '--from')
+    refuses_corpus(lambda: voicebank.download_archive(url, target, voicebank.ARCHIVES[0].md5, attempts=1),
+                   'broke', '--from')
     assert target.with_name('a.zip.part').stat().st_size == 1000
     voicebank.download_archive(url, target, voicebank.ARCHIVES[0].md5)
     assert target.is_file() and asked[-1][1] == 'bytes=1000-'
-    fails(lambda: voicebank.download_archive(url, root / 'b.zip', '0' * 32, attempts=2), 'MD5')
+    refuses_corpus(lambda: voicebank.download_archive(url, root / 'b.zip', '0' * 32, attempts=2), 'MD5')
 
 
 def test_archives_in_a_folder(archives):
