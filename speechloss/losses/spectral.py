@@ -32,8 +32,7 @@ class SpectralLoss(Loss):
     """Add weighted terms of spectra at several resolutions; 0 at identity.
 
     `loss(enhanced, clean)` takes waves `(T,)`, `(B, T)` or `(B, C, T)` in [-1, 1] and gives a scalar of 0 or more.
-    A magnitude has no gradient at exact
-    silence: add a waveform or complex term where that matters.
+    A magnitude has no gradient at exact silence: add a waveform or complex term where that matters.
 
     - `resolutions`: each a `Resolution` or `(n_fft, hop_length, win_length)` in samples; they are summed
     - `terms`: a weight for each that is wanted of 'sc' (spectral convergence), 'log_l1', 'log_l2', 'lin_l1', 'lin_l2'
@@ -127,8 +126,7 @@ class MultiResolutionSTFTLoss(SpectralLoss):
     """Measure spectral convergence and log-magnitude distance, averaged over STFT resolutions; 0 at identity.
 
     `loss(enhanced, clean)` takes waves `(T,)`, `(B, T)` or `(B, C, T)` in [-1, 1] and gives a scalar of 0 or more.
-    A magnitude has no gradient at exact
-    silence: add a waveform or complex term where that matters.
+    A magnitude has no gradient at exact silence: add a waveform or complex term where that matters.
 
     - `resolutions`: each `(n_fft, hop_length, win_length)` in samples
     - `terms`: a weight for each that is wanted of 'sc' (spectral convergence), 'log_l1', 'log_l2', 'lin_l1', 'lin_l2'
@@ -159,8 +157,7 @@ class STFTLoss(MultiResolutionSTFTLoss):
     """Measure spectral convergence and log-magnitude distance at one STFT resolution; 0 at identity.
 
     `loss(enhanced, clean)` takes waves `(T,)`, `(B, T)` or `(B, C, T)` in [-1, 1] and gives a scalar of 0 or more.
-    A magnitude has no gradient at exact
-    silence: add a waveform or complex term where that matters.
+    A magnitude has no gradient at exact silence: add a waveform or complex term where that matters.
 
     - `n_fft`: samples of a frame
     - `hop_length`: samples from one frame to the next
