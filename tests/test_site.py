@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import tomllib
+import urllib.request
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
@@ -279,7 +280,7 @@ def test_python_of_the_readme_runs(tmp_path):
 
 @pytest.mark.slow
 def test_commands_of_the_readme_run(tmp_path):
-    "With those of its guide: the recipe and every `speechloss` line but reproduce, on a little speech, for two steps"
+    "After those of its guide: the recipe and every `speechloss` line but reproduce, on a little speech, for two steps"
     from speechloss.corpora import get, Mixtures
     from speechloss.signal import save
     guide = '\n'.join(c.source for c in nbformat.read(ROOT/'nbs/guides/commands.ipynb', 4).cells)
@@ -291,7 +292,7 @@ def test_commands_of_the_readme_run(tmp_path):
         for folder in ('recordings', 'noisy', 'clean', 'runs/a/enhanced'):
             (tmp_path/folder).mkdir(parents=True, exist_ok=True)
             save(tmp_path/folder/f'{k}.wav', item['clean' if folder == 'clean' else 'noisy'], 16000)
-    lines = [line.split(' #')[0].strip() for text in (None, guide) for block in blocks('bash', text)
+    lines = [line.split(' #')[0].strip() for text in (guide, None) for block in blocks('bash', text)
              for line in block.splitlines()]
     lines = [line for line in dict.fromkeys(lines) if line.startswith('speechloss ') and ' reproduce ' not in line]
     assert len(lines) >= 5
@@ -343,9 +344,14 @@ class Seen:
         self.page = browser.new_page(**options)
         self.page.on('console', lambda m: m.type in ('error', 'warning') and self.wrong.append(f'console: {m.text}'))
         self.page.on('pageerror', lambda e: self.wrong.append(f'error: {e}'))
-        self.page.on('requestfailed', lambda r: self.wrong.append(f'failed: {r.url}'))
+        self.page.on('requestfailed', self._failed)
         self.page.on('request', lambda r: r.url.startswith(('http://127', 'data:', 'blob:'))
                      or self.wrong.append(f'asks the network: {r.url}'))
+
+    def _failed(self, request):
+        "A request that the browser gave up as it left for the next page is made again"
+        left = 'ERR_ABORTED' in (request.failure or '')
+        if not left or urllib.request.urlopen(request.url).status != 200: self.wrong.append(f'failed: {request.url}')
 
     def open(self, path):
         self.page.goto(f'{self.address}/{path}', wait_until='load')
