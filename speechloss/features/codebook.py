@@ -46,27 +46,9 @@ def _broadcast_from_first_process(x: Tensor) -> Tensor:
     if _is_distributed(): distributed.broadcast(x, 0)
     return x
 
-# %% ../../nbs/features/codebook.ipynb #9a9d1ff5
-class Codebook(nn.Module):
-    """Stand for vectors by the nearest of `size` codes, which follow the vectors.
-
-    `codebook(vectors)` takes `(B, frames, dim)` and gives a `Quantised`. Codes change in training mode alone, or as
-    `update` says. All of it is in `state_dict()`.
-
-    - `size`: codes
-    - `dim`: numbers of a code
-    - `distance`: 'cosine' (vectors and codes have unit length) or 'euclidean'
-    - `decay`: share of the moving averages that stays at each step, in [0, 1)
-    - `iterations`: of k-means on the first batch
-    - `revive`: put a code on a vector of the batch when its moving count falls below this; 0: never
-    - `eps`: added to each count before a mean is taken
-
-    `SpeechLossError` for an unknown distance, or a number out of range. After Fu et al., ICLR 2024, arXiv 2402.16321.
-
-    >>> book = Codebook(2, 2, distance='euclidean')
-    >>> book(torch.tensor([[[0., 0.], [1., 1.]]])).index.shape
-    torch.Size([1, 2])
-    """
+# %% ../../nbs/features/codebook.ipynb #fae826de
+class _FollowingCodes(nn.Module):
+    "Hold codes that begin by k-means and follow the vectors that they stand for"
     codes: Tensor    # (size, dim)
     sums: Tensor     # (size, dim), moving sum of the vectors of each code
     counts: Tensor   # (size,), moving count of them
@@ -88,29 +70,6 @@ class Codebook(nn.Module):
     def unit(self, x: Tensor) -> Tensor:
         "Return what a vector is compared as: itself, or itself at unit length"
         return F.normalize(x, dim=-1) if self.distance == 'cosine' else x
-
-    def forward(
-        self,
-        vectors: Tensor,                # (B, frames, dim)
-        lengths: Tensor | None = None,  # (B,) valid frames
-        *,
-        update: bool | None = None,     # None: in training mode
-    ) -> Quantised:
-        "Return the codes of `vectors`; `SpeechLossError` when no code is set yet and none may change"
-        update = self.training if update is None else update
-        vectors = self.unit(vectors)
-        with torch.no_grad():
-            seen = vectors.flatten(0, 1) if lengths is None else vectors[frame_mask(lengths, vectors.shape[1])]
-            if not self.begun:
-                if not update: raise SpeechLossError('the codebook is empty: train it, or load its state')
-                self._begin(seen.float())
-            index = self._nearest(vectors, lengths)
-            chosen = F.embedding(index.clamp_min(0), self.codes).to(vectors.dtype)
-            if update: self._follow(seen.float(), index[index >= 0])
-        valid = (index >= 0).to(vectors.dtype)
-        commitment = ((vectors - chosen).square().mean(-1) * valid).sum(-1) / valid.sum(-1)
-        through = vectors + (chosen - vectors).detach()
-        return Quantised(through * valid[..., None], index, commitment)
 
     def _nearest(self, vectors: Tensor, lengths: Tensor | None = None) -> Tensor:
         return nearest_code(vectors.detach(), self.codes, metric=self.distance, lengths=lengths).index
@@ -148,3 +107,48 @@ class Codebook(nn.Module):
             self.counts.copy_(torch.where(dead, self.revive, self.counts))
 
     def extra_repr(self) -> str: return f'size={len(self.codes)}, dim={self.codes.shape[1]}, distance={self.distance!r}'
+
+# %% ../../nbs/features/codebook.ipynb #9a9d1ff5
+class Codebook(_FollowingCodes):
+    """Stand for vectors by the nearest of `size` codes, which follow the vectors.
+
+    `codebook(vectors)` takes `(B, frames, dim)` and gives a `Quantised`. Codes change in training mode alone, or as
+    `update` says. All of it is in `state_dict()`.
+
+    - `size`: codes
+    - `dim`: numbers of a code
+    - `distance`: 'cosine' (vectors and codes have unit length) or 'euclidean'
+    - `decay`: share of the moving averages that stays at each step, in [0, 1)
+    - `iterations`: of k-means on the first batch
+    - `revive`: put a code on a vector of the batch when its moving count falls below this; 0: never
+    - `eps`: added to each count before a mean is taken
+
+    `SpeechLossError` for an unknown distance, or a number out of range. After Fu et al., ICLR 2024, arXiv 2402.16321.
+
+    >>> book = Codebook(2, 2, distance='euclidean')
+    >>> book(torch.tensor([[[0., 0.], [1., 1.]]])).index.shape
+    torch.Size([1, 2])
+    """
+
+    def forward(
+        self,
+        vectors: Tensor,                # (B, frames, dim)
+        lengths: Tensor | None = None,  # (B,) valid frames
+        *,
+        update: bool | None = None,     # None: in training mode
+    ) -> Quantised:
+        "Return the codes of `vectors`; `SpeechLossError` when no code is set yet and none may change"
+        update = self.training if update is None else update
+        vectors = self.unit(vectors)
+        with torch.no_grad():
+            seen = vectors.flatten(0, 1) if lengths is None else vectors[frame_mask(lengths, vectors.shape[1])]
+            if not self.begun:
+                if not update: raise SpeechLossError('the codebook is empty: train it, or load its state')
+                self._begin(seen.float())
+            index = self._nearest(vectors, lengths)
+            chosen = F.embedding(index.clamp_min(0), self.codes).to(vectors.dtype)
+            if update: self._follow(seen.float(), index[index >= 0])
+        valid = (index >= 0).to(vectors.dtype)
+        commitment = ((vectors - chosen).square().mean(-1) * valid).sum(-1) / valid.sum(-1)
+        through = vectors + (chosen - vectors).detach()
+        return Quantised(through * valid[..., None], index, commitment)

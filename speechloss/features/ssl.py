@@ -64,8 +64,45 @@ def _joined(parts: list[Tensor]) -> Tensor:
     most = max(part.shape[1] for part in parts)
     return torch.cat([F.pad(part, (0, 0, 0, most - part.shape[1])) for part in parts])
 
+# %% ../../nbs/features/ssl.ipynb #ae553187
+class _AtOwnRate(Features):
+    "Hold a network that has heard 16 kHz, and bring waves of another rate to it"
+    sample_rate: int
+    frozen: Frozen
+
+    @property
+    def stages(self) -> Stages:
+        "Return the network, up to the deepest layer used"
+        return cast(Stages, self.frozen.net)
+
+    @property
+    def hop(self) -> int:
+        "Return the samples of the wave from one frame of the deepest layer to the next"
+        return self.stages.hop * self.sample_rate // SAMPLE_RATE
+
+    def _resampled(self, wave: Tensor) -> Tensor:
+        if self.sample_rate == SAMPLE_RATE: return wave
+        resample = torchaudio_module().functional.resample
+        return resample(wave, self.sample_rate, SAMPLE_RATE, lowpass_filter_width=16, rolloff=.945)
+
+    def _check(self, samples: int) -> None:
+        heard = self._heard(samples)
+        if heard < self.stages.reach:
+            raise SpeechLossError(
+                f'the wave has {samples} samples at {self.sample_rate} Hz, too short for the network: '
+                f'give at least {-(-self.stages.reach * self.sample_rate // SAMPLE_RATE)}')
+
+    def _heard(self, samples):
+        "Samples at the network's rate, of a whole number or of `(B,)`"
+        if isinstance(samples, Tensor): samples = samples.long()    # the product exceeds 32 bits
+        return -(-samples * SAMPLE_RATE // self.sample_rate)
+
+    def frame_lengths(self, lengths):
+        counts = self.stages.frames(self._heard(lengths))
+        return [counts[name] for name in self.names]
+
 # %% ../../nbs/features/ssl.ipynb #7b8e14b2
-class SSLFeatures(Features):
+class SSLFeatures(_AtOwnRate):
     """Look at a wave through a frozen self-supervised speech network.
 
     `features(wave)` takes `(B, T)` at `sample_rate` and gives `(B, frames, dim)` for each layer, in the precision of
@@ -90,8 +127,6 @@ class SSLFeatures(Features):
     >>> [layer.shape[0] for layer in features(torch.zeros(2, 4000))]
     [2]
     """
-    sample_rate: int
-    frozen: Frozen
 
     def __init__(self, model: str | PathLike | nn.Module = 'small', *,
                  layers: str | int | Sequence[str | int] = 'later',
@@ -110,16 +145,6 @@ class SSLFeatures(Features):
 
     def extra_repr(self):
         return f'{self.model}, layers={self.names}, sample_rate={self.sample_rate}'
-
-    @property
-    def stages(self) -> Stages:
-        "Return the network, up to the deepest layer used"
-        return cast(Stages, self.frozen.net)
-
-    @property
-    def hop(self) -> int:
-        "Return the samples of the wave from one frame of the deepest layer to the next"
-        return self.stages.hop * self.sample_rate // SAMPLE_RATE
 
     def forward(self, wave, lengths=None):
         if wave.ndim != 2 or not wave.is_floating_point():
@@ -142,27 +167,6 @@ class SSLFeatures(Features):
         keep = self.checkpoint and torch.is_grad_enabled() and inside.requires_grad
         found = self.stages(inside, self.names, *([_checkpointed] if keep else []))
         return [found[name].to(wave.dtype) for name in self.names]
-
-    def _resampled(self, wave: Tensor) -> Tensor:
-        if self.sample_rate == SAMPLE_RATE: return wave
-        resample = torchaudio_module().functional.resample
-        return resample(wave, self.sample_rate, SAMPLE_RATE, lowpass_filter_width=16, rolloff=.945)
-
-    def _check(self, samples: int) -> None:
-        heard = self._heard(samples)
-        if heard < self.stages.reach:
-            raise SpeechLossError(
-                f'the wave has {samples} samples at {self.sample_rate} Hz, too short for the network: '
-                f'give at least {-(-self.stages.reach * self.sample_rate // SAMPLE_RATE)}')
-
-    def _heard(self, samples):
-        "Samples at the network's rate, of a whole number or of `(B,)`"
-        if isinstance(samples, Tensor): samples = samples.long()    # the product exceeds 32 bits
-        return -(-samples * SAMPLE_RATE // self.sample_rate)
-
-    def frame_lengths(self, lengths):
-        counts = self.stages.frames(self._heard(lengths))
-        return [counts[name] for name in self.names]
 
 # %% ../../nbs/features/ssl.ipynb #003f30d1
 class CachedFeatures(Features):

@@ -9,7 +9,7 @@ __all__ = ['Standard', 'Plain', 'WhisperMel', 'Bridge', 'WhisperBridge', 'Whispe
 # %% ../../nbs/features/ssl_networks.ipynb #e7c9195f
 import math
 from collections.abc import Iterable
-from typing import Any, cast
+from typing import Any, Self, cast
 
 import torch
 from torch import Tensor, nn
@@ -103,18 +103,9 @@ class AudioConv(nn.Module):
 def _first(output):
     return output[0] if isinstance(output, tuple) else output
 
-# %% ../../nbs/features/ssl_networks.ipynb #01f6fd69
-class Stages(nn.Module):
-    """Run a network as one line of stages and return the outputs that are wanted.
-
-    `stages(wave, wanted)` takes `(B, T)` at 16 kHz and names, and gives `{name: (B, frames, dim)}`.
-
-    - `front`: what makes the input of the first convolution of a wave
-    - `convs`: convolutions, 'conv0' and so on
-    - `bridge`: from the convolutions to the transformer, 'layer0'; None: no transformer
-    - `blocks`: of the transformer, 'layer1' and so on
-    - `biased`: blocks hand on the bias of their attention (WavLM of torchaudio)
-    """
+# %% ../../nbs/features/ssl_networks.ipynb #b20b8fdf
+class _StageLine(nn.Module):
+    "Hold the stages of a network in one line, and count their frames"
     bridge: nn.Module | None
 
     def __init__(self, front: nn.Module, convs: Iterable[nn.Module], bridge: nn.Module | None,
@@ -130,7 +121,7 @@ class Stages(nn.Module):
         deep = range(len(self.blocks) + 1) if self.bridge is not None else ()
         return (*(f'conv{i}' for i in range(len(self.convs))), *(f'layer{i}' for i in deep))
 
-    def cut(self, name: str) -> 'Stages':
+    def cut(self, name: str) -> Self:
         "Drop every stage after the named one and return the rest"
         place = self.names.index(name)
         kept = place - len(self.convs)
@@ -170,6 +161,19 @@ class Stages(nn.Module):
         size = 1
         for kernel, stride, _ in reversed(self.grid): size = (size - 1) * stride + kernel
         return size
+
+# %% ../../nbs/features/ssl_networks.ipynb #01f6fd69
+class Stages(_StageLine):
+    """Run a network as one line of stages and return the outputs that are wanted.
+
+    `stages(wave, wanted)` takes `(B, T)` at 16 kHz and names, and gives `{name: (B, frames, dim)}`.
+
+    - `front`: what makes the input of the first convolution of a wave
+    - `convs`: convolutions, 'conv0' and so on
+    - `bridge`: from the convolutions to the transformer, 'layer0'; None: no transformer
+    - `blocks`: of the transformer, 'layer1' and so on
+    - `biased`: blocks hand on the bias of their attention (WavLM of torchaudio)
+    """
 
     def forward(self, wave: Tensor, wanted, run=lambda stage, *inputs: stage(*inputs)) -> dict:
         outputs, x, bias = {}, self.front(wave), None

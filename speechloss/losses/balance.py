@@ -26,28 +26,9 @@ def across_processes(value: Tensor) -> Tensor:
         value /= torch.distributed.get_world_size()
     return value
 
-# %% ../../nbs/losses/balance.ipynb #d779a057
-class Balancer(nn.Module):
-    """Scale named terms of different size before they are added.
-
-    `balancer(compute, enhanced)` calls `compute` on the enhanced wave `(N, T)` and returns each term `(N,)` times its
-    weight, over what `mode` measures. At 'value' a term is worth its weight, whatever its size, and only the direction
-    of its gradient counts. The running statistics are learned state and enter `state_dict()`.
-
-    - `names`: of the terms that `compute` returns
-    - `mode`: 'none' (weights alone), 'value' (over the absolute value of the term, for each utterance), 'mean' (over
-      the running mean of that value), or 'grad' (over the running mean of the norm of its gradient at `enhanced`)
-    - `weights`: by name; a term without one has 1
-    - `anchor`: name of the term that keeps its scale, to which the others are brought; None: all are brought to 1
-    - `momentum`: of the running mean, in [0, 1]; 0.99 forgets within some 100 steps, 1 keeps the first value
-
-    `SpeechLossError` for an unknown mode, weight or anchor. The mode 'grad' is in the spirit of Défossez et al., *High
-    fidelity neural audio compression*, 2022, arXiv 2210.13438, section 3.4.
-
-    >>> balancer = Balancer(('a', 'b'), mode='value', weights=dict(b=.5))
-    >>> balancer(lambda wave: dict(a=wave.abs().mean(-1), b=9 * wave.square().mean(-1)), torch.full((1, 8), 2.))
-    {'a': tensor([1.]), 'b': tensor([0.5000])}
-    """
+# %% ../../nbs/losses/balance.ipynb #2772494f
+class _Scales(nn.Module):
+    "Hold the weights of named terms and the running mean of what they are divided by"
     running: Tensor   # (terms,) running mean of the statistic, of 'mean' and 'grad'
     steps: Tensor     # () how many it has seen
 
@@ -82,6 +63,29 @@ class Balancer(nn.Module):
         stats = stats.clamp_min(_SMALLEST)
         target = 1. if self.anchor is None else stats[self.names.index(self.anchor)]
         return [self.weights[name] * target / s for name, s in zip(self.names, stats)]
+
+# %% ../../nbs/losses/balance.ipynb #d779a057
+class Balancer(_Scales):
+    """Scale named terms of different size before they are added.
+
+    `balancer(compute, enhanced)` calls `compute` on the enhanced wave `(N, T)` and returns each term `(N,)` times its
+    weight, over what `mode` measures. At 'value' a term is worth its weight, whatever its size, and only the direction
+    of its gradient counts. The running statistics are learned state and enter `state_dict()`.
+
+    - `names`: of the terms that `compute` returns
+    - `mode`: 'none' (weights alone), 'value' (over the absolute value of the term, for each utterance), 'mean' (over
+      the running mean of that value), or 'grad' (over the running mean of the norm of its gradient at `enhanced`)
+    - `weights`: by name; a term without one has 1
+    - `anchor`: name of the term that keeps its scale, to which the others are brought; None: all are brought to 1
+    - `momentum`: of the running mean, in [0, 1]; 0.99 forgets within some 100 steps, 1 keeps the first value
+
+    `SpeechLossError` for an unknown mode, weight or anchor. The mode 'grad' is in the spirit of Défossez et al., *High
+    fidelity neural audio compression*, 2022, arXiv 2210.13438, section 3.4.
+
+    >>> balancer = Balancer(('a', 'b'), mode='value', weights=dict(b=.5))
+    >>> balancer(lambda wave: dict(a=wave.abs().mean(-1), b=9 * wave.square().mean(-1)), torch.full((1, 8), 2.))
+    {'a': tensor([1.]), 'b': tensor([0.5000])}
+    """
 
     def forward(self, compute: Callable[[Tensor], dict[str, Tensor]],
                 enhanced: Tensor) -> dict[str, Tensor]:

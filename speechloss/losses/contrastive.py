@@ -292,8 +292,7 @@ class ContrastiveRegularization(_SeenInTraining, _Contrast):
                  curriculum: Curriculum | dict | None = None, eps: float = 1e-3, clamp: float | None = 10.,
                  push: bool = True, temperature: float = .1, cache: int = 0, reduction: str = 'mean'):
         super().__init__(reduction=reduction)
-        options = dict(distance=distance, eps=eps, clamp=clamp, push=push, temperature=temperature)
-        _check_options(form, options)
+        _check_options(form, dict(distance=distance, eps=eps, clamp=clamp, push=push, temperature=temperature))
         self.form, self.push, self.eps, self.clamp, self.temperature = form, push, eps, clamp, temperature
         self.distance = distance if form == 'ratio' else 'cosine'    # in which margins are taken
         self.features = features

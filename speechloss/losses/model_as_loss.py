@@ -31,8 +31,52 @@ def unwrapped(model: nn.Module) -> nn.Module:
 _RULES = ('frozen-fe', 'frozen', 'dynamic')
 _REFRESH = ('epoch', 'batch', 'ema')
 
+# %% ../../nbs/losses/model_as_loss.ipynb #914eeb03
+class _FollowingCopy(FeatureDistance):
+    "Hold a frozen copy of a model, which follows the model by a rule, and compare in its features"
+    rule: str
+    refresh: str
+    ema: float
+
+    @property
+    def snapshot(self) -> nn.Module:
+        "Return the frozen copy of the model"
+        return cast(EncoderFeatures, self.features).frozen.net
+
+    @torch.no_grad()
+    def update(self, model: nn.Module, *, decay: float = 0.):
+        """Move the copy to `model`.
+
+        - `model`: the enhancer in training, wrapped or not
+        - `decay`: share of the old copy that stays, in [0, 1); 0: none
+        """
+        new = unwrapped(model).state_dict()
+        for name, old in self.snapshot.state_dict().items():
+            if decay and old.is_floating_point():
+                old.lerp_(new[name].to(old), 1 - decay)
+            else:
+                old.copy_(new[name])
+
+    def step_end(self, model: nn.Module):
+        "Follow the model after an optimiser step, if the rule says so"
+        if self.rule == 'dynamic' and self.refresh != 'epoch':
+            self.update(model, decay=self.ema if self.refresh == 'ema' else 0.)
+
+    def epoch_end(self, model: nn.Module):
+        "Follow the model after an epoch, if the rule says so"
+        if self.rule == 'dynamic' and self.refresh == 'epoch':
+            self.update(model)
+
+    def resume_state(self) -> dict[str, Tensor]:
+        "Return the weights of the copy, which an exact resume needs and `state_dict()` leaves out"
+        return {name: value.detach().clone() for name, value in self.snapshot.state_dict().items()}
+
+    def load_resume_state(self, state: dict[str, Tensor]):
+        "Restore what `resume_state()` gave"
+        self.snapshot.load_state_dict(state)
+
 # %% ../../nbs/losses/model_as_loss.ipynb #8b1bb372
-class ModelAsLoss(FeatureDistance):
+class ModelAsLoss(_FollowingCopy):
     """Measure the distance between enhanced and clean in the space of the enhancer's own encoder; 0 at identity.
 
     `loss(enhanced, clean)` takes waves `(T,)`, `(B, T)` or `(B, C, T)` in [-1, 1] at the rate of the model and gives a
@@ -75,43 +119,6 @@ class ModelAsLoss(FeatureDistance):
 
     def extra_repr(self):
         return f'rule={self.rule}, refresh={self.refresh}, distance={self.distance}'
-
-    @property
-    def snapshot(self) -> nn.Module:
-        "Return the frozen copy of the model"
-        return cast(EncoderFeatures, self.features).frozen.net
-
-    @torch.no_grad()
-    def update(self, model: nn.Module, *, decay: float = 0.):
-        """Move the copy to `model`.
-
-        - `model`: the enhancer in training, wrapped or not
-        - `decay`: share of the old copy that stays, in [0, 1); 0: none
-        """
-        new = unwrapped(model).state_dict()
-        for name, old in self.snapshot.state_dict().items():
-            if decay and old.is_floating_point():
-                old.lerp_(new[name].to(old), 1 - decay)
-            else:
-                old.copy_(new[name])
-
-    def step_end(self, model: nn.Module):
-        "Follow the model after an optimiser step, if the rule says so"
-        if self.rule == 'dynamic' and self.refresh != 'epoch':
-            self.update(model, decay=self.ema if self.refresh == 'ema' else 0.)
-
-    def epoch_end(self, model: nn.Module):
-        "Follow the model after an epoch, if the rule says so"
-        if self.rule == 'dynamic' and self.refresh == 'epoch':
-            self.update(model)
-
-    def resume_state(self) -> dict[str, Tensor]:
-        "Return the weights of the copy, which an exact resume needs and `state_dict()` leaves out"
-        return {name: value.detach().clone() for name, value in self.snapshot.state_dict().items()}
-
-    def load_resume_state(self, state: dict[str, Tensor]):
-        "Restore what `resume_state()` gave"
-        self.snapshot.load_state_dict(state)
 
     @torch.no_grad()
     def health(self, clean: Tensor, *, noisy: Tensor | None = None,
