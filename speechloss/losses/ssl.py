@@ -56,12 +56,14 @@ class SSLLoss(FeatureDistance):
     - `weights`: of the layers, in order or by name, relative to one another; None: all alike
     - `balance`: 'none', 'value', 'mean' or 'grad', the `mode` of `Balancer`
     - `sample_rate`: of the waves in Hz; another one than 16,000 is resampled for the network
-    - `normalize`: bring each utterance to zero mean and unit variance first; None: as the network was trained
+    - `normalize`: bring each utterance to zero mean and unit variance first; None: if the network
+      was trained so ('small' was)
     - `offset`: the largest shift of both waves in training mode, as a share in [0, 1) of the shortest utterance
     - `cache`: keep the clean features of so many utterances; 0: none; not together with `offset`
     - `dither_db`: level of a fixed noise under both waves, in dB against full scale, such as -60; None: no noise
-    - `checkpoint`: compute each block again in the backward pass, which saves memory and costs time
-    - `random_seed`: draw new weights from this seed: the control that tells what training is worth; None: keep them
+    - `checkpoint`: gradient checkpointing: compute each block again in the backward pass, which saves memory and costs
+      time
+    - `random_seed`: draw new, untrained weights from this seed, as a control; None: keep the trained ones
     - `reduction`: 'mean' or 'sum' over the batch, or 'none' for one value per utterance, `(B,)`
 
     `SpeechLossError` for an unknown layer or option, a network that cannot be opened, and waves too short for it. In
