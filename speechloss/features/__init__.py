@@ -7,10 +7,10 @@ __all__ = ['CachedFeatures', 'CodecFeatures', 'EncoderFeatures', 'Features', 'Fr
            'RandomFeatures', 'SSLFeatures', 'STFTFeatures', 'VQFeatures', 'randomized']
 
 # %% ../../nbs/features/index.ipynb #5cae6257
-from .base import Features, Frozen, randomized
+from .base import CachedFeatures, Features, Frozen, randomized
 from .spectra import STFTFeatures, MelFeatures, GammatoneFeatures
 from .encoder import EncoderFeatures, RandomFeatures
-from .ssl import SSLFeatures, CachedFeatures
+from .ssl import SSLFeatures
 from .codec import CodecFeatures
 from .vqvae import VQFeatures
 

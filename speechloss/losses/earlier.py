@@ -13,8 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..common.errors import SpeechLossError
-from ..features.base import Features, Frozen, each_alone
-from ..features.ssl import CachedFeatures
+from ..features.base import CachedFeatures, Features, Frozen, each_alone
 from .model_as_loss import unwrapped
 
 # %% ../../nbs/losses/earlier.ipynb #1ed5fc29
