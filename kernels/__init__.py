@@ -10,6 +10,7 @@ the same algorithm in Triton, imported on the first call that it serves.
     info_nce         cross-entropy of a query's own key among all keys
     nearest_code     nearest code of a codebook          } both use frames_and_codes and
     token_loss       cross-entropy of frames and tokens  } frames_and_codes_triton
+    gru              a recurrent layer with a short backward pass, on a CPU; cuDNN has it on a GPU
 
     backends         which back end serves a call        framing    frames of waves, and back
     launch           what Triton launchers share         workers    pieces of work on CPU cores

@@ -53,3 +53,14 @@ def side_by_side(function: Callable[[Any], Any], pieces: Iterable, *, cpu: bool)
         with torch.no_grad(): return function(piece)   # the mode belongs to the thread
 
     return list(_pool(workers).map(without_gradient, pieces))
+
+
+@lru_cache(maxsize=1)
+def keep_memory() -> None:
+    """Make glibc keep the memory of freed tensors, by freeing one large tensor.
+
+    Until then glibc returns every megabyte to the system and takes it back with the next
+    tensor, which costs twice the arithmetic. A training has freed such a tensor long ago; a
+    first call has not.
+    """
+    torch.empty(31 * 2 ** 20, dtype=torch.uint8)

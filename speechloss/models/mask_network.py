@@ -13,6 +13,8 @@ from torch.nn import functional as F
 
 from ..common.errors import SpeechLossError
 from ..common.libraries import extra
+from ..kernels.backends import wants_grad
+from ..kernels.gru import gru
 from ..signal.audio import SAMPLE_RATE
 from ..signal.auditory import erb_to_hz, hz_to_erb
 from ..signal.spectra import frame_mask, istft, window_of
@@ -96,12 +98,22 @@ class Recurrent(nn.GRU):
     # its names in a saved file are those of nn.GRU, so it is one, with another call
     def forward(self, x: Tensor, frames: Tensor | None = None) -> Tensor:  # type: ignore[override]
         "Return `(B, frames, dim)` from `x` of the same shape; `frames` `(B,)` are the valid ones"
-        if frames is None or not self.bidirectional:
-            return super().forward(x)[0]   # forwards, padding comes too late to matter
+        if not self.bidirectional: frames = None   # forwards, padding comes too late to matter
+        if self._in_training(x):                   # our kernel: half the time, with the same numbers
+            ways = self.all_weights            # the parameters of each layer and way
+            for layer in zip(ways[::2], ways[1::2]) if self.bidirectional else zip(ways):
+                x = gru(x, [parameter for way in layer for parameter in way], lengths=frames)
+            return x
+        if frames is None: return super().forward(x)[0]
         packed = nn.utils.rnn.pack_padded_sequence(x, frames.cpu(), batch_first=True,
                                                    enforce_sorted=False)
         return nn.utils.rnn.pad_packed_sequence(super().forward(packed)[0], batch_first=True,
                                                 total_length=x.shape[1])[0]
+
+    def _in_training(self, x: Tensor) -> bool:
+        "Whether a gradient will be asked for on a CPU, in the type of the weights"
+        return x.is_cpu and x.dtype == self.weight_ih_l0.dtype and not torch.is_autocast_enabled('cpu') \
+            and wants_grad(x, self.weight_ih_l0)
 
 
 class SpectralEncoder(nn.Module):
