@@ -8,10 +8,11 @@ __all__ = ['check_lengths', 'valid_part', 'stft', 'istft', 'magnitude', 'compres
 
 # %% ../../nbs/signal/spectra.ipynb #1f75afbe
 import math
-from functools import lru_cache
+from functools import lru_cache, reduce
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from ..common.errors import SpeechLossError
 
@@ -67,9 +68,9 @@ def stft(
                       return_complex=True)
     return spec.transpose(1, 2)
 
-
+# %% ../../nbs/signal/spectra.ipynb #c0472b79
 def istft(
-    spec: Tensor,                   # complex (B, frames, bins)
+    spec: Tensor,                   # complex (B, frames, n_fft // 2 + 1)
     n_fft: int = 512,               # samples
     hop_length: int = 128,          # samples
     win_length: int | None = None,  # samples, default n_fft
@@ -77,11 +78,48 @@ def istft(
     window: str = 'hann',           # as in the analysis
     length: int | None = None,      # samples wanted
 ) -> Tensor:                        # (B, T)
-    "Inverse of `stft`: least-squares overlap-add"
-    win_length = win_length or n_fft
-    win = window_of(window, win_length, spec.real)
-    return torch.istft(spec.transpose(1, 2), n_fft, hop_length, win_length, win,
-                       center=True, length=length)
+    """Return the waves of spectra, the inverse of `stft`: least-squares overlap-add.
+
+    The numbers are those of `torch.istft`, at half the cost. `SpeechLossError` for another shape, and for frames too
+    far apart for their window to cover every sample.
+    """
+    if spec.ndim != 3 or not spec.is_complex() or spec.shape[-1] != n_fft // 2 + 1:
+        raise SpeechLossError(f'spec is {spec.dtype} of shape {tuple(spec.shape)}: give a complex '
+                              f'(B, frames, {n_fft // 2 + 1}) for n_fft {n_fft}')
+    taper = _centred_window(window, win_length or n_fft, n_fft, spec.real)
+    wave, there = _overlapped(torch.fft.irfft(spec, n_fft) * taper, hop_length), n_fft // 2
+    size = wave.shape[-1] - 2 * there
+    wanted = size if length is None else min(length, size + there)   # what lies beyond the last frame is zero
+    wave = wave[:, there:there + wanted] * _envelope_inverse(
+        window, win_length or n_fft, n_fft, hop_length, spec.shape[1], wanted, spec.real.dtype, spec.device)
+    return wave if length is None or wanted == length else F.pad(wave, (0, length - wanted))
+
+
+def _centred_window(name: str, win_length: int, n_fft: int, like: Tensor) -> Tensor:   # (n_fft,)
+    before = (n_fft - win_length) // 2
+    return F.pad(window_of(name, win_length, like), (before, n_fft - win_length - before))
+
+
+def _overlapped(frames: Tensor, hop_length: int) -> Tensor:   # (B, frames, n_fft) -> (B, (frames - 1) * hop + n_fft)
+    "Sum of the frames at their places; shifted sums of whole blocks, which autograd goes back through cheaply"
+    size = (frames.shape[1] - 1) * hop_length + frames.shape[2]
+    blocks = -(-frames.shape[2] // hop_length)
+    frames = F.pad(frames, (0, blocks * hop_length - frames.shape[2]))
+    shifted = [F.pad(part, (0, 0, k, blocks - 1 - k)) for k, part in enumerate(frames.split(hop_length, -1))]
+    return reduce(torch.add, shifted).flatten(1)[:, :size]
+
+
+@lru_cache(maxsize=64)
+def _envelope_inverse(window: str, win_length: int, n_fft: int, hop_length: int, frames: int, length: int,
+                      dtype: torch.dtype, device: torch.device) -> Tensor:   # (length,)
+    "One over the sum of squared windows; made once, and good in a training when first made in a validation"
+    with torch.inference_mode(False), torch.no_grad():
+        square = _centred_window(window, win_length, n_fft, torch.empty(0, dtype=dtype, device=device)).square()
+        total = _overlapped(square.expand(1, frames, n_fft), hop_length)[0, n_fft // 2:n_fft // 2 + length]
+        if not torch.compiler.is_compiling() and total.numel() and total.min() < 1e-11:
+            raise SpeechLossError(f'hop_length is {hop_length}, which leaves samples that no window of {win_length} '
+                                  'covers: give a smaller one')
+        return 1 / total
 
 # %% ../../nbs/signal/spectra.ipynb #e8de8494
 def magnitude(
