@@ -6,6 +6,7 @@
 __all__ = ['COMPOSITE_PARTS', 'seg_snr', 'llr', 'wss', 'composite_ratings', 'composite']
 
 # %% ../../nbs/metrics/composite.ipynb #424b1cd3
+from collections.abc import Callable, Iterator
 from functools import lru_cache
 
 import numpy as np
@@ -13,7 +14,7 @@ from numpy.lib.stride_tricks import sliding_window_view
 from torch import Tensor
 
 from ..common.errors import SpeechLossError
-from .distances import scorable_pair
+from .distances import PIECE_FRAMES, scorable_pair
 from .packaged import pesq_wb
 from ..signal.audio import SAMPLE_RATE
 
@@ -22,15 +23,29 @@ _FRAME_SECONDS = .03
 _KEPT_SHARE = .95  # share of the frames that LLR and WSS average, the best ones
 
 
-def _frames(wave: np.ndarray, sample_rate: int) -> np.ndarray:  # (frames, size)
+@lru_cache
+def _window(size: int) -> np.ndarray:  # (size,)
+    return .5 - .5 * np.cos(2 * np.pi * np.arange(1, size + 1) / (size + 1))
+
+
+def _frames(wave: np.ndarray, sample_rate: int) -> Iterator[np.ndarray]:  # (frames, size), windowed, piece by piece
     size = round(_FRAME_SECONDS * sample_rate)
     hop = size // 4
     if len(wave) < size + hop:
         raise SpeechLossError(f'the waves have {len(wave)} samples and this metric needs '
                               f'{size + hop} at {sample_rate} Hz: score longer clips')
-    window = .5 - .5 * np.cos(2 * np.pi * np.arange(1, size + 1) / (size + 1))
     count = (len(wave) - size) // hop
-    return sliding_window_view(wave, size)[:count * hop:hop] * window
+    every = sliding_window_view(wave, size)[:count * hop:hop]
+    for first in range(0, count, PIECE_FRAMES): yield every[first:first + PIECE_FRAMES] * _window(size)
+
+
+def _each_frame(
+    measure: Callable,    # of frames, (frames, size) each, to numbers (frames,)
+    *waves: np.ndarray,   # (T,)
+    sample_rate: int,
+) -> np.ndarray:          # (frames,)
+    "Return a measure of every frame, with the frames of one piece in memory"
+    return np.concatenate([measure(*pieces) for pieces in zip(*(_frames(wave, sample_rate) for wave in waves))])
 
 
 def _best(distance: np.ndarray) -> float:  # (frames,)
@@ -53,8 +68,8 @@ def seg_snr(
     20.0
     """
     e, c = scorable_pair(enhanced, clean, sample_rate, rate=None)
-    signal = np.square(_frames(c, sample_rate)).sum(1)
-    noise = np.square(_frames(c - e, sample_rate)).sum(1)
+    signal, noise = (_each_frame(lambda frames: np.square(frames).sum(1), wave, sample_rate=sample_rate)
+                     for wave in (c, c - e))
     tiny = np.finfo(float).eps
     snr = 10 * np.log10((signal + tiny ** 2) / (noise + tiny ** 2))
     return float(np.where(noise <= tiny, 35., snr.clip(-10, 35)).mean())
@@ -87,6 +102,12 @@ def _residual(a: np.ndarray, r: np.ndarray) -> np.ndarray:  # (frames,)
     return np.einsum('fi,fij,fj->f', a, matrix, a)
 
 
+def _llr(e: np.ndarray, c: np.ndarray) -> np.ndarray:  # frames (frames, size) -> (frames,)
+    (a_e, _), (a_c, r_c) = _lpc(e), _lpc(c)
+    ratio = _residual(a_e, r_c) / np.maximum(_residual(a_c, r_c), 1e-30)
+    return np.log(np.maximum(ratio, 1))                 # below 1 by rounding only
+
+
 def llr(
     enhanced: Tensor | np.ndarray,  # (T,) or (1, T)
     clean: Tensor | np.ndarray,     # the same shape
@@ -103,10 +124,7 @@ def llr(
     >>> llr(clean, clean, 16000)
     0.0
     """
-    e, c = (_frames(w, SAMPLE_RATE) for w in scorable_pair(enhanced, clean, sample_rate))
-    (a_e, _), (a_c, r_c) = _lpc(e), _lpc(c)
-    ratio = _residual(a_e, r_c) / np.maximum(_residual(a_c, r_c), 1e-30)
-    distance = np.log(np.maximum(ratio, 1))             # below 1 by rounding only
+    distance = _each_frame(_llr, *scorable_pair(enhanced, clean, sample_rate), sample_rate=SAMPLE_RATE)
     return _best(distance if limit is None else distance.clip(max=limit))
 
 # %% ../../nbs/metrics/composite.ipynb #3dc480b5
@@ -129,10 +147,10 @@ def _critical_bands(n_fft: int, sample_rate: int) -> np.ndarray:  # (n_fft // 2,
     return bands * (bands > np.exp(-30 / (2 * 2.303)))
 
 
-def _levels(wave: np.ndarray) -> np.ndarray:  # dB, (frames, 25)
-    frames = _frames(wave, SAMPLE_RATE)
+def _levels(frames: np.ndarray) -> np.ndarray:  # (frames, size) -> dB, (frames, 25)
     n_fft = 1 << (2 * frames.shape[1] - 1).bit_length()
-    power = np.abs(np.fft.rfft(frames, n_fft)[:, :-1]) ** 2
+    spectrum = np.fft.rfft(frames, n_fft)[:, :-1]
+    power = np.square(spectrum.real) + np.square(spectrum.imag)
     return 10 * np.log10(np.maximum(power @ _critical_bands(n_fft, SAMPLE_RATE), 1e-10))
 
 
@@ -154,6 +172,13 @@ def _weights(level: np.ndarray) -> np.ndarray:  # (frames, 24)
             * _K_PEAK / (_K_PEAK + _peaks(level) - at_band))
 
 
+def _wss(e: np.ndarray, c: np.ndarray) -> np.ndarray:  # frames (frames, size) -> (frames,)
+    e, c = _levels(e), _levels(c)
+    weight = (_weights(e) + _weights(c)) / 2
+    gap = np.square(np.diff(e) - np.diff(c))
+    return (weight * gap).sum(1) / weight.sum(1)
+
+
 def wss(
     enhanced: Tensor | np.ndarray,  # (T,) or (1, T)
     clean: Tensor | np.ndarray,     # the same shape
@@ -168,10 +193,7 @@ def wss(
     >>> wss(clean, clean, 16000)
     0.0
     """
-    e, c = map(_levels, scorable_pair(enhanced, clean, sample_rate))
-    weight = (_weights(e) + _weights(c)) / 2
-    gap = np.square(np.diff(e) - np.diff(c))
-    return _best((weight * gap).sum(1) / weight.sum(1))
+    return _best(_each_frame(_wss, *scorable_pair(enhanced, clean, sample_rate), sample_rate=SAMPLE_RATE))
 
 # %% ../../nbs/metrics/composite.ipynb #321e9d47
 def composite_ratings(

@@ -39,10 +39,9 @@ def masking_spread(
     level: Tensor,  # dB, of the masker
 ) -> Tensor:        # dB, at most 0; -inf from 3 Bark below and 8 above
     "Masking function `vf` of ISO/IEC 11172-3, D.1, step 6"
-    lower = .4 * level + 6
-    v = torch.where(dz < -1, 17 * (dz + 1) - lower, lower * dz)
-    v = torch.where(dz >= 0, -17 * dz, v)
-    v = torch.where(dz >= 1, -(dz - 1) * (17 - .15 * level) - 17, v)
+    lower, upper = .4 * level + 6, 17 - .15 * level
+    # four slopes that meet at -1, 0 and 1 Bark, each held where the next one takes over
+    v = 17 * ((dz + 1).clamp_max(0.) - dz.clamp(0., 1.)) + lower * dz.clamp(-1., 0.) - upper * (dz - 1).clamp_min(0.)
     return v.masked_fill((dz < -3) | (dz >= 8), -math.inf)
 
 
@@ -208,7 +207,7 @@ class MaskingModel(_CriticalBands):
             hidden = level + offset(where)
             dz = z[at] - where[..., None]
             there = hidden[..., None] + masking_spread(dz, level[..., None])
-            total = total + (10 ** (there / 10)).nan_to_num(0.).sum(-2)
+            total = total + (there * (math.log2(10) / 10)).exp2().nan_to_num(0.).sum(-2)   # twice as fast as 10 ** x
         below = torch.searchsorted(at, torch.arange(len(hz), device=at.device), right=True) - 1
         return total[:, below] * 10 ** (-self.full_scale_db / 10)
 
@@ -219,12 +218,14 @@ class MaskingModel(_CriticalBands):
         tone = (_db(three) + self.full_scale_db).masked_fill(~peak, -math.inf)
         tone = self._decimated(tone.masked_fill(tone < quiet, -math.inf), z)
         most = min(tone.shape[-1], int(float(z[-1]) / _NEAR) + 2)
+        if power.device.type == 'cpu' and not torch.compiler.is_compiling():   # elsewhere to look would mean to wait
+            most = max(int(tone.isfinite().sum(-1).max()), 1) if len(tone) else most
         tone, line = tone.topk(most, -1)
         rest = power.masked_fill(taken, 0.)
         noise = _db(self.in_bands(rest)) + self.full_scale_db
         centre = self.centre.to(power)
         noise = noise.masked_fill(noise < self._quiet_at(centre, z, quiet), -math.inf)
-        return (tone, z[line], tone_offset), (noise, centre.expand_as(noise), noise_offset)
+        return (tone, z[line], tone_offset), (noise, centre, noise_offset)
 
     @staticmethod
     def _quiet_at(centre, z, quiet): return quiet[(z[:, None] - centre).abs().argmin(0)]
