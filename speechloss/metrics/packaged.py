@@ -20,9 +20,15 @@ from .distances import PIECE_FRAMES, scorable_pair, scorable_wave
 from ..signal.audio import SAMPLE_RATE
 
 # %% ../../nbs/metrics/packaged.ipynb #7b965392
+_PESQ_SECONDS = 60.   # longest recording: the package has room for 50 utterances, and checks nothing
+
+
 def _pesq(enhanced, clean, sample_rate: int, rate: int, mode: str) -> float:
     e, c = scorable_pair(enhanced, clean, sample_rate, rate=rate)
     package = optional('pesq', 'PESQ', 'metrics')
+    if len(c) > _PESQ_SECONDS * rate:
+        raise SpeechLossError(f'PESQ is for recordings of up to {_PESQ_SECONDS:g} s, and these are {len(c) / rate:.2f} '
+                              's: score pieces of them')
     try:
         return float(package.pesq(rate, c, e, mode))
     except package.PesqError as error:
@@ -40,7 +46,7 @@ def pesq_wb(
 ) -> float:                         # MOS-LQO, 1 to 4.64, higher is better
     """Return wide-band PESQ (ITU-T P.862.2, package `pesq`).
 
-    `SpeechLossError` on silence, NaN, unequal lengths, or less than a quarter of a second.
+    `SpeechLossError` on silence, NaN, unequal lengths, less than a quarter of a second, or more than 60 s.
 
     >>> clean = torch.randn(16000, generator=torch.Generator().manual_seed(0)) / 10
     >>> round(pesq_wb(clean, clean, 16000), 2)            # its ceiling
@@ -56,7 +62,7 @@ def pesq_nb(
 ) -> float:                         # MOS-LQO, 1 to 4.55, higher is better
     """Return narrow-band PESQ (ITU-T P.862.1, package `pesq`).
 
-    `SpeechLossError` on silence, NaN, unequal lengths, or less than a quarter of a second.
+    `SpeechLossError` on silence, NaN, unequal lengths, less than a quarter of a second, or more than 60 s.
 
     >>> clean = torch.randn(16000, generator=torch.Generator().manual_seed(0)) / 10
     >>> round(pesq_nb(clean, clean, 16000), 2)            # its ceiling
