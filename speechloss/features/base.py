@@ -158,15 +158,10 @@ class CachedFeatures(Features):
         if torch.is_grad_enabled() and wave.requires_grad: return self.features(wave, lengths)
         sizes = [wave.shape[-1]] * len(wave) if lengths is None else lengths.tolist()
         keys = [_fingerprint(row[:n]) for row, n in zip(wave, sizes)]
-        missing = [i for i, key in enumerate(keys) if key not in self.kept]
-        if missing:
-            rows = None if lengths is None else lengths[missing]
-            found = self.features(wave[missing], rows)
-            counts = [None] * len(found) if rows is None else self.features.frame_lengths(rows)
-            for k, i in enumerate(missing):
-                self.kept[keys[i]] = [f[k:k + 1, :None if n is None else n[k]].clone()
-                                      for f, n in zip(found, counts)]
-        for key in keys: self.kept.move_to_end(key)
+        for key, row, size in zip(keys, wave, sizes):
+            # one by one: what is kept must not depend to the bit on what else was missing
+            if key not in self.kept: self.kept[key] = self.features(row[None, :size])
+            self.kept.move_to_end(key)
         outputs = [join_groups(parts) for parts in zip(*(self.kept[key] for key in keys))]
         while len(self.kept) > self.size: self.kept.popitem(last=False)
         return outputs

@@ -27,6 +27,8 @@ class CodecLoss(FeatureDistance):
     - `weights`: of the layers, in order or by name, relative to one another; None: all alike
     - `balance`: 'none', 'value', 'mean' or 'grad', the `mode` of `Balancer`, on top of the scales in the card
     - `card`: what a `CodecNet` given as `model` is worth: `dict(skill=dict(skill=...), scale={layer: ...})`
+    - `window`: in training mode compare one random part of each utterance, of at most so many seconds; None: all of it
+    - `cache`: keep the clean features of so many utterances, or parts of a window; 0: none
     - `random_seed`: draw new weights from this seed: the control that tells what training is worth; None: keep them
     - `reduction`: 'mean' or 'sum' over the batch, or 'none' for one value per utterance, `(B,)`
 
@@ -40,8 +42,9 @@ class CodecLoss(FeatureDistance):
     """
     def __init__(self, model: str | PathLike | CodecNet = 'mp3-16k', *, layers: str | Sequence[str] = 'all',
                  distance: str = 'l1', weights: Sequence[float] | dict[str, float] | None = None,
-                 balance: str = 'none', card: dict | None = None, random_seed: int | None = None,
-                 reduction: str = 'mean'):
+                 balance: str = 'none', card: dict | None = None, window: float | None = None, cache: int = 0,
+                 random_seed: int | None = None, reduction: str = 'mean'):
         features = CodecFeatures(model, layers=layers, card=card, random_seed=random_seed)
-        super().__init__(features, distance=distance, weights=weights, balance=balance, reduction=reduction)
+        super().__init__(features, distance=distance, weights=weights, balance=balance, window=window, cache=cache,
+                         reduction=reduction)
         self._share_weights()

@@ -17,10 +17,11 @@ from torch.nn import functional as F
 from ..common.errors import SpeechLossError, choose
 from ..features.base import Features
 from ..kernels.contrastive import DISTANCES, ContrastiveTerms, contrastive_terms
-from .base import Loss, Waves, full_precision, masked_mean, prepare
+from .base import Waves, full_precision, masked_mean, prepare
 from .curriculum import Curriculum, curriculum_weights
 from .distance import cosine_distance, feature_distance
 from .earlier import Earlier
+from .window import WindowedLoss
 
 # %% ../../nbs/losses/contrastive.ipynb #1f21dc3f
 #: In place of zero, where a logarithm or a quotient is taken
@@ -156,9 +157,10 @@ _CLEAN_SHARE = 1e-6
 _LARGEST_MARGIN = 3.
 
 
-class _Contrast(Loss):
+class _Contrast(WindowedLoss):
     "Make the negatives of a batch, their features and their weights; `seen` gathers by name what there is to log"
     features: Features
+    clean_features: Features   # the same, or around them what keeps what they saw
     earlier: nn.ModuleDict
     curriculum: Curriculum | None
     distance: str
@@ -174,7 +176,8 @@ class _Contrast(Loss):
 
     def _views(self, waves: Waves, negatives: dict[str, Tensor]) -> _Views:
         with torch.no_grad():
-            clean, *others = (self.features(w, waves.lengths) for w in (waves.clean, *negatives.values()))
+            clean = self.clean_features(waves.clean, waves.lengths)
+            others = [self.features(w, waves.lengths) for w in negatives.values()]
         frames = None if waves.lengths is None else list(self.features.frame_lengths(waves.lengths))
         least = _CLEAN_SHARE * waves.clean.square().sum(-1)
         # "not below" rather than "above": a NaN shall be seen in the loss
@@ -274,7 +277,10 @@ class ContrastiveRegularization(_SeenInTraining, _Contrast):
     - `clamp`: upper limit above 0 of the ratio, approached softly; None: no limit but that of `eps`
     - `push`: False treats the distances to negatives as constants: they weigh and do not push; a control
     - `temperature`: of 'info_nce', above 0
-    - `cache`: keep the outputs of `earlier` for so many utterances; 0: none
+    - `window`: in training mode compare one random part of each utterance, of at most so many seconds; `earlier` hears
+      the whole utterance, so that its outputs are those of inference, and `cache` holds for them; None: all of it
+    - `cache`: keep the outputs of `earlier` for so many utterances, and as many clean features of utterances or parts;
+      0: none
     - `reduction`: 'mean' or 'sum' over the batch, or 'none' for one value per utterance, `(B,)`
 
     `SpeechLossError` for an unknown option, one that the form does not take, and a call without `noisy`; TypeError for
@@ -290,12 +296,15 @@ class ContrastiveRegularization(_SeenInTraining, _Contrast):
                  form: str = 'ratio', distance: str = 'l1',
                  weights: Sequence[float] | dict[str, float] | None = None,
                  curriculum: Curriculum | dict | None = None, eps: float = 1e-3, clamp: float | None = 10.,
-                 push: bool = True, temperature: float = .1, cache: int = 0, reduction: str = 'mean'):
-        super().__init__(reduction=reduction)
+                 push: bool = True, temperature: float = .1, window: float | None = None, cache: int = 0,
+                 reduction: str = 'mean'):
+        super().__init__(window=window, sample_rate=features.sample_rate, cache=cache, reduction=reduction)
         _check_options(form, dict(distance=distance, eps=eps, clamp=clamp, push=push, temperature=temperature))
         self.form, self.push, self.eps, self.clamp, self.temperature = form, push, eps, clamp, temperature
         self.distance = distance if form == 'ratio' else 'cosine'    # in which margins are taken
         self.features = features
+        # the negatives are not kept: where noise is drawn anew they would drive the clean waves out
+        self.clean_features = self._caching(features)
         # a buffer, so that no call waits for a copy to the GPU
         self.register_buffer('weights', _layer_weights(weights, features.names), persistent=False)
         models = _models_by_name(earlier)
@@ -311,7 +320,8 @@ class ContrastiveRegularization(_SeenInTraining, _Contrast):
         return {self.form: found.values}
 
     def _contrast(self, waves: Waves, *, push: bool) -> _Contrasted:
-        negatives = self._negatives(waves)
+        waves = self._cut(waves._replace(negatives=self._negatives(waves)))
+        negatives = waves.negatives
         seen: dict[str, Tensor] = {}
         views, names = self._views(waves, negatives), list(negatives)
         weights = self._weigh(views, names, seen)

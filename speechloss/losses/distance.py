@@ -14,7 +14,8 @@ from torch import Tensor
 from ..common.errors import SpeechLossError, choose
 from ..features.base import Features
 from .balance import Balancer
-from .base import Loss, Waves, masked_mean
+from .base import Waves, masked_mean
+from .window import WindowedLoss
 from ..signal.spectra import EPS
 
 # %% ../../nbs/losses/distance.ipynb #a00725a7
@@ -61,7 +62,7 @@ def masked_var(values: Tensor, frames: Tensor | None = None) -> Tensor:
     return torch.where(mask, (values - mean).square(), 0).sum(1, keepdim=True) / count
 
 # %% ../../nbs/losses/distance.ipynb #5c94337a
-class FeatureDistance(Loss):
+class FeatureDistance(WindowedLoss):
     """Measure the distance between features of the enhanced and of the clean wave; 0 at identity.
 
     `loss(enhanced, clean)` takes waves `(T,)`, `(B, T)` or `(B, C, T)` in [-1, 1] at the rate of the features and gives
@@ -75,9 +76,11 @@ class FeatureDistance(Loss):
       `Balancer`
     - `standardize`: divide each feature dimension by its deviation over the clean utterance
     - `momentum`: of the running mean of `balance`, in [0, 1]
+    - `window`: in training mode compare one random part of each utterance, of at most so many seconds; None: all of it
+    - `cache`: keep the clean features of so many utterances, or parts of a window; 0: none
     - `reduction`: 'mean' or 'sum' over the batch, or 'none' for one value per utterance, `(B,)`
 
-    `SpeechLossError` for an unknown distance, balance or layer. Source: Germain et al., *Speech denoising with deep
+    `SpeechLossError` for an unknown distance, balance or layer, and a window over features without `sample_rate`. Source: Germain et al., *Speech denoising with deep
     feature losses*, Interspeech 2019, arXiv 1806.10522.
 
     >>> time = torch.arange(2048.)
@@ -88,9 +91,9 @@ class FeatureDistance(Loss):
     def __init__(self, features: Features, *, distance: str = 'l1',
                  weights: Sequence[float] | dict[str, float] | None = None,
                  balance: str = 'none', standardize: bool = False, momentum: float = 0.99,
-                 reduction: str = 'mean'):
-        super().__init__(reduction=reduction)
-        self.features, self.standardize = features, standardize
+                 window: float | None = None, cache: int = 0, reduction: str = 'mean'):
+        super().__init__(window=window, sample_rate=features.sample_rate, cache=cache, reduction=reduction)
+        self.features, self.standardize = self._caching(features), standardize
         self.distance = choose('distance', distance, _DISTANCES)
         self.balancer = Balancer(features.names, mode=balance, momentum=momentum,
                                  weights=self._by_layer(weights))
@@ -116,7 +119,10 @@ class FeatureDistance(Loss):
         return {name: feature_distance(e, s, distance=self.distance, frames=n, standardize=self.standardize)
                 for name, e, s, n in zip(self.features.names, layers, target, counts)}
 
-    def values(self, waves, **view):
+    def values(self, waves):
+        return self._compare(self._cut(waves))
+
+    def _compare(self, waves: Waves, **view) -> dict[str, Tensor]:
         "Return the weighted distance of each layer, `(N,)`; `view` are further options of the features' `forward`"
         with torch.no_grad():
             target = self.features(waves.clean, waves.lengths, **view)

@@ -12,8 +12,8 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from ..common.errors import choose
-
+from ..common.errors import SpeechLossError, choose
+from ..features.base import CachedFeatures
 from ..features.encoder import EncoderFeatures
 from .distance import FeatureDistance
 from ..signal.spectra import frame_mask
@@ -41,7 +41,12 @@ class _FollowingCopy(FeatureDistance):
     @property
     def snapshot(self) -> nn.Module:
         "Return the frozen copy of the model"
-        return cast(EncoderFeatures, self.features).frozen.net
+        inner = self.features.features if isinstance(self.features, CachedFeatures) else self.features
+        return cast(EncoderFeatures, inner).frozen.net
+
+    def _forget(self) -> None:
+        "Drop what was kept of a copy that has moved"
+        if isinstance(self.features, CachedFeatures): self.features.kept.clear()
 
     @torch.no_grad()
     def update(self, model: nn.Module, *, decay: float = 0.):
@@ -56,6 +61,7 @@ class _FollowingCopy(FeatureDistance):
                 old.lerp_(new[name].to(old), 1 - decay)
             else:
                 old.copy_(new[name])
+        self._forget()
 
     def step_end(self, model: nn.Module):
         "Follow the model after an optimiser step, if the rule says so"
@@ -74,6 +80,7 @@ class _FollowingCopy(FeatureDistance):
     def load_resume_state(self, state: dict[str, Tensor]):
         "Restore what `resume_state()` gave"
         self.snapshot.load_state_dict(state)
+        self._forget()
 
 # %% ../../nbs/losses/model_as_loss.ipynb #8b1bb372
 class ModelAsLoss(_FollowingCopy):
@@ -93,9 +100,12 @@ class ModelAsLoss(_FollowingCopy):
     - `weights`: of the layers, in order or by name; None: 1 each
     - `balance`: 'none', 'value', 'mean' or 'grad', the `mode` of `Balancer`
     - `standardize`: divide each feature dimension by its deviation over the clean utterance
+    - `window`: in training mode compare one random part of each utterance, of at most so many seconds, which needs an
+      attribute `sample_rate` of the model; None: all of it
+    - `cache`: keep the clean features of so many utterances, or parts of a window; 0: none; not with 'dynamic'
     - `reduction`: 'mean' or 'sum' over the batch, or 'none' for one value per utterance, `(B,)`
 
-    `SpeechLossError` for an unknown option, TypeError for a model without `encode`. Source: Phaye, Cernak and Harper,
+    `SpeechLossError` for an unknown option and for `window` without a rate, TypeError for a model without `encode`. Source: Phaye, Cernak and Harper,
     *Model as loss*, Interspeech 2025, arXiv 2505.21156.
 
     >>> class Encoder(torch.nn.Module):
@@ -110,11 +120,15 @@ class ModelAsLoss(_FollowingCopy):
     def __init__(self, model: nn.Module, *, rule: str = 'frozen', refresh: str = 'epoch',
                  ema: float = 0.999, layers: str | Sequence[int] = 'bottleneck', distance: str = 'l1',
                  weights: Sequence[float] | dict[str, float] | None = None,
-                 balance: str = 'none', standardize: bool = False, reduction: str = 'mean'):
+                 balance: str = 'none', standardize: bool = False, window: float | None = None,
+                 cache: int = 0, reduction: str = 'mean'):
         choose('rule', rule, _RULES)
         choose('refresh', refresh, _REFRESH)
+        if cache and rule == 'dynamic':
+            raise SpeechLossError(f"cache is {cache} and rule 'dynamic': the features of a copy that moves become stale, "
+                                  "so keep none, or take the rule 'frozen'")
         super().__init__(EncoderFeatures(unwrapped(model), layers=layers), distance=distance, weights=weights,
-                         balance=balance, standardize=standardize, reduction=reduction)
+                         balance=balance, standardize=standardize, window=window, cache=cache, reduction=reduction)
         self.rule, self.refresh, self.ema = rule, refresh, ema
 
     def extra_repr(self):

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from ..common.errors import SpeechLossError
 from ..features.base import Features
-from ..features.ssl import CachedFeatures, SSLFeatures
+from ..features.ssl import SSLFeatures
 from .distance import FeatureDistance
 from ..signal.audio import SAMPLE_RATE
 from ..signal.spectra import shortest
@@ -58,8 +58,9 @@ class SSLLoss(FeatureDistance):
     - `sample_rate`: of the waves in Hz; another one than 16,000 is resampled for the network
     - `normalize`: bring each utterance to zero mean and unit variance first; None: if the network
       was trained so ('small' was)
-    - `offset`: the largest shift of both waves in training mode, as a share in [0, 1) of the shortest utterance
-    - `cache`: keep the clean features of so many utterances; 0: none; not together with `offset`
+    - `offset`: the largest shift of both waves in training mode, as a share in [0, 1) of the shortest utterance or part
+    - `cache`: keep the clean features of so many utterances, or parts of a window; 0: none; not together with `offset`
+    - `window`: in training mode compare one random part of each utterance, of at most so many seconds; None: all of it
     - `dither_db`: level of a fixed noise under both waves, in dB against full scale, such as -60; None: no noise
     - `checkpoint`: gradient checkpointing: compute each block again in the backward pass, which saves memory and costs
       time
@@ -78,8 +79,8 @@ class SSLLoss(FeatureDistance):
                  layers: str | int | Sequence[str | int] = 'later', distance: str = 'l2',
                  weights: Sequence[float] | dict[str, float] | None = None, balance: str = 'none',
                  sample_rate: int = SAMPLE_RATE, normalize: bool | None = None, offset: float = 0., cache: int = 0,
-                 dither_db: float | None = None, checkpoint: bool = False, random_seed: int | None = None,
-                 reduction: str = 'mean'):
+                 window: float | None = None, dither_db: float | None = None, checkpoint: bool = False,
+                 random_seed: int | None = None, reduction: str = 'mean'):
         options: dict[str, Any] = dict(layers=layers, sample_rate=sample_rate, normalize=normalize,
                        checkpoint=checkpoint, random_seed=random_seed)
         features = _ready_features(model, options) if isinstance(model, Features) \
@@ -89,8 +90,7 @@ class SSLLoss(FeatureDistance):
                                   'SSLFeatures, and no cache with it, since a shifted wave is a new one')
         self.offset, self.dither_db = offset, dither_db
         if offset: features = _Shifted(cast(SSLFeatures, features))
-        if cache: features = CachedFeatures(features, size=cache)
-        super().__init__(features, distance=distance, weights=weights, balance=balance,
+        super().__init__(features, distance=distance, weights=weights, balance=balance, window=window, cache=cache,
                          reduction=reduction)
         self._share_weights()
 
@@ -102,11 +102,11 @@ class SSLLoss(FeatureDistance):
         noise = noise * 10 ** (self.dither_db / 20)
         return waves._replace(enhanced=waves.enhanced + noise, clean=waves.clean + noise)
 
-    def values(self, waves, **view):
-        waves = self._dithered(waves)
-        if not self.offset or not self.training: return super().values(waves, **view)
+    def values(self, waves):
+        waves = self._dithered(self._cut(waves))
+        if not self.offset or not self.training: return self._compare(waves)
         most = int(self.offset * shortest(waves.enhanced, waves.lengths) / self.features.hop)
-        return super().values(waves, lead=int(torch.randint(most + 1, ())))
+        return self._compare(waves, lead=int(torch.randint(most + 1, ())))
 
 
 def _ready_features(features: Features, options: dict) -> Features:

@@ -25,6 +25,8 @@ class VQLoss(FeatureDistance):
     - `distance`: 'l1' (mean absolute difference), 'l2' (mean squared difference) or 'cosine' (1 - cosine of each frame)
     - `weights`: of the layers, in order or by name, relative to one another; None: all alike
     - `balance`: 'none', 'value', 'mean' or 'grad', the `mode` of `Balancer`
+    - `window`: in training mode compare one random part of each utterance, of at most so many seconds; None: all of it
+    - `cache`: keep the clean features of so many utterances, or parts of a window; 0: none
     - `random_seed`: draw new weights from this seed: the control that tells what training is worth; None: keep them
     - `reduction`: 'mean' or 'sum' over the batch, or 'none' for one value per utterance, `(B,)`
 
@@ -38,7 +40,9 @@ class VQLoss(FeatureDistance):
     """
     def __init__(self, model: str | PathLike | VQVAE = 'vq-speech', *, layers: str | Sequence[str] = 'vectors',
                  distance: str = 'l1', weights: Sequence[float] | dict[str, float] | None = None,
-                 balance: str = 'none', random_seed: int | None = None, reduction: str = 'mean'):
+                 balance: str = 'none', window: float | None = None, cache: int = 0,
+                 random_seed: int | None = None, reduction: str = 'mean'):
         features = VQFeatures(model, layers=layers, random_seed=random_seed)
-        super().__init__(features, distance=distance, weights=weights, balance=balance, reduction=reduction)
+        super().__init__(features, distance=distance, weights=weights, balance=balance, window=window, cache=cache,
+                         reduction=reduction)
         self._share_weights()
