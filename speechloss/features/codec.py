@@ -37,6 +37,14 @@ def log_power(
     return (full_scale_power(wave, n_fft, hop_length, lengths) + POWER_FLOOR).log10()
 
 
+def _channels_last(x: Tensor) -> Tensor:   # (B, channels, frames, bins), the same values
+    "Return maps whose channels lie side by side in memory on a CPU, where a convolution else copies them into blocks"
+    return x.contiguous(memory_format=torch.channels_last) if x.device.type == 'cpu' else x
+
+
+def _valid(x: Tensor, mask: Tensor | None) -> Tensor: return x if mask is None else x * mask
+
+
 class _Level(nn.Module):
     "Two convolutions over frames and bins, the first with a stride over bins, and a shortcut"
     def __init__(self, inputs: int, outputs: int, stride: int = 1):
@@ -44,9 +52,9 @@ class _Level(nn.Module):
         self.first = nn.Conv2d(inputs, outputs, 3, (1, stride), 1)
         self.second = nn.Conv2d(outputs, outputs, 3, 1, 1)
 
-    def forward(self, x, mask):
-        x = F.gelu(self.first(x)) * mask
-        return (x + F.gelu(self.second(x))) * mask
+    def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
+        x = _valid(F.gelu(_channels_last(self.first(x))), mask)
+        return _valid(x + F.gelu(self.second(x)), mask)
 
 # %% ../../nbs/features/codec.ipynb #d9344477
 class CodecNet(SavableNetwork):
@@ -94,20 +102,20 @@ class CodecNet(SavableNetwork):
         "Return what leaves each level, for a loss to look at"
         shown = self.spectrum(wave, lengths)
         kind = self.gain.weight.dtype    # the convolutions may be of half precision; spectra never are
-        mask = torch.ones((), device=wave.device, dtype=kind)
+        mask = None
         if lengths is not None:
             frames = frame_count(lengths, self.options['hop_length'])
             mask = frame_mask(frames, shown.shape[1])[:, None, :, None].to(kind)
         # the Nyquist bin shares the gain of its neighbour; what is left divides by two
-        x = inputs = ((shown[..., :-1] + 4) / 2)[:, None].to(kind) * mask
+        x = inputs = _valid(((shown[..., :-1] + 4) / 2)[:, None].to(kind), mask)
         found, below = {}, []
         for k, level in enumerate(self.down):
             found[f'down{k + 1}'] = x = level(x, mask)
             below.append(x)
         for k in reversed(range(len(self.up))):
-            x = self.join[k](torch.cat([self.up[k](x) * mask, below[k]], 1), mask)
+            x = self.join[k](torch.cat([_valid(self.up[k](x), mask), below[k]], 1), mask)
             found[f'up{k + 1}'] = x
-        x = torch.cat([F.gelu(self.top(x)) * mask, inputs], 1)
+        x = torch.cat([_valid(F.gelu(self.top(x)), mask), inputs], 1)
         log_gain = 2 * F.logsigmoid(self.gain(x).to(shown.dtype))[:, 0] / math.log(10)    # log10 of the power gain
         log_gain = torch.cat([log_gain, log_gain[..., -1:]], -1)
         return found | dict(output=with_gain(shown, log_gain))
@@ -207,7 +215,7 @@ def _like_speech(sample_rate: int) -> list[Tensor]:
 class CodecFeatures(Features):
     """Look at a wave through a network that imitates a codec.
 
-    `features(wave)` takes `(B, T)` at the rate of the network (16 kHz) and gives `(B, frames, channels * bins)` for
+    `features(wave)` takes `(B, T)` at the rate of the network (16 kHz) and gives `(B, frames, bins * channels)` for
     each layer, divided by its scale, so that all layers are of one size. No gradient at exact silence.
 
     - `model`: 'mp3-16k' (shipped, imitates MP3 at 16 kbit/s), a folder of `save_network` or `train_codec`,
@@ -252,4 +260,5 @@ class CodecFeatures(Features):
 
 
 def _rows(x: Tensor) -> Tensor:   # (B, channels, frames, bins) or (B, frames, bins) -> (B, frames, dim)
-    return x if x.ndim == 3 else x.transpose(1, 2).flatten(2)
+    # the channels of a bin side by side, as they lie on a CPU
+    return x if x.ndim == 3 else x.permute(0, 2, 3, 1).flatten(2)
