@@ -22,7 +22,7 @@ from speechloss.losses import ContrastiveRegularization, Hooks, Objective, SISDR
 from speechloss.losses.model_as_loss import feature_health
 from speechloss.losses.registry import CARDS, FEATURES, default_options
 from speechloss.models import enhancer, load_enhancer
-from speechloss.training import checkpoints, fit, Recipe, read_log, train, train_many
+from speechloss.training import checkpoints, fit, loop, Recipe, read_log, train, train_many
 from speechloss.training.enhancer import data_of, model_of
 from speechloss.training.recipe import BASE, recipe_fields
 from speechloss.training.state import PATIENCE, TrainingState
@@ -89,6 +89,33 @@ def test_stopped_and_resumed(recipe, whole, tmp_path, changes, stops):
     assert weights(tmp_path / 'parts/final') == weights(whole / 'final')
     assert weights(tmp_path / 'parts/best') == weights(whole / 'best')
     assert untimed(tmp_path / 'parts/log.jsonl') == untimed(whole / 'log.jsonl')
+
+
+@pytest.mark.parametrize('cores, given, steps, wanted', [
+    (2, None, 500, 1), (1, None, 500, 0), (2, None, 20, 0), (2, 0, 500, 0), (1, 3, 5, 3)])
+def test_a_free_core_mixes_ahead(recipe, monkeypatch, cores, given, steps, wanted):
+    monkeypatch.setattr(loop, 'available_cores', lambda: cores)
+    monkeypatch.setattr(loop.multiprocessing, 'get_start_method', lambda: 'fork')
+    data, _, _ = data_of(recipe)
+    recipe = replace(recipe, workers=given, threads=1)
+    assert loop._mixing_processes(recipe, data, steps) == wanted
+    # items of a user may hold what does not survive in another process
+    assert loop._mixing_processes(recipe, list(range(9)), steps) == (given or 0)
+    monkeypatch.setattr(loop.multiprocessing, 'get_start_method', lambda: 'spawn')
+    assert loop._mixing_processes(recipe, data, steps) == (given or 0)
+
+
+def test_the_average_follows_every_kind_of_weight(recipe):
+    "Buffers that are no numbers to average are copied"
+    model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.BatchNorm1d(2))
+    state = TrainingState(model, SISDRLoss(), replace(recipe, ema=.5))
+    before = {name: value.clone() for name, value in state.averaged.items()}
+    state.step = 100
+    with torch.no_grad():
+        for value in model.state_dict().values(): value.add_(2)
+    state.average()
+    for name, value in state.averaged.items():
+        torch.testing.assert_close(value, before[name] + (1 if value.is_floating_point() else 2))
 
 
 @pytest.mark.slow

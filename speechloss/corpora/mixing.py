@@ -260,6 +260,7 @@ class Mixtures(_Items):
     clean); `speaker`, `id`, `noise` (names); `index`. Raises `CorpusError` when the split has no
     speech or no noise.
     """
+    by_index_alone = True   # another process makes the same items, so a training may let one do so
 
     def __init__(
         self,

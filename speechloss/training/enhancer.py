@@ -8,6 +8,7 @@ __all__ = ['data_of', 'model_of', 'train', 'train_many']
 # %% ../../nbs/training/enhancer.ipynb #29178c73
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -121,7 +122,8 @@ def _in_process(name: str, recipe: Recipe, out: Path, events) -> Path:
         if done in (0, recipe.steps) or time.monotonic() - last[0] > .5:
             last[0] = time.monotonic()
             events.put((name, done))
-    return _train_named(name, recipe, out, report)
+    # the cores are taken: by default each process mixes for itself
+    return _train_named(name, replace(recipe, workers=recipe.workers or 0), out, report)
 
 
 def _side_by_side(recipes, outs, workers: int, report: Callable) -> dict[str, Path]:

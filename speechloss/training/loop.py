@@ -6,6 +6,7 @@
 __all__ = ['input_and_target', 'collate', 'Order', 'validate', 'fit', 'write_once']
 
 # %% ../../nbs/training/loop.ipynb #335cc803
+import multiprocessing
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from ..common.errors import TrainingError
 from ..common.files import lock, recover
 from ..common.libraries import extra
+from ..common.processes import available_cores
 from ..losses.base import Hooks
 from ..losses.functional import si_sdr
 from . import checkpoints
@@ -62,6 +64,18 @@ class _Endless(torch.utils.data.Dataset):
     def __init__(self, data): self.data = data
     def __len__(self) -> int: return 2**31 - 1
     def __getitem__(self, k: int) -> dict: return self.data[k % len(self.data)]
+
+
+_WORTH_A_PROCESS = 100   # steps, below which a process costs more time than it saves
+
+
+def _mixing_processes(recipe: Recipe, data, steps: int) -> int:
+    "Return the `workers` of a recipe; where it leaves them open, one if a core is free and the items allow it"
+    if recipe.workers is not None: return recipe.workers
+    free = available_cores() > (recipe.threads or torch.get_num_threads())
+    # elsewhere than under fork a process begins with the user's program, which may not be made for that
+    forks = multiprocessing.get_start_method() == 'fork'
+    return int(free and forks and steps >= _WORTH_A_PROCESS and getattr(data, 'by_index_alone', False))
 
 
 def _to_device(batch: dict, device) -> tuple[Tensor, Tensor, dict]:
@@ -260,7 +274,7 @@ class _Loop(_Keeping):
                       place.process_index, place.num_processes)
         return torch.utils.data.DataLoader(
             _Endless(data), batch_sampler=order, collate_fn=collate, generator=torch.Generator(),
-            num_workers=self.recipe.workers, pin_memory=self.device.type == 'cuda')
+            num_workers=_mixing_processes(self.recipe, data, len(order)), pin_memory=self.device.type == 'cuda')
 
     def _step(self, batch: dict) -> dict:
         "One step of the optimiser; what the log should have of it"

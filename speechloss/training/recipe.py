@@ -59,7 +59,7 @@ class Recipe:
     save_every: int = 250              # steps between checkpoints
     log_every: int = 10                # steps between rows of the log
     threads: int = 1                   # of a CPU run; 0: as torch is set
-    workers: int = 0                   # processes that mix the data; 0: mix in this one
+    workers: int | None = None         # processes that mix the data, 0: mix in this one; null: one if a core is free
     device: str = 'auto'               # 'auto', 'cpu' or 'cuda'
 
     def __post_init__(self):
@@ -118,6 +118,7 @@ def _check(recipe: Recipe) -> None:
     for name in ('clean_fraction', 'reverb', 'weight_decay', 'ema', 'seed', 'threads', 'workers',
                  'warmup'):
         value = getattr(recipe, name)
+        if name == 'workers' and value is None: continue
         if not isinstance(value, (int, float)) or value < 0:
             raise TrainingError(f'{name} is {value!r}: give a number of at least 0')
     if not 0 <= recipe.ema < 1:

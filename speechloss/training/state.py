@@ -101,8 +101,10 @@ class TrainingState(_Saved):
         if not self.trained:
             raise TrainingError('freeze_encoder leaves nothing to train: '
                                 'encode() runs the whole model')
+        # one pass over all weights, where torch has it
+        fused = {p.device.type for p in self.trained} <= {'cpu', 'cuda'} or None
         self.optimizer = torch.optim.AdamW(self.trained, lr=recipe.lr, betas=(.9, .99),
-                                           weight_decay=recipe.weight_decay)
+                                           weight_decay=recipe.weight_decay, fused=fused)
 
     def train_mode(self) -> None:
         "Set training mode, but for a frozen encoder"
@@ -113,9 +115,11 @@ class TrainingState(_Saved):
     def average(self) -> None:
         "Let the average follow the weights, fast while it is young"
         decay = self.recipe.ema and min(self.recipe.ema, (1 + self.step) / (10 + self.step))
-        for name, value in self.model.state_dict().items():
-            if value.is_floating_point(): self.averaged[name].lerp_(value, 1 - decay)
-            else: self.averaged[name].copy_(value)
+        pairs = [(self.averaged[name], value) for name, value in self.model.state_dict().items()]
+        numbers = [pair for pair in pairs if pair[1].is_floating_point()]
+        torch._foreach_lerp_(*map(list, zip(*numbers)), 1 - decay)
+        for mean, value in pairs:
+            if not value.is_floating_point(): mean.copy_(value)
 
     @contextmanager
     def as_averaged(self) -> Iterator[nn.Module]:
