@@ -256,8 +256,35 @@ class _Contrasted(NamedTuple):
     seen: dict[str, Tensor]    # (B,) each: distances, margins and weights by name, for the log
     noisy: Tensor              # (B,) bool: no negative is clean speech itself
 
+
+class _Ratios(_SeenInTraining, _Contrast):
+    "Compute the loss of each utterance in either form"
+    form: str
+    push: bool
+    eps: float
+    clamp: float | None
+    temperature: float
+
+    def values(self, waves):
+        found = self._contrast(waves, push=self.push)
+        if self.training: self._count(found.seen, found.noisy)
+        return {self.form: found.values}
+
+    def _contrast(self, waves: Waves, *, push: bool) -> _Contrasted:
+        waves = self._cut(waves._replace(negatives=self._negatives(waves)))
+        negatives = waves.negatives
+        seen: dict[str, Tensor] = {}
+        views, names = self._views(waves, negatives), list(negatives)
+        weights = self._weigh(views, names, seen)
+        if self.form == 'info_nce': value = _info_nce(views, weights, self.weights, temperature=self.temperature)
+        else:
+            terms = _ratio_terms(views, weights, self.weights, distance=self.distance, eps=self.eps, push=push)
+            seen |= _columns('distance', ['clean', *names], _over_layers(terms.distances, self.weights))
+            value = terms.values if self.clamp is None else terms.values / (1 + terms.values / self.clamp)
+        return _Contrasted(value * views.differ.any(-1), seen, views.differ.all(-1))
+
 # %% ../../nbs/losses/contrastive.ipynb #5fa5851e
-class ContrastiveRegularization(_SeenInTraining, _Contrast):
+class ContrastiveRegularization(_Ratios):
     """Measure the distance to clean over the distance to negatives, in a feature space; 0 at identity.
 
     `loss(enhanced, clean, noisy=noisy)` takes waves `(T,)`, `(B, T)` or `(B, C, T)` in [-1, 1] at the rate of the
@@ -313,24 +340,6 @@ class ContrastiveRegularization(_SeenInTraining, _Contrast):
         self._seen = {}
 
     def extra_repr(self): return f'form={self.form}, distance={self.distance}'
-
-    def values(self, waves):
-        found = self._contrast(waves, push=self.push)
-        if self.training: self._count(found.seen, found.noisy)
-        return {self.form: found.values}
-
-    def _contrast(self, waves: Waves, *, push: bool) -> _Contrasted:
-        waves = self._cut(waves._replace(negatives=self._negatives(waves)))
-        negatives = waves.negatives
-        seen: dict[str, Tensor] = {}
-        views, names = self._views(waves, negatives), list(negatives)
-        weights = self._weigh(views, names, seen)
-        if self.form == 'info_nce': value = _info_nce(views, weights, self.weights, temperature=self.temperature)
-        else:
-            terms = _ratio_terms(views, weights, self.weights, distance=self.distance, eps=self.eps, push=push)
-            seen |= _columns('distance', ['clean', *names], _over_layers(terms.distances, self.weights))
-            value = terms.values if self.clamp is None else terms.values / (1 + terms.values / self.clamp)
-        return _Contrasted(value * views.differ.any(-1), seen, views.differ.all(-1))
 
     @torch.no_grad()
     def inspect(self, enhanced: Tensor, clean: Tensor, *, noisy: Tensor | None = None, lengths: Tensor | None = None,
