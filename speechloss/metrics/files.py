@@ -57,6 +57,9 @@ def _fingerprint(job: Job, names: Iterable[str]) -> str:
     return hashlib.sha256(json.dumps(made).encode()).hexdigest()[:12]
 
 
+def _bytes_of(job: Job) -> int: return job.enhanced.stat().st_size if job.enhanced.is_file() else 0
+
+
 @cache
 def _weights() -> str: return sha256(folder_of('vq-speech') / 'model.safetensors')
 
@@ -103,7 +106,9 @@ class _Table:
 
     def score(self, known: dict[str, dict], keep: Callable[[str, dict], object] | None = None) -> list[dict]:
         "Return all rows in order, scoring those that are not known; each new one is handed to `keep`"
-        rows, todo = dict(known), [job for job in self.jobs if job.key not in known]
+        rows = dict(known)
+        # the largest first: none of them is left to one process at the end while the others have nothing to do
+        todo = sorted((job for job in self.jobs if job.key not in known), key=_bytes_of, reverse=True)
         pairs = [dict(enhanced=job.enhanced) | (dict(clean=job.clean) if job.clean else {}) for job in todo]
         self.progress('scoring', len(rows), len(self.jobs))
         for k, scored in iterate_scores(pairs, self.names, workers=self.workers):

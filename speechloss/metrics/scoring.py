@@ -6,13 +6,16 @@
 __all__ = ['iterate_scores', 'score']
 
 # %% ../../nbs/metrics/scoring.ipynb #ee6c6219
+import math
 import multiprocessing
 import os
+import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sized
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -84,6 +87,7 @@ def _score_parcel(parcel, names: list[str]) -> tuple[dict, dict]:
 
 # %% ../../nbs/metrics/scoring.ipynb #b7f59c3e
 _THREADS = ('OMP_NUM_THREADS', 'OPENBLAS_NUM_THREADS', 'MKL_NUM_THREADS')
+_HANDED_SECONDS, _HANDED_MOST = .05, 16   # work handed to a process at once, and items in it
 _DIED = ('the process that scored this item died (killed, out of memory, or crashed in a '
          'library): score it by itself to see why')
 
@@ -101,6 +105,22 @@ def _one_thread():
 
 
 def _limit_threads() -> None: torch.set_num_threads(1)
+
+
+def _score_here(parcel, names: list[str]) -> tuple[dict, dict]:
+    "Return what `_score_parcel` does, on one thread; what makes the next pair has all of them back"
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)       # metrics switch between torch and numpy, whose threads would wait for each other
+    try:
+        return _score_parcel(parcel, names)
+    finally:
+        torch.set_num_threads(before)
+
+
+def _score_parcels(parcels: list, names: list[str]) -> tuple[list[tuple[dict, dict]], float]:
+    "Return what `_score_parcel` does for each, and the seconds it took"
+    start = time.perf_counter()
+    return [_score_parcel(parcel, names) for parcel in parcels], time.perf_counter() - start
 
 
 def _executor(workers: int) -> ProcessPoolExecutor:
@@ -134,18 +154,28 @@ def _run_one_by_one(suspects: dict, names, cards) -> Iterator:  # (index, result
 
 def _run_until_broken(pool, jobs: Iterator, waiting: dict, names, cards, most: int) -> Iterator:
     "Yield (index, result) as they come; `waiting` holds what the pool has not given back"
-    running: dict[Future, int] = {}
+    running: dict[Future, list[int]] = {}
+    size = 1       # items handed over at once: as many as take `_HANDED_SECONDS`
+
+    def submit(keys):
+        running[pool.submit(_score_parcels, [waiting[k] for k in keys], names)] = keys
+
     while True:
-        while len(running) < most and (job := next(jobs, None)):
-            k, parcel = job
-            waiting[k] = parcel
-            running[pool.submit(_score_parcel, parcel, names)] = k
+        while len(running) < most and (chosen := dict(islice(jobs, size))):
+            waiting.update(chosen)
+            submit([*chosen])
         if not running: return
         for future in wait(running, return_when=FIRST_COMPLETED).done:
             if isinstance(error := future.exception(), BrokenProcessPool): raise error
-            k = running.pop(future)
-            del waiting[k]
-            yield k, _result(future, cards)
+            keys = running.pop(future)
+            if error and len(keys) > 1:       # one of them cannot be handed over
+                for k in keys: submit([k])
+                continue
+            results, seconds = ([empty_score(cards, explain_error(error))], math.inf) if error else future.result()
+            size = min(max(int(_HANDED_SECONDS * len(keys) / max(seconds, 1e-9)), 1), _HANDED_MOST)
+            for k, result in zip(keys, results):
+                del waiting[k]
+                yield k, result
 
 
 def _run_pool(pool, parcels: Iterator, names, cards, workers: int) -> Iterator:  # (index, result)
@@ -183,7 +213,7 @@ def _stream(parcels: Iterator, names, cards, workers: int) -> Iterator:  # (inde
         else:
             yield from _run_pool(pool, parcels, names, cards, workers)
             return
-    yield from ((k, _score_parcel(parcel, names)) for k, parcel in enumerate(parcels))
+    yield from ((k, _score_here(parcel, names)) for k, parcel in enumerate(parcels))
 
 # %% ../../nbs/metrics/scoring.ipynb #510baf22
 def iterate_scores(
