@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ..common.errors import AudioError
-from ..common.files import atomic
+from ..common.files import atomic, walk_files
 from ..common.libraries import extra
 
 SAMPLE_RATE = 16_000  # Hz, the rate of the corpora and of the models
@@ -111,12 +111,11 @@ def save(
 
 
 def scan(folder) -> list[Path]:
-    "Audio files below `folder`, sorted; `AudioError` when it is missing or has none"
+    "Return the audio files below `folder`, sorted, linked folders too; `AudioError` when it is missing or has none"
     folder = Path(folder)
     if not folder.is_dir():
         raise AudioError(f'{folder} is not a folder: give a folder of audio files')
-    found = sorted(p for p in folder.rglob('*') if p.suffix.lower() in SUFFIXES
-                   and p.is_file() and not p.name.startswith('.'))
+    found = [p for p in walk_files(folder) if p.suffix.lower() in SUFFIXES and not p.name.startswith('.')]
     if not found:
         raise AudioError(f'{folder} holds no audio: put {", ".join(SUFFIXES[:5])} files in it')
     return found
