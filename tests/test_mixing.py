@@ -12,7 +12,8 @@ from torch.utils.data import DataLoader, Subset
 from speechloss.common.errors import AudioError, CorpusError
 from speechloss.corpora import mixing
 from speechloss.corpora import get, Manifest, Recording, Mixtures
-from speechloss.corpora.acoustics import coloured, convolve, looped, room
+from speechloss.corpora.acoustics import coloured, convolve, generated, looped, recorded_room, room
+from speechloss.corpora.augmentation import CODECS, Augmentation, augment, coded
 from speechloss.corpora.mixing import _ENDLESS, _GENERATED, WaveCache
 from speechloss.signal import save, active_level, rms_db
 
@@ -313,3 +314,103 @@ def test_mini_is_real_speech():
     data = Mixtures(m, 'train', extra_noise=('babble', 'pink'))
     levels = [active_level(data[k]['clean'], RATE) - rms_db(data[k]['clean']) for k in range(20)]
     assert 0 < np.mean(levels) < 4                           # talk with pauses, mostly talk
+
+
+# ------------------------------------------------------------------------------ augmentation
+
+HARD = dict(noises=(1, 3), equalize=.5, band_limit=.3, clip=.3, code=.4, peak_db=(-35., 0.))
+
+
+@pytest.mark.parametrize('workers', [0, 2])
+def test_an_augmented_item_is_a_function_of_its_index(corpus, workers):
+    make = lambda: Mixtures(corpus, 'train', seed=3, size=16, seconds=1., extra_noise=_GENERATED, augment=HARD, reverb=.3)
+    expected = [make()[k] for k in reversed(range(16))][::-1]
+    for b, batch in enumerate(DataLoader(make(), batch_size=4, num_workers=workers)):
+        for i in range(4): assert batch['noisy'][i].equal(expected[4 * b + i]['noisy'])
+
+
+def test_without_augmentation_an_item_is_what_it_was(corpus):
+    "Also with one that changes nothing, but for the level of the pair"
+    plain, idle = (Mixtures(corpus, 'train', seconds=1., seed=1, augment=option) for option in (None, {}))
+    for k in range(8):
+        a, b = plain[k], idle[k]
+        assert (a['id'], a['noise'], a['snr']) == (b['id'], b['noise'], b['snr'])
+        assert torch.allclose(a['noisy'] * b['clean'].norm(), b['noisy'] * a['clean'].norm(), atol=1e-4)
+
+
+def test_levels_cover_their_range(corpus):
+    data = Mixtures(corpus, 'train', seconds=1., augment=dict(peak_db=(-35., 0.)))
+    peaks = [20 * math.log10(max(float(item[name].abs().max()) for name in ('noisy', 'clean')))
+             for item in (data[k] for k in range(150))]
+    assert -35.1 < min(peaks) < -32 and -2 < max(peaks) < .01
+    assert -20 < np.mean(peaks) < -15
+
+
+def test_several_noises_are_named_and_louder_ones_come_first(corpus):
+    data = Mixtures(corpus, 'train', seconds=1., snr=[0.], augment=dict(noises=(2, 2)))
+    for k in range(6):
+        item = data[k]
+        assert item['noise'].count(' + ') == 1
+        assert abs(rms_db(item['clean']) - rms_db(item['noisy'] - item['clean'])) < .1     # all of them together
+
+
+def test_the_band_is_missing_in_the_target_too(corpus):
+    data = Mixtures(corpus, 'train', seconds=1., clean_fraction=1., augment=dict(band_limit=1.))
+    share = []
+    for k in range(20):
+        power = torch.fft.rfft(data[k]['clean']).abs().square()
+        assert data[k]['noisy'].equal(data[k]['clean'])
+        share.append(float(power[-200:].sum() / power.sum()))
+    assert max(share) < .02                   # white bursts have a fortieth there
+
+
+def test_clipping_and_coding_leave_the_target_alone(corpus):
+    plain = Mixtures(corpus, 'train', seconds=1., augment={})
+    for option in (dict(clip=1.), dict(code=1.)):
+        changed = Mixtures(corpus, 'train', seconds=1., augment=option)
+        for k in range(5):
+            assert changed[k]['clean'].equal(plain[k]['clean']) and not changed[k]['noisy'].equal(plain[k]['noisy'])
+
+
+@pytest.mark.parametrize('codec', CODECS)
+@pytest.mark.parametrize('size', [400, 16000, 16001])
+def test_codecs_keep_place_and_length(codec, size):
+    wave = .3 * torch.sin(torch.arange(size) / 9) * torch.sin(torch.arange(size) / 700)
+    back = coded(wave, codec, RATE)
+    assert len(back) == size and torch.isfinite(back).all()
+    if size < 1000: return
+    lag = torch.fft.irfft(torch.fft.rfft(back, 65536) * torch.fft.rfft(wave, 65536).conj()).argmax()
+    assert lag == 0 and (back - wave).square().sum() < .5 * wave.square().sum()
+
+
+def test_a_recorded_room_is_used_and_begins_at_its_direct_sound(corpus, tmp_path):
+    response = torch.zeros(4000)
+    response[300], response[340], response[2500] = .8, -.2, .1      # direct, early and late
+    path = save(tmp_path / 'hall.wav', response, RATE)
+    hall = Recording('hall', str(path), 'room', 'train', frames=4000, sample_rate=RATE, sha256='hall', group='hall')
+    data = Mixtures(corpus + Manifest([hall]), 'train', seconds=1., reverb=1., clean_fraction=1.)
+    items = [data[k] for k in range(12)]
+    full, early = recorded_room(response.numpy(), RATE)
+    assert abs(np.sum(early ** 2) - 1) < 1e-6 and full[8] == np.abs(full).max() and len(early) == 808
+    kept = data.rooms['hall']                                       # as the file has it, in 16 bits
+    assert np.allclose(kept[0], full, atol=1e-3) and len(data.rooms) > 1
+    assert any(not item['noisy'].equal(item['clean']) for item in items)
+
+
+@given(st.sampled_from([kind for kind in _GENERATED if kind != 'babble']), st.integers(1, 4000), st.integers(0, 2**31))
+@settings(max_examples=60, deadline=None)
+def test_generated_noise_has_unit_level(kind, size, seed):
+    x = generated(kind, size, np.random.default_rng(seed))
+    assert x.dtype == np.float32 and x.shape == (size,) and np.isfinite(x).all()
+    assert size < 50 or abs(np.mean(x.astype(float) ** 2) - 1) < 1e-3
+
+
+@pytest.mark.parametrize('wrong', [dict(clip=-1), dict(peak_db=(0., -3.)), dict(noises=(2, 1)), dict(echoes=1)])
+def test_a_wrong_augmentation_is_told(corpus, wrong):
+    with pytest.raises(CorpusError, match=list(wrong)[0]): Mixtures(corpus, 'train', augment=wrong)
+
+
+def test_augment_is_silent_on_silence():
+    nothing = torch.zeros(1000)
+    noisy, clean = augment(nothing, nothing, Augmentation(**HARD), np.random.default_rng(0), RATE)
+    assert torch.isfinite(noisy).all() and not clean.any()

@@ -77,7 +77,8 @@ def test_sigkill_at_three_random_steps(recipe, whole, tmp_path):
 
 @pytest.mark.parametrize('changes,stops', [
     (dict(), (2, 7, 11)), (dict(ema=0., schedule='constant'), (7,)), (dict(workers=1), (4,)),
-    (dict(gain_db=(-6, 6), clean_fraction=.5, extra_noise=('babble', 'pink'), seconds=.3), (5,))],
+    (dict(gain_db=(-6, 6), clean_fraction=.5, extra_noise=('babble', 'pink'), seconds=.3,
+          augment=dict(noises=(1, 2), clip=.5, peak_db=(-35., 0.))), (5,))],
     ids=['plain', 'constant', 'worker', 'augmented'])
 def test_stopped_and_resumed(recipe, whole, tmp_path, changes, stops):
     recipe = replace(recipe, **changes)
@@ -364,8 +365,9 @@ def test_key():
     recipe = Recipe()
     same = dict(corpus_dir='/x', save_every=3, log_every=3, threads=2, workers=2, device='cpu')
     for name, value in same.items(): assert replace(recipe, **{name: value}).key == recipe.key
-    other = dict(model='base', seed=1, lr=1e-3, snr=(0, 1), eval_every=3, init='owner/name')
-    assert len({replace(recipe, **{name: value}).key for name, value in other.items()} | {recipe.key}) == 7
+    other = dict(model='base', seed=1, lr=1e-3, snr=(0, 1), eval_every=3, init='owner/name',
+                 augment=dict(clip=.1))
+    assert len({replace(recipe, **{name: value}).key for name, value in other.items()} | {recipe.key}) == 8
 
 
 def test_key_follows_the_content_of_init(recipe, whole, tmp_path):

@@ -16,7 +16,8 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from ..common.errors import AudioError, CorpusError, choose
-from .acoustics import coloured, convolve, looped, room
+from .acoustics import convolve, generated, looped, recorded_room, room
+from .augmentation import Augmentation, augment, coloured_by_microphones
 from .manifest import SPLITS, Manifest, Recording
 from ..signal.audio import SAMPLE_RATE, info, load
 from ..signal.levels import mix, rms_db
@@ -24,8 +25,8 @@ from ..signal.levels import mix, rms_db
 _ENDLESS = 2**31 - 1      # length of a stream
 CACHE_BYTES = 2**30      # waves kept in memory per data set; larger corpora read from disk
 _PEAK = 0.99              # level that a mixture beyond full scale is brought to
-_GENERATED = ('babble', 'white', 'pink', 'brown')
-_ROOMS = 64               # rooms of a data set
+_GENERATED = ('babble', 'white', 'pink', 'brown', 'resonant', 'modulated', 'impulsive', 'hum')
+_ROOMS = 64               # simulated rooms of a data set
 
 # %% ../../nbs/corpora/mixing.ipynb #441296e7
 class WaveCache:
@@ -150,7 +151,8 @@ class _Sounds(_Cuts):
     target: str
     noises: list[Recording | str]
     talkers: dict[str, list[Recording]]
-    rooms: dict[int, tuple[np.ndarray, np.ndarray]]
+    rooms: dict[int | str, tuple[np.ndarray, np.ndarray]]
+    responses: list[Recording]
 
     def _noise(self, which, snr, record, size: int, rng) -> tuple[float, str, Tensor | None]:
         "(SNR, name, noise) of an item; the noise is None when the item stays clean"
@@ -158,11 +160,22 @@ class _Sounds(_Cuts):
         snr = drawn if snr is None else snr
         if clean or not self.noises: return math.inf, '', None
         noise = self.noises[int(rng.integers(len(self.noises))) if which is None else which]
-        if isinstance(noise, Recording):
-            return snr, noise.id, torch.from_numpy(self._fill(noise, size, rng))
+        return snr, *self._one_noise(noise, record, size, rng)
+
+    def _one_noise(self, noise: Recording | str, record, size: int, rng) -> tuple[str, Tensor]:
+        if isinstance(noise, Recording): return noise.id, torch.from_numpy(self._fill(noise, size, rng))
         x = self._babble(record.speaker, size, rng) if noise == 'babble' \
-            else coloured(size, noise, rng)
-        return snr, noise, torch.from_numpy(x)
+            else generated(noise, size, rng, self.sample_rate)
+        return noise, torch.from_numpy(x)
+
+    def _more_noise(self, name: str, noise: Tensor, record, count: int, rng) -> tuple[str, Tensor]:
+        "A noise with others under it, each up to 10 dB softer"
+        size = noise.square().mean().sqrt()
+        for _ in range(count - 1):
+            more, x = self._one_noise(_one(self.noises, rng), record, len(noise), rng)
+            name = f'{name} + {more}'
+            noise = noise + x * (size * 10 ** (rng.uniform(-10, 0) / 20) / (x.square().mean().sqrt() + 1e-9))
+        return name, noise
 
     def _babble(self, speaker: str, size: int, rng) -> np.ndarray:
         "Three to six training speakers at once, each at its own level"
@@ -180,17 +193,25 @@ class _Sounds(_Cuts):
         inside, number = rng.random() < self.reverb, int(rng.integers(_ROOMS))
         dry = torch.from_numpy(np.ascontiguousarray(speech))
         if not inside: return dry, dry
-        if number not in self.rooms:
-            key = [self.seed, SPLITS.index(self.split), number, 1]
-            self.rooms[number] = room(np.random.default_rng(key), self.sample_rate)
-        full, early = (convolve(dry, h) for h in self.rooms[number])
+        # a corpus with recorded rooms has half of its items in one of these
+        real = _one(self.responses, rng) if self.responses and rng.random() < .5 else None
+        full, early = (convolve(dry, h) for h in self._room(number, real))
         return full, early if self.target == 'early' else full
+
+    def _room(self, number: int, real: Recording | None) -> tuple[np.ndarray, np.ndarray]:
+        name = number if real is None else real.id
+        if name not in self.rooms:
+            key = [self.seed, SPLITS.index(self.split), number, 1]
+            self.rooms[name] = room(np.random.default_rng(key), self.sample_rate) if real is None \
+                else recorded_room(self.waves.piece(real.path), self.sample_rate)
+        return self.rooms[name]
 
 # %% ../../nbs/corpora/mixing.ipynb #474cae37
 class _Items(_Sounds):
     "Items of `Mixtures` by index"
     manifest: Manifest
     gain_db: tuple[float, float] | None
+    augment: Augmentation | None
     level: str
     size: int
     plan: list[tuple] | None
@@ -208,7 +229,15 @@ class _Items(_Sounds):
         record = record or _one(self.speech, rng)
         heard, clean = self._in_room(self._speech(record, rng), rng)
         snr, name, noise = self._noise(which, snr, record, len(heard), rng)
+        # a generator of its own: an item without augmentation is what it always was
+        more = np.random.default_rng([self.seed, SPLITS.index(self.split), k, 2])
+        if self.augment is not None:
+            if noise is not None:
+                name, noise = self._more_noise(name, noise, record, int(more.integers(*self.augment.noises, endpoint=True)),
+                                               more)
+            heard, clean, noise = coloured_by_microphones(heard, clean, noise, self.augment, more)
         noisy = heard if noise is None else self._mixed(heard, noise, snr, record, name)
+        if self.augment is not None: noisy, clean = augment(noisy, clean, self.augment, more, self.sample_rate)
         return self._item(noisy, clean, snr, record, name, k, rng)
 
     def _mixed(self, heard, noise, snr, record, name) -> Tensor:
@@ -273,7 +302,8 @@ class Mixtures(_Items):
         gain_db: tuple[float, float] | None = None,  # range of the common gain
         reverb: float = 0.,                        # probability of a room
         target: str = 'early',                     # clean target in a room: or 'reverberant'
-        extra_noise: Sequence[str] = (),           # of 'babble', 'white', 'pink', 'brown'
+        extra_noise: Sequence[str] = (),           # 'babble', or kinds of `acoustics.generated`
+        augment: Augmentation | dict | None = None,  # microphones, bands, codecs, several noises, see there
         level: str = 'rms',                        # level of the SNR: or 'active' (P.56)
         sample_rate: int = SAMPLE_RATE,
         seed: int = 0,
@@ -282,7 +312,7 @@ class Mixtures(_Items):
         self.manifest, self.split, self.seed = manifest, split, seed
         self.seconds, self.snr, self.clean_fraction = seconds, snr, clean_fraction
         self.gain_db, self.reverb, self.target = gain_db, reverb, target
-        self.level, self.sample_rate = level, sample_rate
+        self.level, self.sample_rate, self.augment = level, sample_rate, Augmentation.of(augment)
         self.samples = None if seconds is None else round(seconds * sample_rate)
         self.size, self.plan = _ENDLESS if size is None else size, None
         self.speech, self.pairs = (sorted(rs, key=lambda r: r.id)
@@ -290,6 +320,7 @@ class Mixtures(_Items):
         self.noises: list[Recording | str] = [
             *sorted(manifest.noise(split), key=lambda r: r.id), *extra_noise]
         self.waves, self.rooms = WaveCache(sample_rate), {}
+        self.responses = sorted(manifest.rooms(split), key=lambda r: r.id)
         self._check()
         self.by_speaker = _by_speaker(self.speech)
         talkers = sorted(manifest.speech('train'), key=lambda r: r.id)

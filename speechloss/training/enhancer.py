@@ -30,7 +30,7 @@ def data_of(recipe: Recipe):
     manifest = get(recipe.corpus, from_dir=recipe.corpus_dir)
     train = Mixtures(manifest, 'train', seconds=recipe.seconds, snr=recipe.snr,
                      clean_fraction=recipe.clean_fraction, gain_db=recipe.gain_db,
-                     reverb=recipe.reverb, extra_noise=recipe.extra_noise, seed=recipe.seed)
+                     reverb=recipe.reverb, extra_noise=recipe.extra_noise, augment=recipe.augment, seed=recipe.seed)
     train[0]   # what is wrong with the data shows here, before anything is written
     # the same validation mixtures for every seed and recipe of a corpus
     valid = Mixtures.grid(manifest, 'valid', seconds=recipe.seconds, limit=recipe.valid_size,

@@ -25,6 +25,8 @@ BASE = dict(terms=dict(spectrum=dict(name='compressed_complex', hop_length=256),
                        wave=dict(name='snr')),
             weights=dict(wave=.05))
 KEY_FORMAT = 1
+#: Fields that are younger than `KEY_FORMAT`, in the key where they are not at their default
+_LATER = dict(augment=None)
 _NOT_IN_KEY = ('corpus_dir', 'save_every', 'log_every', 'threads', 'workers', 'device', 'init')
 
 
@@ -41,6 +43,7 @@ class Recipe:
     gain_db: tuple | list | None = None  # low and high of a random gain
     reverb: float = 0.                 # share of items in a room
     extra_noise: tuple | list = ()     # generated noises beside the corpus, see `Mixtures`
+    augment: dict | None = None        # options of `corpora.augmentation.Augmentation`
     steps: int = 2000                  # of the optimiser
     steps_per_epoch: int = 250         # an epoch, for losses that refresh by the epoch
     batch_size: int = 8                # items a step, in each process
@@ -78,7 +81,8 @@ class Recipe:
     @property
     def key(self) -> str:
         "Hash of all that determines the result, 64 hexadecimal digits"
-        record = {name: value for name, value in asdict(self).items() if name not in _NOT_IN_KEY}
+        record = {name: value for name, value in asdict(self).items()
+                  if name not in _NOT_IN_KEY and (name not in _LATER or value != _LATER[name])}
         if self.init: record['init'] = _fingerprint(self.init)
         record.update(objective=_key_content(self.objective, 'objective'), format=KEY_FORMAT)
         return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
