@@ -323,7 +323,8 @@ HARD = dict(noises=(1, 3), equalize=.5, band_limit=.3, clip=.3, code=.4, peak_db
 
 @pytest.mark.parametrize('workers', [0, 2])
 def test_an_augmented_item_is_a_function_of_its_index(corpus, workers):
-    make = lambda: Mixtures(corpus, 'train', seed=3, size=16, seconds=1., extra_noise=_GENERATED, augment=HARD, reverb=.3)
+    options = dict(seconds=1., extra_noise=_GENERATED, augment=HARD, reverb=.3)
+    make = lambda: Mixtures(corpus, 'train', seed=3, size=16, **options)
     expected = [make()[k] for k in reversed(range(16))][::-1]
     for b, batch in enumerate(DataLoader(make(), batch_size=4, num_workers=workers)):
         for i in range(4): assert batch['noisy'][i].equal(expected[4 * b + i]['noisy'])
