@@ -4,13 +4,14 @@ import os
 import signal
 import subprocess
 import sys
+from concurrent.futures import Future
 
 import numpy as np
 import pytest
 import torch
 
 from speechloss.common.errors import SpeechLossError
-from speechloss.metrics import score
+from speechloss.metrics import files, jobs_of, score, scoring
 from speechloss.signal import save
 
 RATE = 16_000
@@ -51,6 +52,56 @@ def test_a_pool_gives_ordered_rows_and_survives_its_killers(tmp_path):
             assert row['reasons'] == {}
             assert row['si_sdr'] == pytest.approx(rows[0]['si_sdr'], abs=1e-2)
     assert set(rows[0]) == {'id', 'speaker', 'sample_rate', 'si_sdr', 'lsd', 'reasons'}
+
+
+def test_a_handful_is_no_worse_off_for_one_of_its_items():
+    "Cheap items go to a process many at once; what kills it or cannot be handed over is still one row"
+    wrong = {120: dict(enhanced=Bomb(), clean=CLEAN, sample_rate=RATE),
+             150: dict(enhanced=NOISY, clean=CLEAN, sample_rate=lambda: 0),
+             155: dict(enhanced=NOISY * math.nan, clean=CLEAN, sample_rate=RATE)}
+    rows = score([wrong.get(k) or pair() for k in range(200)], 'si_sdr', workers=2)
+    assert [k for k, row in enumerate(rows) if row['reasons']] == [*wrong]
+    assert {row['si_sdr'] for row in rows if not row['reasons']} == {score([pair()], 'si_sdr')[0]['si_sdr']}
+    for k, words in (120, 'died'), (150, 'ickle'), (155, 'NaN'): assert words in rows[k]['reasons']['si_sdr']
+
+
+def test_slow_items_go_one_by_one_and_cheap_ones_by_handfuls():
+    class Pool:
+        def __init__(self, seconds): self.seconds, self.handed = seconds, []
+        def submit(self, work, parcels, names):
+            self.handed.append(len(parcels))
+            (future := Future()).set_result(([({}, {})] * len(parcels), self.seconds * len(parcels)))
+            return future
+
+    for seconds, most in (1., 1), (.02, 2), (.001, 16):
+        pool, waiting = Pool(seconds), {}
+        found = [*scoring._run_until_broken(pool, enumerate([{}] * 100), waiting, ['lsd'], [], 8)]
+        assert sorted(k for k, _ in found) == [*range(100)] and not waiting
+        assert max(pool.handed) == most and pool.handed[:8] == [1] * 8 and sum(pool.handed) == 100
+
+
+def test_one_process_is_one_thread_but_for_what_makes_the_pairs(monkeypatch):
+    seen, before = [], torch.get_num_threads()
+    monkeypatch.setattr(scoring, '_score_parcel', lambda *a: seen.append(torch.get_num_threads()) or ({'lsd': 0.}, {}))
+    torch.set_num_threads(2)
+    try:
+        def pairs():
+            for _ in range(3):
+                seen.append(torch.get_num_threads())
+                yield pair()
+        score(pairs(), 'lsd', workers=1)
+        assert seen == [2, 1] * 3 and torch.get_num_threads() == 2
+    finally: torch.set_num_threads(before)
+
+
+def test_the_largest_files_come_first_and_rows_stay_in_order(tmp_path, monkeypatch):
+    sizes, asked = (1000, 3000, 2000, 3000), []
+    for k, size in enumerate(sizes): save(tmp_path / f'{k}.wav', torch.from_numpy(NOISY[:size + RATE]).float(), RATE)
+    whole = files.iterate_scores
+    monkeypatch.setattr(files, 'iterate_scores', lambda pairs, *a, **o: asked.extend(pairs) or whole(pairs, *a, **o))
+    rows = files.score_files(jobs_of([tmp_path]), ['vqscore'], workers=1)
+    assert [pair['enhanced'].stem for pair in asked] == ['1', '3', '2', '0']
+    assert [row['seconds'] for row in rows] == [round((size + RATE) / RATE, 3) for size in sizes]
 
 
 def test_a_script_without_a_main_guard_still_gets_its_rows(tmp_path):

@@ -71,7 +71,7 @@ def scorable_pair(
     return e, c
 
 # %% ../../nbs/metrics/distances.ipynb #7fb1edc4
-PIECE_FRAMES = 512   # frames looked at at once: some MB in the widest metric
+PIECE_FRAMES = 640   # frames looked at at once, which clips of 4 s fit into: some MB in the widest metric
 
 
 def wave_pieces(
