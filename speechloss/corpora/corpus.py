@@ -14,14 +14,16 @@ from typing import Callable
 
 from ..common import files
 from ..common.errors import AudioError, CorpusError, choose
-from ..common.files import sha256, lock
+from ..common.files import lock
 from .desk import desk
 from .download import open_corpus, notify
+from .folders import measure_file
 from .laptop import laptop
+from .layouts import speakers_of
 from .manifest import SPLITS, Manifest, Recording
 from .mini import mini
 from .voicebank import voicebank_demand
-from ..signal.audio import load, scan
+from ..signal.audio import scan
 
 CORPORA = {'mini': mini, 'laptop': laptop, 'desk': desk,
            'voicebank-demand': voicebank_demand}  # name -> makes it: (folder, from_dir) -> Manifest
@@ -58,7 +60,7 @@ def from_folder(
     speech,                    # folder of clean speech
     noise=None,                # folder of noise; None: use `extra_noise` of Mixtures
     *,
-    speaker: Callable[[Path], str] | None = None,  # name of the speaker of a file
+    speaker: Callable[[Path], str] | None = None,  # name of the speaker of a file; None: `speakers_of`
     split: str | None = None,  # put all into this split; None: by hash
     valid: float = .1,         # share of speakers, and of noises, to validate with
     test: float = .2,          # share to test with
@@ -67,8 +69,8 @@ def from_folder(
     name: str = '',            # of the corpus
 ) -> Manifest:
     "Return a corpus made of folders; `CorpusError` when one is missing, empty or without usable audio"
-    say_who = speaker or (lambda p: p.parent.name)
-    talk, bad = _read_all(_scanned(speech, 'speech'), Path(speech), 'speech', licence, say_who)
+    heard = _scanned(speech, 'speech')
+    talk, bad = _read_all(heard, Path(speech), 'speech', licence, speaker or _speaker_by_path(heard, Path(speech)))
     places, worse = _read_all(_scanned(noise, 'noise'), Path(noise), 'noise', licence) \
         if noise is not None else ([], [])
     side = _splits({r.speaker for r in talk}, split, valid, test, seed)
@@ -82,7 +84,7 @@ def from_pairs(
     clean,                     # folder of clean speech
     noisy,                     # folder of the same files with noise, same relative names
     *,
-    speaker: Callable[[Path], str] | None = None,  # name of the speaker of a clean file
+    speaker: Callable[[Path], str] | None = None,  # name of the speaker of a clean file; None: `speakers_of`
     split: str | None = None,
     valid: float = .1,
     test: float = .2,
@@ -92,8 +94,8 @@ def from_pairs(
 ) -> Manifest:
     "Return a corpus of real pairs; a file without its twin, or of another length or rate, is skipped"
     clean, noisy = Path(clean), Path(noisy)
-    say_who = speaker or (lambda p: p.parent.name)
     twins = {p.relative_to(clean).with_suffix(''): p for p in _scanned(clean, 'clean')}
+    say_who = speaker or _speaker_by_path(list(twins.values()), clean)
     heard, bad = _read_all(_scanned(noisy, 'noisy'), noisy, 'pair', licence)
     spoken, worse = _read_all(list(twins.values()), clean, 'speech', licence, say_who)
     by_name, rows = {r.id: r for r in spoken}, []
@@ -122,6 +124,13 @@ def _scanned(folder, what: str) -> list[Path]:
         raise CorpusError(f'{what}: {e}') from None
 
 
+def _speaker_by_path(paths: list[Path], folder: Path) -> Callable[[Path], str]:
+    "Return who finds the speaker of these files; those that lie in no folder share the name of the whole"
+    names = {p: p.relative_to(folder).as_posix() for p in paths}
+    speaker, _ = speakers_of(names.values())
+    return lambda path: speaker[names[path]] or folder.name
+
+
 def _read_all(paths, folder: Path, kind: str, licence: str, speaker=None):
     "(recordings, skipped) of files that are read once in full; error when none is usable"
     def read(path: Path):
@@ -140,12 +149,12 @@ def _read_all(paths, folder: Path, kind: str, licence: str, speaker=None):
 
 
 def _read(path: Path, folder: Path, kind: str, licence: str, speaker) -> Recording:
-    wave, rate = load(path)
+    measured, wave = measure_file(path)
     if not wave.any():
         raise AudioError(f'{path} is silent from end to end: remove it')
     return Recording(path.relative_to(folder).with_suffix('').as_posix(), str(path.absolute()),
-                     kind, 'train', speaker(path) if speaker else '', len(wave), rate,
-                     sha256(path), licence=licence, source=folder.name)
+                     kind, 'train', speaker(path) if speaker else '', measured.frames,
+                     measured.sample_rate, measured.sha256, licence=licence, source=folder.name)
 
 
 def _splits(keys: set[str], split: str | None, valid: float, test: float, seed: int) -> dict:

@@ -137,14 +137,14 @@ class Manifest(_Recordings):
         return self
 
     def _disjoint(self, what: str, keys) -> None:
-        home: dict[tuple, str] = {}
+        home: dict[tuple, Recording] = {}
         for r in self:
             kind = r.kind if r.kind in ('noise', 'room') else 'speech'
             for key in keys(r):
-                split = home.setdefault((kind, key), r.split)
-                if split != r.split:
-                    raise CorpusError(f'{self._title}: the {kind} {what} {key!r} is in {split} '
-                                      f'and in {r.split}: keep it in one split')
+                first = home.setdefault((kind, key), r)
+                if first.split != r.split:
+                    raise CorpusError(f'{self._title}: the {kind} {what} {key!r} is in {first.split} and in {r.split}: '
+                                      f'keep it in one split ({first.path}, {r.path})')
 
     @property
     def _title(self) -> str: return f'corpus {self.name}' if self.name else 'corpus'
