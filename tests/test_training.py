@@ -1,5 +1,6 @@
 """Training: the same bits however often it is killed, and errors in one sentence."""
 import json
+import math
 import os
 import random
 import signal
@@ -343,7 +344,7 @@ def test_steps_that_are_not_finite(recipe, tmp_path):
     dict(objective={}), dict(objective=dict(terms=dict(a='nothing'))),
     dict(objective=dict(terms=dict(a=dict(name='si_sdr', depth=1)))), dict(corpus='absent'),
     dict(corpus='absent.jsonl'), dict(init='/absent'), dict(device='tpu'), dict(steps=0),
-    dict(batch_size=-1), dict(lr=0.), dict(schedule='linear'), dict(ema=1.), dict(precision='int4'),
+    dict(batch_size=-1), dict(lr=0.), dict(decay=1.5), dict(schedule='linear'), dict(ema=1.), dict(precision='int4'),
     dict(snr='loud'), dict(steps='many'), dict(device='cuda'), dict(extra_noise=('drums',))], ids=str)
 def test_wrong_recipes(recipe, tmp_path, wrong):
     "One sentence, and nothing is written"
@@ -358,6 +359,18 @@ def test_out_is_a_file(recipe, tmp_path):
     (tmp_path / 'run').write_text('')
     with pytest.raises(CheckpointError, match='run cannot be written'):
         train(recipe, tmp_path / 'run')
+
+
+def test_schedules():
+    "Up over the warm-up; then a half wave of a cosine, or nothing, or nothing and a line down over the last fifth"
+    recipe = Recipe(steps=100, warmup=10, lr=1.)
+    rates = {name: [replace(recipe, schedule=name).rate(k) for k in range(100)]
+             for name in ('cosine', 'constant', 'decay')}
+    for each in rates.values(): assert each[0] == pytest.approx(.1, rel=1e-3) and each[9] > .97
+    assert set(rates['constant'][9:]) == {1.} and set(rates['decay'][9:81]) == {1.}
+    assert rates['decay'][81:] == pytest.approx([(100 - k) / 20 for k in range(81, 100)])
+    assert rates['cosine'][55] == pytest.approx(.5 * (1 + math.cos(.55 * math.pi)))
+    assert replace(recipe, schedule='decay', decay=0.).rate(99) == 1.
 
 
 def test_key():

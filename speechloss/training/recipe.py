@@ -26,7 +26,7 @@ BASE = dict(terms=dict(spectrum=dict(name='compressed_complex', hop_length=256),
             weights=dict(wave=.05))
 KEY_FORMAT = 1
 #: Fields that are younger than `KEY_FORMAT`, in the key where they are not at their default
-_LATER = dict(augment=None)
+_LATER = dict(augment=None, decay=.2)
 _NOT_IN_KEY = ('corpus_dir', 'save_every', 'log_every', 'threads', 'workers', 'device', 'init')
 
 
@@ -48,7 +48,8 @@ class Recipe:
     steps_per_epoch: int = 250         # an epoch, for losses that refresh by the epoch
     batch_size: int = 8                # items a step, in each process
     lr: float = 2e-3                   # highest learning rate
-    schedule: str = 'cosine'           # after warm-up: 'cosine' to zero, or 'constant'
+    schedule: str = 'cosine'           # after warm-up: 'cosine' to zero, 'constant', or 'decay', constant and then down
+    decay: float = .2                  # share of the steps in which 'decay' goes down to zero, in a line
     warmup: int = 50                   # steps of a rising rate
     weight_decay: float = .01          # of AdamW
     clip: float = 1.                   # largest norm of the gradient
@@ -91,6 +92,7 @@ class Recipe:
         "Return the learning rate of a step, 0 the first"
         rise = min(1., (step + 1) / max(self.warmup, 1))
         if self.schedule == 'constant': return self.lr * rise
+        if self.schedule == 'decay': return self.lr * min(rise, (self.steps - step) / max(self.decay * self.steps, 1))
         return self.lr * rise * .5 * (1 + math.cos(math.pi * step / self.steps))
 
 # %% ../../nbs/training/recipe.ipynb #debd92b3
@@ -104,7 +106,7 @@ def recipe_fields() -> list[dict[str, str]]:  # field, default, meaning
 
 def _check(recipe: Recipe) -> None:
     "Raise `TrainingError` for the first field whose value no training takes"
-    choices = dict(schedule=('cosine', 'constant'), device=('auto', 'cpu', 'cuda'),
+    choices = dict(schedule=('cosine', 'constant', 'decay'), device=('auto', 'cpu', 'cuda'),
                    precision=('no', 'bf16'))
     for name, allowed in choices.items():
         choose(name, getattr(recipe, name), allowed, error=TrainingError)
@@ -120,11 +122,12 @@ def _check(recipe: Recipe) -> None:
         if value is not None and not _is_range(value):
             raise TrainingError(f'{name} is {value!r}: give its low and its high end in dB')
     for name in ('clean_fraction', 'reverb', 'weight_decay', 'ema', 'seed', 'threads', 'workers',
-                 'warmup'):
+                 'warmup', 'decay'):
         value = getattr(recipe, name)
         if name == 'workers' and value is None: continue
         if not isinstance(value, (int, float)) or value < 0:
             raise TrainingError(f'{name} is {value!r}: give a number of at least 0')
+    if recipe.decay > 1: raise TrainingError(f'decay is {recipe.decay}: give a share of the steps, 0 to 1')
     if not 0 <= recipe.ema < 1:
         raise TrainingError(f'ema is {recipe.ema}: give a decay in [0, 1), 0 for none')
 
