@@ -192,7 +192,11 @@ def visqol(
     clean: Tensor | np.ndarray,     # the same shape
     sample_rate: int,               # of both, Hz; resampled to 48 kHz
 ) -> float:                         # MOS-LQO, 1 to 5, higher is better
-    "Return ViSQOL v3 in its mode for audio (Chinen et al. 2020); `SpeechLossError` on silence, NaN, under a second"
+    """Return ViSQOL v3 in its mode for audio (Chinen et al. 2020).
+
+    Score long recordings in pieces: the package holds all of a recording, some 0.6 GB a minute. `SpeechLossError` on
+    silence, NaN, or less than a second.
+    """
     e, c = scorable_pair(enhanced, clean, sample_rate, rate=48_000)
     if len(c) < 48_000:
         raise SpeechLossError(f'ViSQOL compares patches over a second, and these are {len(c) / 48_000:.2f} s: '
