@@ -5,7 +5,7 @@ arguments; `NAME_torch.py` a readable reference and the algorithm in torch; `NAM
 the same algorithm in Triton, imported on the first call that it serves.
 
     stft_distance    distances of STFT magnitudes; also stft_plan, what a call computes, and
-                     stft_torch, stft_triton, stft_triton_{cells,waves,fft,gemm,tables}
+                     stft_torch, stft_torch_cells, stft_triton, stft_triton_{cells,waves,fft,gemm,tables}
     contrastive      distance to clean over distance to negatives, over feature layers
     info_nce         cross-entropy of a query's own key among all keys
     nearest_code     nearest code of a codebook          } both use frames_and_codes and

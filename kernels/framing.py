@@ -1,4 +1,4 @@
-"""`frame_count`, `pad_reflect`, `window_of` for frames of waves, `overlap_add`, `fold_reflection` for the way back."""
+"""`frame_count`, `pad_reflect` and `window_of` for frames of waves, and `fold_reflection` for the way back."""
 from functools import lru_cache
 from typing import TypeVar
 
@@ -81,32 +81,12 @@ def kept_window(name: str, win_length: int, gain: float, dtype: torch.dtype, dev
         return gain * window_of(name, win_length, torch.empty(0, dtype=dtype, device=device))
 
 
-def overlap_add(
-    frames: Tensor,   # (F, size)
-    hop_length: int,  # samples between frames
-    length: int,      # samples of the result, >= (F - 1) * hop_length + size
-) -> Tensor:          # (length,)
-    """Add frames at their places in a wave: the adjoint of cutting them.
-
-    Frames that are `stride` apart do not overlap, so each of `stride` additions is one strided
-    sum: no scatter, and the same bits every time.
-    """
-    count, size = frames.shape
-    stride = -(-size // hop_length)
-    wave = frames.new_zeros(length + stride * hop_length)
-    for first in range(min(stride, count)):
-        part = frames[first::stride]
-        place = wave.as_strided(part.shape, (stride * hop_length, 1), first * hop_length)
-        place += part
-    return wave[:length]
-
-
 def fold_reflection(
-    padded: Tensor,  # (length + 2 * pad,)
-    pad: int,        # samples on each side
-) -> Tensor:         # (length,)
+    padded: Tensor,  # (..., length + 2 * pad)
+    pad: int,        # samples on each side, at least 1
+) -> Tensor:         # (..., length)
     "Add the padding back to the samples it reflects: the adjoint of `pad_reflect` without lengths"
-    wave = padded[pad:len(padded) - pad].clone()
-    wave[1:pad + 1] += padded[:pad].flip(0)
-    wave[-pad - 1:-1] += padded[len(padded) - pad:].flip(0)
+    wave = padded[..., pad:-pad].clone()
+    wave[..., 1:pad + 1] += padded[..., :pad].flip(-1)
+    wave[..., -pad - 1:-1] += padded[..., -pad:].flip(-1)
     return wave

@@ -1,27 +1,25 @@
 """`reference` and `distance`: the STFT distance in plain torch, and with its gradient in one pass.
 
 `reference` writes the formulas out for a batch and can be differentiated as often as one likes.
-`distance` works on one utterance at a time, so that its true length is simply its size and only
-one pair of spectrograms is in memory; it returns the gradient waves with the values.
+`distance` works on some frames of one utterance at a time, so that its true length is simply its size
+and no spectrogram is in memory; it returns the gradient waves with the values. What it does to the
+frames is in `stft_torch_cells`.
 """
-from collections.abc import Callable
-from functools import cache, lru_cache, reduce
-from operator import add
-from typing import NamedTuple
+from functools import lru_cache
 
 import torch
 from torch import Tensor
 
-from .framing import fold_reflection, frame_count, frame_mask, kept_window, overlap_add, pad_reflect
+from .framing import frame_count, frame_mask, kept_window, pad_reflect
 from .stft_plan import Plan, Resolution
-from .workers import side_by_side
+from .stft_torch_cells import Cells, Frames, Utterance, gradient
 
+
+# ------------------------------------------------------------------------------ the reference
 
 def _window(resolution: Resolution, like: Tensor) -> Tensor:   # (win_length,)
     return kept_window(resolution.window, resolution.win_length, resolution.gain, like.dtype, like.device)
 
-
-# ------------------------------------------------------------------------------ the reference
 
 def reference(
     enhanced: Tensor,          # (B, T), float32 or float64
@@ -100,17 +98,6 @@ def _floored(spec: Tensor, plan: Plan) -> Tensor:
 
 # ------------------------------------------------------------------------- with the gradient
 
-class _Norms(NamedTuple):
-    "What spectral convergence is made of, of one utterance or of the batch"
-    gap: Tensor     # |s - e|², a scalar
-    clean: Tensor   # |s|², a scalar
-    cells: int
-
-
-#: A term: its value, and how to get its slope, which is computed only where it is needed
-_Term = tuple[Tensor, Callable[[], Tensor]]
-
-
 def distance(
     enhanced: Tensor,          # (B, T), float32 or float64
     clean: Tensor,             # (B, T)
@@ -119,156 +106,101 @@ def distance(
     plan: Plan,
     need_grad: bool,
 ) -> tuple[Tensor, Tensor]:    # (B, resolutions, terms), (outputs, B, T) or empty
-    "Compute the terms, and the gradient of each output in `enhanced`; an utterance on each core"
+    "Compute the terms, and the gradient of each output in `enhanced`"
     if enhanced.is_cpu: _keep_memory()
     sizes = [enhanced.shape[1]] * len(enhanced) if lengths is None else lengths.tolist()
-    pairs = [(x[:size], y[:size]) for x, y, size in zip(enhanced, clean, sizes)]
+    given = iter(filters)
+    banks = [next(given).to(enhanced.dtype) if has else None for has in plan.filtered]
     parts = enhanced.new_empty(len(enhanced), len(plan.resolutions), len(plan.terms))
     waves = enhanced.new_zeros(plan.outputs, *enhanced.shape) if need_grad else enhanced.new_empty(0)
-    banks = iter(filters)
-    for k, resolution in enumerate(plan.resolutions):
-        bank = next(banks).to(enhanced.dtype) if plan.filtered[k] else None
-        batch = None
-        if plan.norm == 'batch' and 'sc' in plan.terms:
-            batch = _batch_norms(pairs, resolution, bank, plan)
-
-        def one(b, k=k, resolution=resolution, bank=bank, batch=batch):
-            x, y = pairs[b]
-            mix = plan.mix(resolution, len(pairs))
-            parts[b, k], grad = utterance_terms(x, y, resolution, bank, plan, mix, need_grad, batch)
-            if grad is not None: waves[:, b, :sizes[b]] += grad   # a row of its own
-
-        side_by_side(one, range(len(pairs)), cpu=enhanced.is_cpu)
+    batch = _BatchNorm(enhanced, plan, need_grad) if plan.norm == 'batch' and 'sc' in plan.terms else None
+    for b, size in enumerate(sizes):
+        utterance = Utterance(enhanced[b, :size], clean[b, :size], plan)
+        total = utterance.zeros(len(waves))
+        for k, (resolution, bank) in enumerate(zip(plan.resolutions, banks)):
+            work = _Work(utterance, resolution, bank, plan)
+            sums = work.run(plan.mix(resolution, len(enhanced)) if need_grad else [], total)
+            parts[b, k] = work.values(sums)
+            if batch: batch.keep(k, b, sums, work)
+        for wave, grad in zip(waves, total): utterance.fold(grad, wave[b, :size])
+    if batch: batch.finish(parts, waves)
     return parts, waves
 
 
-def utterance_terms(
-    enhanced: Tensor,              # (T,), float32 or float64
-    clean: Tensor,                 # (T,)
-    resolution: Resolution,
-    filters: Tensor | None,        # (bins, bands)
-    plan: Plan,
-    mix: list[list[float]],        # (outputs, terms)
-    need_grad: bool,
-    batch: _Norms | None = None,    # of the whole batch, for plan.norm 'batch'
-) -> tuple[Tensor, Tensor | None]:   # (terms,), (outputs, T)
-    "Compute the terms of one utterance, and the gradient of each mix of them in `enhanced`"
-    E, S = (_utterance_spectrum(wave, resolution) for wave in (enhanced, clean))
-    r_e, r_s = _power(E, plan), _power(S, plan)
-    mag = r_e.sqrt()
-    e, s = (mag, r_s.sqrt()) if filters is None else (mag @ filters, r_s.sqrt() @ filters)
-    found = _magnitude_terms(e, s, plan, batch)
-    if 'complex' in plan.terms: found['complex'] = _complex_term(E, S, r_e, r_s, plan)
-    values = torch.stack([found[name][0] for name in plan.terms])
-    if not need_grad: return values, None
-    waves = []
-    for row in mix:
-        slope, grad = None, None       # in the magnitude, in the spectrum
-        for name, weight in zip(plan.terms, row):
-            if not weight: continue
-            part = found[name][1]()
-            if name == 'complex': grad = part * weight
-            else: slope = part * weight if slope is None else slope.add_(part, alpha=weight)
-        if slope is not None:
-            slope = slope if filters is None else slope @ filters.T
-            slope = slope.div_(mag)
-            if plan.floor == 'clamp': slope *= r_e > plan.eps
-            grad = E * slope if grad is None else grad.add_(E * slope)
-        waves.append(torch.zeros_like(enhanced) if grad is None
-                     else _to_wave(grad, resolution, len(enhanced)))
-    return values, torch.stack(waves)
+class _Work:
+    "An utterance at one resolution: some frames at a time"
+    def __init__(self, utterance: Utterance, resolution: Resolution, bank: Tensor | None, plan: Plan):
+        self.utterance, self.bank, self.plan = utterance, bank, plan
+        self.frames = Frames(utterance, resolution)
+        self.cells = self.frames.count * (resolution.bins if bank is None else bank.shape[1])
+        self.apart: Tensor | None = None   # (padded samples,), the gradient of 'sc' still to be scaled
+
+    def run(
+        self,
+        mix: list[list[float]],   # (outputs, terms); empty without gradient
+        total: Tensor,            # (outputs, padded samples), to which the gradients are added
+    ) -> dict[str, Tensor]:       # {term: (1,) or (2,)}
+        "Return the sums that the values are made of"
+        over_batch, sums = self.plan.norm == 'batch', []
+        waiting: list[tuple] = []
+        rows = [{name: weight for name, weight in zip(self.plan.terms, row) if weight} for row in mix]
+        convergence = [row.pop('sc', 0.) for row in rows]
+        if over_batch and any(convergence): self.apart = self.utterance.zeros(1)[0]
+        for span in self.frames.spans():
+            cells = Cells(self.frames.transform(span), self.bank, self.plan, self.cells)
+            terms = cells.terms()
+            sums.append({name: torch.stack(each) for name, (each, _) in terms.items()})
+            if self.apart is not None and (own := cells.slope(terms, {'sc': 1.})) is not None:
+                self.frames.add(self.apart, gradient(cells.spectra[0], own, None), span)
+            for out, row, weight in zip(total, rows, convergence):
+                slope, across = cells.slope(terms, row), cells.across(row)
+                if weight and not over_batch:   # the factor is known when all frames were seen
+                    waiting.append((out, span, cells.spectra[0], slope, cells.slope(terms, {'sc': weight}), across))
+                elif slope is not None: self.frames.add(out, gradient(cells.spectra[0], slope, across), span)
+        found = {name: torch.cat([each[name] for each in sums], 1).sum(1) for name in self.plan.terms}
+        for out, span, spectrum, slope, own, across in waiting:
+            scaled = own * _convergence(found['sc'], self.cells, self.plan)[1]
+            if slope is not None: scaled += slope
+            self.frames.add(out, gradient(spectrum, scaled, across), span)
+        return found
+
+    def values(self, sums: dict[str, Tensor]) -> Tensor:   # (terms,)
+        "Return the values of the terms"
+        return torch.stack([_convergence(sums[name], self.cells, self.plan)[0] if name == 'sc'
+                            else sums[name][0] / self.cells for name in self.plan.terms])
 
 
-def _magnitude_terms(e: Tensor, s: Tensor, plan: Plan, batch: _Norms | None) -> dict[str, _Term]:
-    "{term: (value, slope in e)} of the terms of magnitudes"
-    diff, cells, power, offset = e - s, e.numel(), plan.power, plan.offset
-    above = e + offset if offset else e
-    sign = cache(diff.sign)
-
-    @cache
-    def logs(): return (above / (s + offset if offset else s)).log_()
-
-    def convergence():
-        over, under, count = batch or _Norms(diff.view(-1).dot(diff.view(-1)), s.view(-1).dot(s.view(-1)), cells)
-        over, under = over.sqrt(), under.sqrt() + plan.sc_floor * count ** .5
-        return over / under, lambda: diff * torch.where(over > 0, 1 / (over * under), 0.)
-
-    def log_l1(): return torch.linalg.vector_norm(logs(), 1) / cells, lambda: (sign() / above).div_(cells)
-
-    def log_l2(): return logs().view(-1).dot(logs().view(-1)) / cells, lambda: (logs() / above).mul_(2 / cells)
-
-    def lin_l1(): return torch.linalg.vector_norm(diff, 1) / cells, lambda: sign() / cells
-
-    def lin_l2(): return diff.view(-1).dot(diff.view(-1)) / cells, lambda: diff * (2 / cells)
-
-    def compressed():
-        gap = e ** power - s ** power
-        return gap.square().mean(), lambda: (e ** (power - 1)).mul_(gap).mul_(2 * power / cells)
-
-    formulas = dict(sc=convergence, log_l1=log_l1, log_l2=log_l2, lin_l1=lin_l1, lin_l2=lin_l2, compressed=compressed)
-    return {name: formulas[name]() for name in plan.terms if name in formulas}
+def _convergence(squares: Tensor, cells: int, plan: Plan) -> tuple[Tensor, Tensor]:
+    "Return spectral convergence from the squares of the gap and of clean, and the factor of its slope"
+    over, under = squares.sqrt()
+    under = under + plan.sc_floor * cells ** .5
+    return over / under, torch.where(over > 0, 1 / (over * under), 0.)
 
 
-def _complex_term(E: Tensor, S: Tensor, r_e: Tensor, r_s: Tensor, plan: Plan) -> _Term:
-    "(value, gradient in the spectrum) of the compressed complex distance"
-    half = (plan.power - 1) / 2
-    gain = r_e ** half
-    gap = E * gain - S * r_s ** half
-    flat = torch.view_as_real(gap).view(-1)
+class _BatchNorm:
+    """Spectral convergence with one norm over the batch, which is known when every utterance was seen.
 
-    def slope():
-        # the gain moves with the power, unless that lies under a clamp
-        along = (torch.view_as_real(gap) * torch.view_as_real(E)).sum(-1).mul_(gain).div_(r_e).mul_(2 * half)
-        if plan.floor == 'clamp': along *= r_e > plan.eps
-        return (gap * gain + E * along).mul_(2 / r_e.numel())
+    Until then the gradient of its numerator waits as a wave for each resolution: its factor is one number.
+    """
+    def __init__(self, enhanced: Tensor, plan: Plan, need_grad: bool):
+        count = len(plan.resolutions)
+        self.plan, self.cells = plan, [0] * count
+        self.squares = enhanced.new_zeros(count, len(enhanced), 2)       # of the gap, of clean
+        self.waves = enhanced.new_zeros(count if need_grad else 0, *enhanced.shape)
 
-    return torch.dot(flat, flat) / r_e.numel(), slope
+    def keep(self, k: int, b: int, sums: dict[str, Tensor], work: _Work) -> None:
+        "Take utterance `b` at resolution `k`"
+        self.squares[k, b] = sums['sc']
+        self.cells[k] += work.cells
+        if work.apart is not None: work.utterance.fold(work.apart, self.waves[k, b, :work.utterance.size])
 
-
-def _batch_norms(pairs: list[tuple[Tensor, Tensor]], resolution: Resolution, filters: Tensor | None,
-                 plan: Plan) -> _Norms:
-    "The norms over all utterances, added in their order"
-    def one(pair):
-        e, s = (_magnitudes(wave, resolution, filters, plan) for wave in pair)
-        return _Norms((s - e).square().sum(), s.square().sum(), s.numel())
-
-    each = side_by_side(one, pairs, cpu=pairs[0][0].is_cpu)
-    return _Norms(*(reduce(add, numbers) for numbers in zip(*each)))
-
-
-def _magnitudes(wave: Tensor, resolution: Resolution, filters: Tensor | None,
-                plan: Plan) -> Tensor:   # (T,) -> (frames, bins or bands)
-    mag = _power(_utterance_spectrum(wave, resolution), plan).sqrt_()
-    return mag if filters is None else mag @ filters
-
-
-def _utterance_spectrum(wave: Tensor, resolution: Resolution) -> Tensor:   # (T,) -> (frames, bins)
-    "Frames of the window's support alone: where its zeros lie changes the phase, not the magnitude"
-    n, size = resolution.n_fft, resolution.win_length
-    padded = pad_reflect(wave[None], n // 2)[0]
-    first, count = (n - size) // 2, frame_count(len(wave), resolution.hop_length, n)
-    frames = padded[first:].unfold(0, size, resolution.hop_length)[:count]
-    return torch.fft.rfft(frames * _window(resolution, wave), n)
-
-
-def _power(spec: Tensor, plan: Plan) -> Tensor:
-    "`_floored` with less memory, which autograd cannot follow"
-    square = torch.view_as_real(spec).square()
-    power = square[..., 0] + square[..., 1]
-    return power.add_(plan.eps) if plan.floor == 'smooth' else power.clamp_min_(plan.eps)
-
-
-def _to_wave(grad: Tensor, resolution: Resolution, length: int) -> Tensor:
-    "The adjoint of `_utterance_spectrum`: gradient in the spectrum (frames, bins) to (length,)"
-    n, size, hop = resolution.n_fft, resolution.win_length, resolution.hop_length
-    # a real transform counts the bins between the ends twice
-    grad *= .5
-    grad[:, 0] *= 2
-    if n % 2 == 0: grad[:, -1] *= 2
-    frames = torch.fft.irfft(grad, n, norm='forward')[:, :size] * _window(resolution, grad.real)
-    first = (n - size) // 2
-    padded = overlap_add(frames, hop, length + 2 * (n // 2) - first)
-    return fold_reflection(torch.cat([padded.new_zeros(first), padded]), n // 2)
+    def finish(self, parts: Tensor, waves: Tensor) -> None:
+        "Write the value into the parts, and add the gradient to the waves"
+        place = self.plan.terms.index('sc')
+        for k, resolution in enumerate(self.plan.resolutions):
+            parts[:, k, place], factor = _convergence(self.squares[k].sum(0), self.cells[k], self.plan)
+            for wave, row in zip(waves, self.plan.mix(resolution)):
+                if row[place]: wave.addcmul_(self.waves[k], factor, value=row[place])
 
 
 @lru_cache(maxsize=1)
