@@ -1,7 +1,8 @@
 """`info_nce`: cross-entropy of the key that belongs to a query, among all the other keys.
 
-The matrix of similarities is never stored: it is worked on a tile at a time, with a running
-log-sum-exp. The backward pass computes the tiles again, from four numbers kept for each row.
+A large matrix of similarities is never stored: it is worked on a tile at a time, with a running
+log-sum-exp, and the backward pass computes the tiles again, from four numbers kept for each row. On a
+CPU a small one is kept, which is faster.
 Back ends: see `speechloss.kernels.backends`.
 """
 import torch
@@ -41,7 +42,11 @@ def info_nce(
     with torch.autocast(queries.device.type, enabled=False):
         if chosen == 'reference':
             return info_nce_torch.reference(queries, others, groups, temperature, normalize)
-        return _info_nce(queries, others, groups, float(temperature), normalize, chosen)[0]
+        options = queries, others, groups, float(temperature), normalize, chosen
+        # the price of an operator is that of a small matrix: there the same two functions are called directly
+        small = chosen == 'torch' and not torch.compiler.is_compiling() and info_nce_torch.fits(
+            len(queries), len(others), working_dtype(queries, others).itemsize)
+        return _Direct.apply(*options)[0] if small else _info_nce(*options)[0]
 
 
 # ------------------------------------------------------------------------------ the operators
@@ -49,7 +54,7 @@ def info_nce(
 @torch.library.custom_op('speechloss::info_nce', mutates_args=())
 def _info_nce(queries: Tensor, keys: Tensor, groups: Tensor | None, temperature: float, normalize: bool,
               backend: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    "Loss (N,), and what the backward pass needs: log-sum-exp (N,), inverse norms (N,), (N + M,)"
+    "Loss (N,), and what the backward pass needs: log-sum-exp (N,) or a matrix, inverse norms (N,), (N + M,)"
     with torch.autocast(queries.device.type, enabled=False):
         if backend == 'triton':
             from . import info_nce_triton   # here, since it needs triton
@@ -60,7 +65,9 @@ def _info_nce(queries: Tensor, keys: Tensor, groups: Tensor | None, temperature:
 @_info_nce.register_fake
 def _(queries, keys, groups, temperature, normalize, backend):
     new = queries.new_empty(len(queries), dtype=working_dtype(queries, keys))
-    return new, torch.empty_like(new), torch.empty_like(new), new.new_empty(len(keys))
+    whole = backend == 'torch' and info_nce_torch.fits(len(queries), len(keys), new.dtype.itemsize)
+    scores = new.new_empty(info_nce_torch.matrix_shape(len(queries), len(keys))) if whole else torch.empty_like(new)
+    return new, scores, torch.empty_like(new), new.new_empty(len(keys))
 
 
 @torch.library.custom_op('speechloss::info_nce_backward', mutates_args=())
@@ -96,6 +103,27 @@ def _backward(ctx, grad, *others):
 
 
 _info_nce.register_autograd(_backward, setup_context=_keep)
+
+
+class _Direct(torch.autograd.Function):
+    "`_info_nce` in plain torch, without the operator"
+    @staticmethod
+    def forward(ctx, *inputs):   # with `_keep` inside: apart from it torch looks at signatures, which takes its time
+        output = info_nce_torch.forward(*inputs[:-1])
+        _keep(ctx, inputs, output)
+        ctx.mark_non_differentiable(*output[1:])
+        return output
+
+    @staticmethod
+    def backward(ctx, grad, *others):
+        # a second derivative is an error of the operator
+        if grad is None or torch.is_grad_enabled(): return _backward(ctx, grad)
+        queries, keys, groups, *saved = ctx.saved_tensors
+        temperature, normalize, _ = ctx.options
+        need = list(ctx.needs_input_grad[:2])
+        with torch.autocast(queries.device.type, enabled=False):
+            grads = info_nce_torch.backward(grad, queries, keys, groups, saved, temperature, normalize, need)
+        return *(g if wanted else None for g, wanted in zip(grads, need)), None, None, None, None
 
 
 # ---------------------------------------------------------------------------------- checks

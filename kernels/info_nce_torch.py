@@ -1,6 +1,7 @@
-"""`reference`, `forward` and `backward`: InfoNCE in plain torch, and in tiles with its gradient.
+"""`reference`, `forward` and `backward`: InfoNCE in plain torch, and with its gradient.
 
-Scores are kept in units of ln 2, since exp2 is cheaper than exp.
+A small matrix of scores stays in memory, as in plain torch, and becomes its own derivative. A large one is
+worked on in tiles, and twice; there scores are in units of ln 2, since exp2 is cheaper than exp.
 """
 import math
 from functools import partial
@@ -24,6 +25,13 @@ TILES = dict(cpu=(512, 256), cuda=(4096, 4096))
 #: On a CPU the rows are cut into PIECES, but into no piece of fewer than FEW rows, which would not
 #: be worth a thread. The pieces, and so the result, do not depend on the number of cores.
 PIECES, FEW = 4, 256
+#: Most bytes of a matrix of scores that is kept: 4096 x 4096 in float32. In benchmarks/info_nce.csv that is
+#: faster than tiles up to there, and from 512 rows as fast as plain torch or faster; above, tiles are faster
+#: than plain torch too, and their memory does not grow with the square.
+MATRIX = 2 ** 26
+#: Sides of such a matrix, and dims, are padded to multiples of this: only then has a product the same bits
+#: on any number of threads
+SIDE = 16
 
 
 # ------------------------------------------------------------------------------ the reference
@@ -55,7 +63,123 @@ def _unit(x: Tensor) -> Tensor:
 
 # ------------------------------------------------------------------------- with the gradient
 
+def fits(pairs: int, keys: int, itemsize: int) -> bool:
+    "Return whether the matrix of scores is small enough to be kept until the backward pass"
+    return pairs * keys * itemsize <= MATRIX
+
+
 def forward(
+    queries: Tensor,          # (N, D)
+    keys: Tensor,             # (N + M, D); key i belongs to query i
+    groups: Tensor | None,    # (N,) integers
+    temperature: float,
+    normalize: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:   # (N,), see below, (N,), (N + M,)
+    """Compute the loss, what its gradient needs of the scores, and the inverse norms of queries and keys.
+
+    Of the scores that is their log2-sum-exp2 (N,), or the matrix of `_whole_forward` where it `fits`.
+    """
+    small = fits(len(queries), len(keys), working_dtype(queries, keys).itemsize)
+    return (_whole_forward if small else _tiled_forward)(queries, keys, groups, temperature, normalize)
+
+
+def backward(
+    grad: Tensor,             # (N,), of the loss
+    queries: Tensor,          # (N, D)
+    keys: Tensor,             # (N + M, D)
+    groups: Tensor | None,    # (N,) integers
+    saved: list[Tensor],      # what `forward` returned
+    temperature: float,
+    normalize: bool,
+    need: list[bool],         # of queries, of keys
+) -> tuple[Tensor, Tensor]:   # (N, D), (N + M, D), empty where not needed
+    "Compute the gradients of queries and keys"
+    if saved[1].ndim == 2: return _whole_backward(grad, queries, keys, saved, temperature, normalize, need)
+    return _tiled_backward(grad, queries, keys, groups, saved, temperature, normalize, need)
+
+
+# ------------------------------------------------------------------- with the matrix in memory
+
+def matrix_shape(pairs: int, keys: int) -> tuple[int, int]:
+    "Return the shape of the matrix that is kept: padded to SIDE, and a row for the factors of its rows"
+    return pairs + -pairs % SIDE + 1, keys + -keys % SIDE
+
+
+def _whole_forward(queries: Tensor, keys: Tensor, groups: Tensor | None, temperature: float,
+                   normalize: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """As `forward`. The matrix times its factors, row by row, is the derivative of the loss in the scores.
+
+    So the backward pass is two products, and no pass over the matrix.
+    """
+    dtype, pairs = working_dtype(queries, keys), len(queries)
+    inverse_q, inverse_k = (_whole_norms(x, dtype, normalize) for x in (queries, keys))
+    rows, columns = matrix_shape(pairs, len(keys))
+    matrix = torch.empty(rows, columns, dtype=dtype, device=queries.device)
+    torch.mm(_padded(queries, inverse_q / temperature), _padded(keys, inverse_k).T, out=matrix[:-1])
+    scores, own = matrix[:pairs], matrix.diagonal()[:pairs]
+    positive = own.clone()
+    scores[:, len(keys):] = -torch.inf
+    if groups is not None: scores[:, :pairs].masked_fill_(groups[:, None] == groups, -torch.inf)
+    # the negatives alone are summed: a tiny loss keeps its digits, and none is below zero
+    own.fill_(-torch.inf)
+    if _bounded(temperature, normalize): top = torch.zeros_like(positive)
+    else:
+        top = torch.maximum(scores.amax(1), positive)
+        scores.sub_(top[:, None])
+    negative = scores.exp_().sum(1).log_().add_(top)
+    loss = torch.logaddexp(negative - positive, torch.zeros_like(positive))
+    factor = torch.exp(top - torch.logaddexp(negative, positive))
+    own.copy_(torch.expm1(-loss) / factor)                  # its share less 1
+    matrix[pairs:] = 0
+    matrix[-1, :pairs] = factor
+    return loss, matrix, inverse_q, inverse_k
+
+
+def _whole_backward(grad: Tensor, queries: Tensor, keys: Tensor, saved: list[Tensor], temperature: float,
+                    normalize: bool, need: list[bool]) -> tuple[Tensor, Tensor]:
+    "As `backward`, from the matrix of `_whole_forward`"
+    (_, matrix, inverse_q, inverse_k), pairs = saved, len(queries)
+    weight = matrix[-1, :pairs] * grad / temperature
+    q, k = _padded(queries, inverse_q), _padded(keys, inverse_k)
+    grad_q, grad_k = (matrix.new_empty(0, dtype=x.dtype) for x in (queries, keys))
+    if need[0]:
+        found = torch.mm(matrix[:-1], k)[:pairs, :queries.shape[1]].mul_(weight[:, None])
+        grad_q = _through_unit(found, q, inverse_q, normalize).to(queries.dtype).contiguous()
+    if need[1]:
+        pulled = torch.zeros_like(q)
+        torch.mul(q[:pairs], weight[:, None], out=pulled[:pairs])
+        found = torch.mm(matrix[:-1].T, pulled)[:len(keys), :keys.shape[1]]
+        grad_k = _through_unit(found, k, inverse_k, normalize).to(keys.dtype).contiguous()
+    return grad_q, grad_k
+
+
+def _whole_norms(x: Tensor, dtype: torch.dtype, normalize: bool) -> Tensor:   # (N,)
+    if not normalize: return torch.ones(len(x), dtype=dtype, device=x.device)
+    # in float64 no square overflows
+    return torch.linalg.vector_norm(x, dim=1, dtype=torch.float64).square_().add_(EPS).rsqrt_().to(dtype)
+
+
+def _padded(x: Tensor, factor: Tensor) -> Tensor:   # (rows, D), (rows,)
+    "Rows times their factors, with zeros up to multiples of SIDE"
+    rows, dims = x.shape
+    result = factor.new_empty(rows + -rows % SIDE, dims + -dims % SIDE)
+    if dims % SIDE: result[:, dims:] = 0
+    if rows % SIDE: result[rows:] = 0
+    torch.mul(x, factor[:, None], out=result[:rows, :dims])
+    return result
+
+
+def _through_unit(grad: Tensor, unit: Tensor, inverse: Tensor, normalize: bool) -> Tensor:
+    "`_through_norm` from the rows scaled to length one, padded; overwrites the gradient"
+    if not normalize: return grad
+    unit = unit[:grad.shape[0], :grad.shape[1]]
+    along = (unit * grad).sum(1, keepdim=True)
+    return grad.addcmul_(unit, along, value=-1).mul_(inverse[:, None])
+
+
+# ------------------------------------------------------------------------------------ in tiles
+
+def _tiled_forward(
     queries: Tensor,          # (N, D)
     keys: Tensor,             # (N + M, D); key i belongs to query i
     groups: Tensor | None,    # (N,) integers
@@ -94,7 +218,7 @@ def forward(
     return loss, lse, inverse_q, inverse_k
 
 
-def backward(
+def _tiled_backward(
     grad: Tensor,             # (N,), of the loss
     queries: Tensor,          # (N, D)
     keys: Tensor,             # (N + M, D)

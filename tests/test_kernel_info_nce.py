@@ -25,9 +25,12 @@ OPTIONS = {
 }
 
 
-@pytest.fixture(autouse=True)
-def small_tiles(monkeypatch):
+@pytest.fixture(autouse=True, params=['tiles', 'whole'])
+def side(request, monkeypatch):
+    "Both sides of the switch: small tiles, and the matrix in memory"
     monkeypatch.setattr(info_nce_torch, 'TILES', dict(cpu=(96, 56)))
+    monkeypatch.setattr(info_nce_torch, 'MATRIX', 2 ** 26 if request.param == 'whole' else 0)
+    return request.param
 
 
 def example(N, D, *, groups=False, extra=0, dtype=torch.float32, seed=0, device='cpu', **options):
@@ -241,6 +244,19 @@ def test_rows_whose_squares_overflow(backend):
     torch.testing.assert_close(1e25 * torch.autograd.grad(loss.sum(), large[0])[0], grad, rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.parametrize('dtype', [torch.float32, torch.float64], ids=str)
+def test_both_sides_of_the_switch_agree(dtype, monkeypatch):
+    for name, scale in [(name, 1.) for name in OPTIONS] + [('product', 1e3)]:     # huge scores, too
+        tensors, options = example(120, 21, dtype=dtype, **OPTIONS[name])
+        tensors = [(scale * x).detach().requires_grad_() for x in tensors]
+        found = []
+        for most in 0, 4 * 160 * 160 * 2:
+            monkeypatch.setattr(info_nce_torch, 'MATRIX', most)
+            loss = call(tensors, options)
+            found.append((loss, *torch.autograd.grad(loss.sum(), tensors)))
+        for a, b in zip(*found): assert distance(a, b) < (1e-5 if dtype == torch.float32 else 1e-12)
+
+
 def test_any_number_is_a_temperature():
     tensors, _ = example(9, 5)
     assert torch.equal(info_nce(*tensors, temperature=np.float32(.5)), info_nce(*tensors, temperature=.5))
@@ -259,8 +275,9 @@ class Largest(TorchDispatchMode):
 
 
 @pytest.mark.parametrize('name', ['cosine', 'all'])
-def test_no_matrix_of_rows_by_rows(name):
+def test_no_matrix_of_rows_by_rows_above_the_switch(name, monkeypatch):
     N, D = 2000, 8
+    monkeypatch.setattr(info_nce_torch, 'MATRIX', 4 * N * N - 1)
     tensors, options = example(N, D, **OPTIONS[name])
     q, k = tensors[0].detach(), torch.cat(tensors[1:]).detach()
     given = options.get('groups'), options.get('temperature', .1), options.get('normalize', True)
