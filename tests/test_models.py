@@ -401,3 +401,24 @@ def test_autoencoder_is_saved_and_trained_as_an_enhancer(tmp_path):
 def test_autoencoder_names_a_wrong_option(options):
     with pytest.raises(SpeechLossError, match=f'{next(iter(options))} '):
         enhancer({'kind': 'autoencoder'} | options)
+
+
+def test_memory_forgets_what_was_before():
+    "A loud beginning: with a memory of 0.2 s its level is gone after 2 s, without one it is not"
+    wave = torch.randn(1, 64_000, generator=torch.Generator().manual_seed(0)) / 100
+    loud = wave.clone()
+    loud[:, :8000] *= 50
+    changed = []
+    for memory in (.2, None):
+        torch.manual_seed(0)
+        model = enhancer(dict(preset='tiny', causal=True, memory=memory)).eval()
+        with torch.no_grad(): features = [
+            model.encoder.features(model._band_power(s.real, s.imag), None)
+            for s in (model._spectrum(x, None)[0] for x in (wave, loud))]
+        changed.append(float((features[0] - features[1])[:, -100:].abs().max()))
+    assert changed[0] < 1e-3 < .1 < changed[1]
+
+
+@pytest.mark.parametrize('wrong', [dict(memory=0.), dict(memory=-1.), dict(causal=False, memory=1.)])
+def test_memory_is_of_a_causal_model(wrong):
+    with pytest.raises(SpeechLossError, match='memory is'): enhancer(dict(preset='tiny', causal=True) | wrong)

@@ -10,7 +10,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch.nn import functional as F
+from typer.testing import CliRunner
 
+from speechloss.cli.app import app
 from speechloss.common.errors import SpeechLossError
 from speechloss.models import SpectralAutoencoder, SpectralEnhancer, Stream, enhancer, export_onnx
 from speechloss.models.catalogue import MODEL_PRESETS
@@ -29,6 +31,7 @@ WAVES = {
     'tone': lambda size: torch.sin(torch.arange(size) * torch.tensor([[.3], [1.7]])),
     'click': lambda size: F.one_hot(torch.tensor([0, 700]), size).float(),
     'loud, then quiet': lambda size: torch.randn(2, size) * torch.logspace(0, -6, size),
+    'forgets': dict(memory=.3)
 }
 
 
@@ -219,7 +222,7 @@ def session_of(path):
     return runtime.InferenceSession(str(path), options, providers=['CPUExecutionProvider'])
 
 
-@pytest.mark.parametrize('options', [dict(MODEL_PRESETS['small']), dict(hop_length=32, layers=2, kernel=1)],
+@pytest.mark.parametrize('options', [dict(MODEL_PRESETS['small']), dict(hop_length=32, layers=2, kernel=1, memory=2.)],
                          ids=['small', 'deep, hop 1/8'])
 @torch.no_grad()
 def test_onnx_is_the_step(options, tmp_path):
@@ -256,3 +259,79 @@ def test_onnx_is_asked_for_by_name(tmp_path, monkeypatch):
     with pytest.raises(SpeechLossError, match=r"needs onnxscript: pip install '.\[onnx\]'"):
         export_onnx(causal(), tmp_path / 'step.onnx')
     assert not list(tmp_path.iterdir())
+
+
+# ----------------------------------------------------------------------------------- the command
+
+PCM = 32768
+
+
+def raw(wave: torch.Tensor) -> bytes: return (wave * PCM).round().clamp(-PCM, PCM - 1).numpy().astype('<i2').tobytes()
+
+
+def heard(data: bytes) -> torch.Tensor: return torch.from_numpy(np.frombuffer(data, '<i2').astype('float32') / PCM)
+
+
+@pytest.fixture(scope='module')
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp('causal')
+    causal(hop_length=64).save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope='module')
+def noisy(): return heard(raw(torch.randn(20_001, generator=torch.Generator().manual_seed(0)) / 10))
+
+
+def started(*args, **more) -> subprocess.Popen:
+    "`speechloss enhance --stream` in a pipe"
+    return subprocess.Popen([sys.executable, '-m', 'speechloss', 'enhance', '--stream', *map(str, args)],
+                            **dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE) | more)
+
+
+@torch.no_grad()
+def test_pipe(folder, noisy):
+    "Odd pieces of bytes go in while sound comes out, before the input ends; in all it is the whole-file result"
+    net, data = causal(hop_length=64), raw(noisy)
+    with started('--model', folder) as process:
+        process.stdin.write(data[:10_001])         # five thousand samples and a half
+        process.stdin.flush()
+        first = process.stdout.read(2 * (5000 // 64 * 64 - net.delay))     # blocks unless they come now
+        process.stdin.write(data[10_001:])
+        rest, said = process.communicate()
+    assert process.returncode == 0 and len(first + rest) == len(data)
+    assert (heard(first + rest) - net(noisy)).abs().max() <= 1 / PCM
+    assert said.decode().splitlines() == ['speechloss: ready for 16-bit little-endian mono PCM at 16000 Hz; the sound '
+                                          'comes 16 ms late']
+
+
+@torch.no_grad()
+def test_pipe_in_blocks(folder, noisy):
+    with started('--model', folder, '--block', '40', '--quiet') as process:
+        out, said = process.communicate(raw(noisy) + b'!')
+    assert said.decode() == 'speechloss: the input ended in half a sample, which was left out\n'
+    assert len(out) == 2 * len(noisy) and (heard(out) - causal(hop_length=64)(noisy)).abs().max() <= 1 / PCM
+
+
+def test_nothing_in_nothing_out(folder):
+    with started('--model', folder, '-q') as process: assert process.communicate(b'') == (b'', b'')
+
+
+def test_a_closed_pipe_is_no_error(folder):
+    with open('/dev/zero', 'rb') as zeros, started('--model', folder, '-q', stdin=zeros) as process:
+        assert len(process.stdout.read(1000)) == 1000
+        process.stdout.close()
+        assert process.wait(60) == 0 and process.stderr.read() == b''
+
+
+@pytest.mark.parametrize('args, said', [
+    (['--stream', 'a.wav'], 'a.wav was given too'), (['--stream', '--skip-existing'], '--skip-existing was given too'),
+    (['--stream', '--block', '0'], 'less than a sample'), (['--stream', '--model', 'absent'], 'absent'),
+    (['--stream', '--model', 'looks ahead'], 'causal=True'), ([], 'no file was given'), (['a.wav'], 'a.wav and no target'),
+    (['a.wav', 'b.wav', '--block', '5'], 'without --stream')])
+def test_command_refuses(args, said, folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    enhancer('tiny').save_pretrained('looks ahead')
+    done = CliRunner().invoke(app, ['enhance', '--model', str(folder), *args])
+    assert done.exit_code == 2 and done.stdout == '' and said in done.stderr
+    assert len(done.stderr.splitlines()) == 1

@@ -123,8 +123,8 @@ class CausalSteps(nn.Module):
         tables = hop_tables(self.n_fft, self.hop_length, samples.dtype, samples.device)
         real, imag = (samples[:, None] @ tables.analysis).chunk(2, -1)
         first = _first_step(self.n_fft, self.hop_length)
-        count = (state['steps'] - first + 1).clamp_min(1).to(samples.dtype)[:, None, None]
-        outputs, network = self.encoder.step(self._band_power(real, imag), state, count)
+        place = (state['steps'] - first + 1).clamp_min(1)[:, None, None]
+        outputs, network = self.encoder.step(self._band_power(real, imag), state, place)
         mask, network['decoder'] = self.decoder.step(*outputs, state['decoder'])
         re, im = (part @ self.bands.mT for part in mask.chunk(2, -1))
         sound = (torch.cat([real * re - imag * im, real * im + imag * re], -1) @ tables.synthesis)[:, 0]
