@@ -21,7 +21,7 @@ from speechloss.models.streaming import hop_tables
 
 KINDS = {'preset': {}, 'deep': dict(layers=2, kernel=2), 'hop 1/4': dict(n_fft=128, hop_length=32),
          'hop 1/8': dict(n_fft=256, hop_length=32, kernel=1), 'odd hop': dict(n_fft=128, hop_length=50),
-         'half is odd': dict(n_fft=250, hop_length=100)}
+         'half is odd': dict(n_fft=250, hop_length=100), 'forgets': dict(memory=.3)}
 WAVES = {
     'noise': lambda size: torch.randn(2, size) / 10,
     'silence first': lambda size: torch.cat([torch.zeros(2, size // 2), torch.randn(2, size - size // 2)], -1),
@@ -31,7 +31,6 @@ WAVES = {
     'tone': lambda size: torch.sin(torch.arange(size) * torch.tensor([[.3], [1.7]])),
     'click': lambda size: F.one_hot(torch.tensor([0, 700]), size).float(),
     'loud, then quiet': lambda size: torch.randn(2, size) * torch.logspace(0, -6, size),
-    'forgets': dict(memory=.3)
 }
 
 

@@ -71,20 +71,30 @@ def reproduce(
 # %% ../../nbs/cli/app.ipynb #7114383a
 @app.command()
 def enhance(
-    source: Annotated[Path, typer.Argument(help='An audio file, or a folder of them.')],
-    target: Annotated[Path, typer.Argument(
-        help='The enhanced file, or the folder of the same tree.')],
+    source: Annotated[Path | None, typer.Argument(help='An audio file, or a folder of them.')] = None,
+    target: Annotated[Path | None, typer.Argument(
+        help='The enhanced file, or the folder of the same tree.')] = None,
+    *,
     model: Annotated[str, typer.Option(help='Folder of a trained model, or its name on the hub.')],
     device: Annotated[str | None, typer.Option(
-        help='cpu, cuda, cuda:1 ...; else the GPU if there is one.')] = None,
+        help='cpu, cuda, cuda:1 ...; else the GPU if there is one, with --stream the CPU.')] = None,
     skip_existing: Annotated[bool, typer.Option(
         '--skip-existing', help='Leave files that are there already.')] = False,
+    stream: Annotated[bool, typer.Option(
+        '--stream', help='Raw 16-bit little-endian mono PCM at the model\'s rate, stdin to stdout as it comes; '
+                         'the model must be causal.')] = False,
+    block: Annotated[float | None, typer.Option(help='With --stream: ms to read at once at most; else a hop.')] = None,
     quiet: Quiet = False,
 ):
-    """Enhance recordings of any rate and length.
+    """Enhance recordings of any rate and length, or with --stream sound as it comes.
 
     Each file is written whole or not at all. Exits with 1 when some files of a folder failed.
     """
+    _check_places(source, target, stream, block, skip_existing)
+    if stream:
+        from speechloss.cli.pipe import stream_command
+        return stream_command(model, block, torch_device(device or 'cpu'), quiet)   # steps are small
+    assert source is not None and target is not None
     jobs = _enhance_jobs(source, target)
     device = torch_device(device)
     from speechloss.common.progress import bar
@@ -107,6 +117,19 @@ def enhance(
     if failed:
         complain(f'{failed} of {len(jobs)} files failed')
         raise typer.Exit(1)
+
+# %% ../../nbs/cli/app.ipynb #8a2a8f73
+def _check_places(source: Path | None, target: Path | None, stream: bool, block: float | None, skip: bool) -> None:
+    "Raise `SpeechLossError` unless there are two places, or --stream alone"
+    from speechloss.common.errors import SpeechLossError
+    if stream and (source is not None or skip):
+        raise SpeechLossError(f'--stream enhances stdin to stdout, and {source or "--skip-existing"} was given too: '
+                              'leave one of the two out')
+    if not stream and block is not None:
+        raise SpeechLossError(f'block is {block:g} without --stream: files need no block, so leave it out')
+    if not stream and target is None:
+        given = 'no file' if source is None else f'{source} and no target'
+        raise SpeechLossError(f'{given} was given: name what to enhance and where to write it, or give --stream')
 
 
 def _enhance_jobs(
