@@ -326,8 +326,8 @@ def test_a_closed_pipe_is_no_error(folder):
 @pytest.mark.parametrize('args, said', [
     (['--stream', 'a.wav'], 'a.wav was given too'), (['--stream', '--skip-existing'], '--skip-existing was given too'),
     (['--stream', '--block', '0'], 'less than a sample'), (['--stream', '--model', 'absent'], 'absent'),
-    (['--stream', '--model', 'looks ahead'], 'causal=True'), ([], 'no file was given'), (['a.wav'], 'a.wav and no target'),
-    (['a.wav', 'b.wav', '--block', '5'], 'without --stream')])
+    (['--stream', '--model', 'looks ahead'], 'causal=True'), ([], 'no file was given'),
+    (['a.wav'], 'a.wav and no target'), (['a.wav', 'b.wav', '--block', '5'], 'without --stream')])
 def test_command_refuses(args, said, folder, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     enhancer('tiny').save_pretrained('looks ahead')
