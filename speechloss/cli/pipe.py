@@ -41,7 +41,7 @@ def enhance_pipe(
     write(stream.flush())
     return len(odd)
 
-# %% ../../nbs/cli/pipe.ipynb #5341d201
+# %% ../../nbs/cli/pipe.ipynb #fc3b3cfc
 def stream_command(
     model: str,               # folder of a trained model, or its name on the hub
     block: float | None,      # ms to read at once at most; None: a hop
@@ -65,11 +65,12 @@ def stream_command(
         raise SpeechLossError(f'{model} is a {type(net).__name__}, which needs the whole recording: give a causal '
                               'SpectralEnhancer for --stream')
     size = net.hop_length if block is None else round(block * net.sample_rate / 1000)
+    late = 1000 * (net.delay + net.hop_length) / net.sample_rate
     if size < 1: raise SpeechLossError(f'block is {block} ms, less than a sample: give more, such as 16')
     with open(sys.stdin.fileno(), 'rb', 0, closefd=False) as source, \
             open(sys.stdout.fileno(), 'wb', 0, closefd=False) as sink:
         if not quiet:
             complain(f'ready for 16-bit little-endian mono PCM at {net.sample_rate} Hz; the sound comes '
-                     f'{1000 * (net.delay + net.hop_length) / net.sample_rate:g} ms late')
+                     f'{late:g} ms late')
         if enhance_pipe(net, source, sink, size):    # type: ignore[arg-type]  # a raw file is one, but for its type
             complain('the input ended in half a sample, which was left out')

@@ -96,10 +96,9 @@ def mean_so_far(
     return (x * mask).sum(1, keepdim=True) / frames[:, None, None]
 
 
-def frames_counted(place: Tensor, decay: float) -> Tensor:   # (...,) frames so far, from 1 on -> (...,) float64
+def frames_counted(place: Tensor, decay: float) -> Tensor:   # (...,) frames so far, from 1 on -> same, or float64
     "Return the sum of the weights of the frames so far"
-    place = place.double()
-    return place if decay == 1 else (1 - decay ** place) / (1 - decay)
+    return place if decay == 1 else (1 - decay ** place.double()) / (1 - decay)
 
 
 def _decayed_sum(x: Tensor, decay: float, block: int = 256) -> Tensor:   # (B, frames, dim) -> same
