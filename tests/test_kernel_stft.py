@@ -480,6 +480,18 @@ def test_cores_change_neither_a_bit_nor_the_threads_of_torch():
     assert stft_distance(enhanced, clean, DEFAULTS).values.isnan().any(1).tolist() == [False, False, True, False, False]
 
 
+@pytest.mark.parametrize('r', [Resolution(512, 128), Resolution(1024, 256)], ids=str)
+def test_cores_change_no_bit_with_a_filter_bank_or_compressed_spectra(r):
+    enhanced, clean = pair(2, 20000, dtype=torch.float32)
+    bank = torch.rand(r.bins, 40, generator=torch.Generator().manual_seed(0))
+    def both(): return run(enhanced, clean, [r], ('log_l1',), filters=[bank]), run(enhanced, clean, [r],
+                                                                                   ('compressed', 'complex'))
+    alone = both()
+    for threads in 2, 3:
+        torch.set_num_threads(threads)
+        for one, more in zip(alone, both()): assert all(torch.equal(a, b) for a, b in zip(one, more))
+
+
 def _in_a_fork(queue):
     queue.put(stft_distance(*pair(3, 4000, dtype=torch.float32), DEFAULTS[2:]).values.sum().item())
 
