@@ -123,7 +123,6 @@ def _surveyed(folders, speech, noise, clean, noisy, layout, speaker: bool) -> li
     if bool(clean) != bool(noisy): raise SpeechLossError('pairs need both: --clean FOLDER and --noisy FOLDER')
     pairs = [survey_pairs(clean, noisy, layout='pairs' if speaker and layout is None else layout)] if clean else []
     if not (folders or speech or noise): return pairs
-    if not (folders or speech or clean): raise SpeechLossError('a corpus needs --speech and --noise, not noise alone')
     return [*survey_all(folders, speech=speech, noise=noise, layout=layout), *pairs]
 
 
