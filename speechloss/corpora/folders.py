@@ -291,7 +291,7 @@ def _sounding(path: Path) -> Measured:
     if not wave.any(): raise AudioError(f'{path} is silent from end to end: remove it')
     return measured
 
-# %% ../../nbs/corpora/folders.ipynb #32f803e9
+# %% ../../nbs/corpora/folders.ipynb #4d1b5106
 def make_manifest(
     sources: Sequence[Source],
     *,
@@ -340,7 +340,7 @@ def _entry(source: Source, role: FileRole, measured: dict, bad: dict, left_out: 
     recording = Recording(
         str(Path(role.path.split('/', 1)[1] if side_by_side else role.path).with_suffix('')), str(file.absolute()),
         role.kind, role.split, role.speaker, own.frames, own.sample_rate, own.sha256, licence=licence,
-        source=source.folder.name, group=role.group, clean_path=str(clean.absolute()) if clean else '',
+        source=source.found.layout, group=role.group, clean_path=str(clean.absolute()) if clean else '',
         clean_sha256=twin.sha256 if twin else '')
     return _Entry(recording, (own.sound, twin.sound) if twin else (own.sound,))
 
