@@ -48,9 +48,9 @@ def data_get(
 @data.command('make')
 def data_make(
     paths: Annotated[list[Path] | None, typer.Argument(
-        metavar='[MANIFEST.jsonl] FOLDER...', show_default=False,
-        help='The manifest to write, and folders as published: VoiceBank-DEMAND, LibriSpeech, LibriTTS, VCTK, DNS, '
-             'EARS, pairs, or speech and noise.')] = None,
+        metavar='FOLDER', show_default=False,
+        help='The manifest to write (.jsonl; else NAME.jsonl here), and folders as published: VoiceBank-DEMAND, '
+             'LibriSpeech, LibriTTS, VCTK, DNS, EARS, pairs, or speech and noise.')] = None,
     speech: Annotated[Path | None, typer.Option(help='Folder of clean speech.')] = None,
     noise: Annotated[Path | None, typer.Option(help='Folder of noise, to go with it.')] = None,
     clean: Annotated[Path | None, typer.Option(help='Folder of clean speech, of pairs.')] = None,
