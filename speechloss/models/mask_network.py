@@ -263,6 +263,15 @@ def check_waves(wave: Tensor, lengths: Tensor | None) -> None:
                               f'{len(wave)} waves, in 1..{wave.shape[-1]} samples')
 
 
+def _check_network(channels: int, layers: int, kernel: int, causal: bool, memory: float | None) -> None:
+    if channels < 2 or channels % 2 or layers < 1 or kernel < 1:
+        raise SpeechLossError(f'channels is {channels}, layers {layers}, kernel {kernel}: '
+                              'give an even number of channels and at least one of the others')
+    if memory is not None and (memory <= 0 or not causal):
+        raise SpeechLossError(f'memory is {memory} and causal {causal}: give seconds above 0 to a causal model, or '
+                              'None')
+
+
 class SpectralModel(nn.Module):
     """Hold the frames and the rate of a model of waves.
 
@@ -325,12 +334,7 @@ class SpectralEnhancer(CausalSteps, SpectralModel, PyTorchModelHubMixin, library
         sample_rate: int = SAMPLE_RATE,
     ):
         super().__init__(n_fft, hop_length, sample_rate)
-        if channels < 2 or channels % 2 or layers < 1 or kernel < 1:
-            raise SpeechLossError(f'channels is {channels}, layers {layers}, kernel {kernel}: '
-                                  'give an even number of channels and at least one of the others')
-        if memory is not None and (memory <= 0 or not causal):
-            raise SpeechLossError(f'memory is {memory} and causal {causal}: give seconds above 0 to a causal model, or '
-                                  'None')
+        _check_network(channels, layers, kernel, causal, memory)
         self.causal, decay = causal, 1. if memory is None else math.exp(-hop_length / sample_rate / memory)
         self.register_buffer('bands', erb_bands(bands, n_fft, sample_rate), persistent=False)
         self.encoder = SpectralEncoder(bands, channels, layers, kernel, floor_db, causal, decay)
