@@ -61,8 +61,7 @@ def _first_step(n_fft: int, hop_length: int) -> int:   # the step at which the f
 class CausalSteps(nn.Module):
     """Add `step`, `initial_state` and `delay` to a causal model that masks a spectrum.
 
-    A subclass has `n_fft`, `hop_length`, `causal`, `bands`, an `encoder` and a `decoder` with a `step` each, and
-    `_band_power`. `SpectralEnhancer` is one.
+    A subclass such as `SpectralEnhancer` has what is declared below; `encoder` and `decoder` have a `step` each.
     """
     n_fft: int
     hop_length: int
@@ -139,13 +138,13 @@ class CausalSteps(nn.Module):
             raise SpeechLossError(f'frame is {frame.dtype} of shape {tuple(frame.shape)}: give the next '
                                   f'{self.hop_length} samples of {batch} streams, float ({batch}, {self.hop_length})')
 
-# %% ../../nbs/models/streaming.ipynb #7a2cf2bd
+# %% ../../nbs/models/streaming.ipynb #865d2974
 def _check_model(model: nn.Module) -> None:
     if not hasattr(model, 'initial_state'):
         raise SpeechLossError(f'model is {type(model).__name__}, which cannot go step by step: give a '
                               'SpectralEnhancer(causal=True)')
 
-
+# %% ../../nbs/models/streaming.ipynb #7a2cf2bd
 class Stream:
     """Enhance sound as it comes, in pieces of any size.
 
