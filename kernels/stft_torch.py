@@ -5,14 +5,17 @@
 and no spectrogram is in memory; it returns the gradient waves with the values. What it does to the
 frames is in `stft_torch_cells`.
 """
-from functools import lru_cache
-
 import torch
 from torch import Tensor
 
 from .framing import frame_count, frame_mask, kept_window, pad_reflect
 from .stft_plan import Plan, Resolution
 from .stft_torch_cells import Cells, Frames, Utterance, gradient
+from .workers import keep_memory, side_by_side
+
+#: Cells of a batch from which on each utterance has a thread of its own; a pool that starts behind an operation of
+#: torch finds its threads still spinning, which costs some milliseconds
+_WORTH_THREADS = 2 ** 21
 
 
 # ------------------------------------------------------------------------------ the reference
@@ -108,17 +111,20 @@ def distance(
 ) -> tuple[Tensor, Tensor]:    # (B, resolutions, terms), (outputs, B, T) or empty
     """Compute the terms, and the gradient of each output in `enhanced`.
 
-    The same bits on any number of threads, but for transforms of 64 samples and fewer, whose last digits
-    the FFT library rounds by the rows that a thread gets.
+    Large batches go an utterance to a thread; in small ones the threads of torch share each operation. The same bits
+    on any number of threads, but for transforms of 64 samples and fewer in a small batch, whose last digits the FFT
+    library rounds by the rows that a thread gets.
     """
-    if enhanced.is_cpu: _keep_memory()
+    if enhanced.is_cpu: keep_memory()
     sizes = [enhanced.shape[1]] * len(enhanced) if lengths is None else lengths.tolist()
     given = iter(filters)
     banks = [next(given).to(enhanced.dtype) if has else None for has in plan.filtered]
     parts = enhanced.new_empty(len(enhanced), len(plan.resolutions), len(plan.terms))
     waves = enhanced.new_zeros(plan.outputs, *enhanced.shape) if need_grad else enhanced.new_empty(0)
     batch = _BatchNorm(enhanced, plan, need_grad) if plan.norm == 'batch' and 'sc' in plan.terms else None
-    for b, size in enumerate(sizes):
+
+    def one(b: int) -> None:      # writes rows of its own
+        size = sizes[b]
         utterance = Utterance(enhanced[b, :size], clean[b, :size], plan)
         total = utterance.zeros(len(waves))
         for k, (resolution, bank) in enumerate(zip(plan.resolutions, banks)):
@@ -127,6 +133,9 @@ def distance(
             parts[b, k] = work.values(sums)
             if batch: batch.keep(k, b, sums, work)
         for wave, grad in zip(waves, total): utterance.fold(grad, wave[b, :size])
+
+    cells = sum(sum(frame_count(size, r.hop_length, r.n_fft) for size in sizes) * r.bins for r in plan.resolutions)
+    side_by_side(one, range(len(sizes)), cpu=enhanced.is_cpu and cells >= _WORTH_THREADS)
     if batch: batch.finish(parts, waves)
     return parts, waves
 
@@ -188,31 +197,20 @@ class _BatchNorm:
     """
     def __init__(self, enhanced: Tensor, plan: Plan, need_grad: bool):
         count = len(plan.resolutions)
-        self.plan, self.cells = plan, [0] * count
+        self.plan, self.cells = plan, [[0] * len(enhanced) for _ in range(count)]
         self.squares = enhanced.new_zeros(count, len(enhanced), 2)       # of the gap, of clean
         self.waves = enhanced.new_zeros(count if need_grad else 0, *enhanced.shape)
 
     def keep(self, k: int, b: int, sums: dict[str, Tensor], work: _Work) -> None:
         "Take utterance `b` at resolution `k`"
         self.squares[k, b] = sums['sc']
-        self.cells[k] += work.cells
+        self.cells[k][b] = work.cells
         if work.apart is not None: work.utterance.fold(work.apart, self.waves[k, b, :work.utterance.size])
 
     def finish(self, parts: Tensor, waves: Tensor) -> None:
         "Write the value into the parts, and add the gradient to the waves"
         place = self.plan.terms.index('sc')
         for k, resolution in enumerate(self.plan.resolutions):
-            parts[:, k, place], factor = _convergence(self.squares[k].sum(0), self.cells[k], self.plan)
+            parts[:, k, place], factor = _convergence(self.squares[k].sum(0), sum(self.cells[k]), self.plan)
             for wave, row in zip(waves, self.plan.mix(resolution)):
                 if row[place]: wave.addcmul_(self.waves[k], factor, value=row[place])
-
-
-@lru_cache(maxsize=1)
-def _keep_memory() -> None:
-    """Make glibc keep the memory of freed tensors, by freeing one large tensor.
-
-    Until then glibc returns every megabyte to the system and takes it back with the next
-    tensor, which costs twice the arithmetic. A training has freed such a tensor long ago; a
-    first call has not.
-    """
-    torch.empty(31 * 2 ** 20, dtype=torch.uint8)
