@@ -47,12 +47,19 @@ def forward(
     gates, new, inner = (x.new_empty(frames, ways, batch, size) for size in (2 * width, width, width))
     for d, way in enumerate(turned):
         weight, _, bias, recurrent_bias = parameters[4 * d:4 * d + 4]
-        flat, shape, cut = way.flatten(0, 1), (frames, batch, -1), 2 * width
-        gates[:, d] = torch.addmm(bias[:cut] + recurrent_bias[:cut], flat, weight[:cut].T).view(shape)
-        new[:, d] = torch.addmm(bias[cut:], flat, weight[cut:].T).view(shape)
+        cut = 2 * width
+        _from_input(gates[:, d], way, weight[:cut], bias[:cut] + recurrent_bias[:cut])
+        _from_input(new[:, d], way, weight[cut:], bias[cut:])
     states = x.new_zeros(frames + 1, ways, batch, width)
     _run(states, gates, new, inner, torch.stack(parameters[1::4]), torch.stack(parameters[3::4]))
     return _output(states, lengths), states, gates, new, inner
+
+
+def _from_input(place: Tensor, x: Tensor, weight: Tensor, bias: Tensor) -> None:
+    "Put what the input has in some gates, (T, B, ...), where they are kept"
+    flat = x.flatten(0, 1)
+    if place.is_contiguous(): torch.addmm(bias, flat, weight.T, out=place.view(len(flat), -1))   # saves a copy
+    else: place.copy_(torch.addmm(bias, flat, weight.T).view(place.shape))
 
 
 def _run(states: Tensor, gates: Tensor, new: Tensor, inner: Tensor, recurrent: Tensor, bias: Tensor) -> None:
@@ -82,7 +89,8 @@ def backward(
     keep_memory()
     states, gates, new, inner = saved
     frames, ways, batch, width = new.shape
-    into = new.new_zeros(frames + 1, ways, batch, width)           # gradients of the states
+    into = new.new_empty(frames + 1, ways, batch, width)           # gradients of the states
+    into[0] = 0
     if lengths is not None: grad = grad * frame_mask(lengths, frames)[..., None]
     for d, way in enumerate(_turned(grad, ways, lengths, split=True)): into[1:, d] = way
     slopes, slope_new = _slopes(states, gates, new, inner)
@@ -140,8 +148,7 @@ def _run_back(into: Tensor, slopes: Tensor, update: Tensor, recurrent: Tensor) -
 def _turned(x: Tensor, ways: int, lengths: Tensor | None, *, split: bool = False) -> list[Tensor]:
     "Frames first, `(T, B, dim)` for each way, the second reversed; `split`: each way has its own share of dim"
     parts = x.chunk(ways, -1) if split else [x] * ways
-    return [part.transpose(0, 1).contiguous() if d == 0 else _reversed(part.transpose(0, 1), lengths).contiguous()
-            for d, part in enumerate(parts)]
+    return [part.transpose(0, 1) if d == 0 else _reversed(part.transpose(0, 1), lengths) for d, part in enumerate(parts)]
 
 
 def _turned_back(parts: list[Tensor], lengths: Tensor | None) -> Tensor:   # (T, B, dim) each -> (B, T, dim)
@@ -152,7 +159,7 @@ def _turned_back(parts: list[Tensor], lengths: Tensor | None) -> Tensor:   # (T,
 
 def _output(states: Tensor, lengths: Tensor | None) -> Tensor:   # (T + 1, D, B, H) -> (B, T, D H)
     ways = [states[1:, 0], *(_reversed(states[1:, d], lengths) for d in range(1, states.shape[1]))]
-    output = torch.cat(ways, -1).transpose(0, 1).contiguous()
+    output = torch.cat([way.transpose(0, 1) for way in ways], -1)
     return output if lengths is None else output * frame_mask(lengths, output.shape[1])[..., None]
 
 
