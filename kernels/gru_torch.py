@@ -148,7 +148,8 @@ def _run_back(into: Tensor, slopes: Tensor, update: Tensor, recurrent: Tensor) -
 def _turned(x: Tensor, ways: int, lengths: Tensor | None, *, split: bool = False) -> list[Tensor]:
     "Frames first, `(T, B, dim)` for each way, the second reversed; `split`: each way has its own share of dim"
     parts = x.chunk(ways, -1) if split else [x] * ways
-    return [part.transpose(0, 1) if d == 0 else _reversed(part.transpose(0, 1), lengths) for d, part in enumerate(parts)]
+    turned = [part.transpose(0, 1) for part in parts]
+    return turned[:1] + [_reversed(part, lengths) for part in turned[1:]]
 
 
 def _turned_back(parts: list[Tensor], lengths: Tensor | None) -> Tensor:   # (T, B, dim) each -> (B, T, dim)

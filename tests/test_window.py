@@ -181,7 +181,7 @@ def test_the_gradient_is_that_of_the_part(name, lengths):
 
 @pytest.mark.parametrize('balance', ['none', 'value', 'mean', 'grad'])
 def test_every_balance(balance):
-    loss, (enhanced, clean, noisy) = Objective(dict(
+    loss, (enhanced, clean, _) = Objective(dict(
         base=CompressedComplexLoss(), extra=FeatureDistance(Rated(), window=.1, balance=balance)),
         balance=balance), steady(samples=8000)
     enhanced.requires_grad_()
@@ -314,7 +314,8 @@ def test_a_copy_that_was_moved_forgets():
 
 @pytest.mark.parametrize('spec', [
     dict(name='ssl', layers='conv'), dict(name='codec'), dict(name='vq'), dict(name='model_as_loss'),
-    dict(name='contrastive', features='vq'), dict(name='feature_distance', features=dict(name='mel', sample_rate=RATE))],
+    dict(name='contrastive', features='vq'),
+    dict(name='feature_distance', features=dict(name='mel', sample_rate=RATE))],
     ids=lambda spec: spec['name'])
 def test_by_name(spec):
     loss = build(spec | dict(window=.25, cache=4), model=enhancer('tiny'))

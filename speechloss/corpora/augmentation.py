@@ -83,7 +83,8 @@ def filtered(
 ) -> Tensor:               # (T,) float32
     "Return a wave that has passed a filter, with room for its tail so that nothing comes round"
     size = 2 * (len(response) - 1)
-    return torch.from_numpy(np.fft.irfft(np.fft.rfft(wave.numpy(), size) * response, size)[:len(wave)].astype(np.float32))
+    found = np.fft.irfft(np.fft.rfft(wave.numpy(), size) * response, size)[:len(wave)]
+    return torch.from_numpy(found.astype(np.float32))
 
 
 def response_bins(size: int) -> int:

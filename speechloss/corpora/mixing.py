@@ -233,8 +233,8 @@ class _Items(_Sounds):
         more = np.random.default_rng([self.seed, SPLITS.index(self.split), k, 2])
         if self.augment is not None:
             if noise is not None:
-                name, noise = self._more_noise(name, noise, record, int(more.integers(*self.augment.noises, endpoint=True)),
-                                               more)
+                count = int(more.integers(*self.augment.noises, endpoint=True))
+                name, noise = self._more_noise(name, noise, record, count, more)
             heard, clean, noise = coloured_by_microphones(heard, clean, noise, self.augment, more)
         noisy = heard if noise is None else self._mixed(heard, noise, snr, record, name)
         if self.augment is not None: noisy, clean = augment(noisy, clean, self.augment, more, self.sample_rate)

@@ -80,8 +80,8 @@ class FeatureDistance(WindowedLoss):
     - `cache`: keep the clean features of so many utterances, or parts of a window; 0: none
     - `reduction`: 'mean' or 'sum' over the batch, or 'none' for one value per utterance, `(B,)`
 
-    `SpeechLossError` for an unknown distance, balance or layer, and a window over features without `sample_rate`. Source: Germain et al., *Speech denoising with deep
-    feature losses*, Interspeech 2019, arXiv 1806.10522.
+    `SpeechLossError` for an unknown distance, balance or layer, and a window over features without `sample_rate`.
+    Source: Germain et al., *Speech denoising with deep feature losses*, Interspeech 2019, arXiv 1806.10522.
 
     >>> time = torch.arange(2048.)
     >>> loss = FeatureDistance(STFTFeatures(), distance='l2')

@@ -105,8 +105,8 @@ class ModelAsLoss(_FollowingCopy):
     - `cache`: keep the clean features of so many utterances, or parts of a window; 0: none; not with 'dynamic'
     - `reduction`: 'mean' or 'sum' over the batch, or 'none' for one value per utterance, `(B,)`
 
-    `SpeechLossError` for an unknown option and for `window` without a rate, TypeError for a model without `encode`. Source: Phaye, Cernak and Harper,
-    *Model as loss*, Interspeech 2025, arXiv 2505.21156.
+    `SpeechLossError` for an unknown option and for `window` without a rate, TypeError for a model without `encode`.
+    Source: Phaye, Cernak and Harper, *Model as loss*, Interspeech 2025, arXiv 2505.21156.
 
     >>> class Encoder(torch.nn.Module):
     ...     def __init__(self):
@@ -125,8 +125,8 @@ class ModelAsLoss(_FollowingCopy):
         choose('rule', rule, _RULES)
         choose('refresh', refresh, _REFRESH)
         if cache and rule == 'dynamic':
-            raise SpeechLossError(f"cache is {cache} and rule 'dynamic': the features of a copy that moves become stale, "
-                                  "so keep none, or take the rule 'frozen'")
+            raise SpeechLossError(f"cache is {cache} and rule 'dynamic': the features of a copy that moves become "
+                                  "stale, so keep none, or take the rule 'frozen'")
         super().__init__(EncoderFeatures(unwrapped(model), layers=layers), distance=distance, weights=weights,
                          balance=balance, standardize=standardize, window=window, cache=cache, reduction=reduction)
         self.rule, self.refresh, self.ema = rule, refresh, ema
