@@ -292,6 +292,13 @@ def test_commands_of_the_readme_run(tmp_path):
         for folder in ('recordings', 'noisy', 'clean', 'runs/a/enhanced'):
             (tmp_path/folder).mkdir(parents=True, exist_ok=True)
             save(tmp_path/folder/f'{k}.wav', item['clean' if folder == 'clean' else 'noisy'], 16000)
+    for name in ('train-clean-100/103/1240', 'dev-clean/84/121123', 'test-clean/61/70968'):   # one speaker in each split
+        (tmp_path/'LibriSpeech'/name).mkdir(parents=True)
+        for k, item in enumerate(items):
+            save(tmp_path/'LibriSpeech'/name/f'{"-".join(name.split("/")[1:])}-{k:04}.flac', item['clean'], 16000)
+    (tmp_path/'noise').mkdir()
+    for k in range(12):
+        save(tmp_path/f'noise/{"abcdefghijkl"[k]}.wav', items[0]['noisy'] * (1 + k) / 20, 16000)
     lines = [line.split(' #')[0].strip() for text in (guide, None) for block in blocks('bash', text)
              for line in block.splitlines()]
     lines = [line for line in dict.fromkeys(lines) if line.startswith('speechloss ') and ' reproduce ' not in line]
