@@ -292,7 +292,8 @@ def test_commands_of_the_readme_run(tmp_path):
         for folder in ('recordings', 'noisy', 'clean', 'runs/a/enhanced'):
             (tmp_path/folder).mkdir(parents=True, exist_ok=True)
             save(tmp_path/folder/f'{k}.wav', item['clean' if folder == 'clean' else 'noisy'], 16000)
-    for name in ('train-clean-100/103/1240', 'dev-clean/84/121123', 'test-clean/61/70968'):   # one speaker in each split
+    # one speaker in each split
+    for name in ('train-clean-100/103/1240', 'dev-clean/84/121123', 'test-clean/61/70968'):
         (tmp_path/'LibriSpeech'/name).mkdir(parents=True)
         for k, item in enumerate(items):
             save(tmp_path/'LibriSpeech'/name/f'{"-".join(name.split("/")[1:])}-{k:04}.flac', item['clean'], 16000)
