@@ -47,17 +47,16 @@ def forward(
     gates, new, inner = (x.new_empty(frames, ways, batch, size) for size in (2 * width, width, width))
     for d, way in enumerate(turned):
         weight, _, bias, recurrent_bias = parameters[4 * d:4 * d + 4]
-        cut = 2 * width
-        _from_input(gates[:, d], way, weight[:cut], bias[:cut] + recurrent_bias[:cut])
-        _from_input(new[:, d], way, weight[cut:], bias[cut:])
+        flat, cut = way.flatten(0, 1), 2 * width
+        _from_input(gates[:, d], flat, weight[:cut], bias[:cut] + recurrent_bias[:cut])
+        _from_input(new[:, d], flat, weight[cut:], bias[cut:])
     states = x.new_zeros(frames + 1, ways, batch, width)
     _run(states, gates, new, inner, torch.stack(parameters[1::4]), torch.stack(parameters[3::4]))
     return _output(states, lengths), states, gates, new, inner
 
 
-def _from_input(place: Tensor, x: Tensor, weight: Tensor, bias: Tensor) -> None:
-    "Put what the input has in some gates, (T, B, ...), where they are kept"
-    flat = x.flatten(0, 1)
+def _from_input(place: Tensor, flat: Tensor, weight: Tensor, bias: Tensor) -> None:
+    "Put what the input, (T B, in), has in some gates, (T, B, ...), where they are kept"
     if place.is_contiguous(): torch.addmm(bias, flat, weight.T, out=place.view(len(flat), -1))   # saves a copy
     else: place.copy_(torch.addmm(bias, flat, weight.T).view(place.shape))
 
