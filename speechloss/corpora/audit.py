@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from .folders import Measured, measure_all, measure_file, missing_parts
+from .folders import Measured, measure_all, measure_file, missing_parts, side_of
 from .layouts import pieces_of, published_speaker
 from .manifest import SPLITS, Manifest, Recording
 from ..signal.levels import rms_db
@@ -41,14 +41,11 @@ class Finding(NamedTuple):
     text: str       # one sentence
 
 # %% ../../nbs/corpora/audit.ipynb #6d7c32a6
-def _side(r: Recording) -> str: return r.kind if r.kind in ('noise', 'room') else 'speech'
-
-
 def _torn(pairs: Iterable[tuple[object, Recording]]) -> dict[object, dict[str, Recording]]:
     "Return the keys that lie in two splits, each with a recording of every split"
     homes: dict[object, dict[str, Recording]] = defaultdict(dict)
     for key, r in pairs:
-        if key: homes[_side(r), key].setdefault(r.split, r)
+        if key: homes[side_of(r), key].setdefault(r.split, r)
     return {key[1]: there for key, there in homes.items() if len(there) > 1}
 
 
@@ -61,7 +58,7 @@ def _spoken(r: Recording) -> str: return r.clean_path or r.path
 
 def _leaks(manifest: Manifest) -> list[Finding]:
     "Return speakers and recordings in two splits, by what the manifest says"
-    voices = [r for r in manifest if _side(r) == 'speech']
+    voices = [r for r in manifest if side_of(r) == 'speech']
     found = [Finding('speakers', True, f'speaker {who!r} is in {_splits_of(there)}')
              for who, there in _torn((r.speaker, r) for r in voices).items()]
     named = {r: published_speaker(Path(_spoken(r)).as_posix()) for r in voices}
@@ -76,7 +73,7 @@ def _leaks(manifest: Manifest) -> list[Finding]:
               for key, there in _torn((r.group, r) for r in manifest).items()]
     found += [Finding('recordings', True, f'noise {key!r} is in {_splits_of(there)}')
               for key, there in _torn((r.noise, r) for r in manifest).items()]
-    alone = {r.path: r for r in manifest if _side(r) != 'speech' and not r.group}
+    alone = {r.path: r for r in manifest if side_of(r) != 'speech' and not r.group}
     pieces = pieces_of(alone)
     found += [Finding('recordings', False, f'pieces of {PurePosixPath(key).name!r}, by their names, are in '
                                            f'{_splits_of(there)}')
@@ -132,7 +129,7 @@ def _faults(manifest: Manifest, heard: dict[Path, _Heard], bad: dict[Path, str])
         elif own and clean and own.measured.frames != clean.measured.frames:
             found.append(Finding('lengths', True, f'{r.path} has {own.measured.frames} samples, its clean file '
                                                   f'{clean.measured.frames}'))
-    for path in dict.fromkeys(Path(_spoken(r)) for r in manifest if _side(r) == 'speech'):
+    for path in dict.fromkeys(Path(_spoken(r)) for r in manifest if side_of(r) == 'speech'):
         if path not in heard: continue
         if heard[path].level < SILENT_REFERENCE:
             found.append(Finding('silent', True, f'{path} is silent ({heard[path].level:.0f} dB)'))
@@ -145,7 +142,7 @@ def _copies(manifest: Manifest, heard: dict[Path, _Heard]) -> list[Finding]:
     owners: dict[tuple[str, str], list[tuple[Recording, str]]] = defaultdict(list)
     for r in manifest:
         for path in dict.fromkeys(filter(None, (r.path, r.clean_path))):
-            if Path(path) in heard: owners[_side(r), heard[Path(path)].measured.sound].append((r, path))
+            if Path(path) in heard: owners[side_of(r), heard[Path(path)].measured.sound].append((r, path))
     found = []
     for there in owners.values():
         if len({r.split for r, _ in there}) > 1:
