@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from ..common.errors import AudioError, CorpusError, choose
-from .acoustics import convolve, generated, looped, recorded_room, room
+from .acoustics import NOISE_KINDS, convolve, generated, looped, recorded_room, room
 from .augmentation import Augmentation, augment, coloured_by_microphones
 from .manifest import SPLITS, Manifest, Recording
 from ..signal.audio import SAMPLE_RATE, info, load
@@ -25,7 +25,7 @@ from ..signal.levels import mix, rms_db
 _ENDLESS = 2**31 - 1      # length of a stream
 CACHE_BYTES = 2**30      # waves kept in memory per data set; larger corpora read from disk
 _PEAK = 0.99              # level that a mixture beyond full scale is brought to
-_GENERATED = ('babble', 'white', 'pink', 'brown', 'resonant', 'modulated', 'impulsive', 'hum')
+_GENERATED = ('babble', *NOISE_KINDS)
 _ROOMS = 64               # simulated rooms of a data set
 
 # %% ../../nbs/corpora/mixing.ipynb #441296e7
@@ -229,18 +229,22 @@ class _Items(_Sounds):
         record = record or _one(self.speech, rng)
         heard, clean = self._in_room(self._speech(record, rng), rng)
         snr, name, noise = self._noise(which, snr, record, len(heard), rng)
-        # a generator of its own: an item without augmentation is what it always was
-        more = np.random.default_rng([self.seed, SPLITS.index(self.split), k, 2])
-        if self.augment is not None:
-            if noise is not None:
-                count = int(more.integers(*self.augment.noises, endpoint=True))
-                name, noise = self._more_noise(name, noise, record, count, more)
-            heard, clean, noise = coloured_by_microphones(heard, clean, noise, self.augment, more)
-        noisy = heard if noise is None else self._mixed(heard, noise, snr, record, name)
-        if self.augment is not None: noisy, clean = augment(noisy, clean, self.augment, more, self.sample_rate)
+        if self.augment is not None: name, noisy, clean = self._augmented(heard, clean, noise, snr, record, name, k)
+        else: noisy = self._mixed(heard, noise, snr, record, name)
         return self._item(noisy, clean, snr, record, name, k, rng)
 
+    def _augmented(self, heard, clean, noise, snr, record, name, k) -> tuple[str, Tensor, Tensor]:
+        "(name of the noises, noisy, clean), from a generator of its own: an item without is what it always was"
+        rng = np.random.default_rng([self.seed, SPLITS.index(self.split), k, 2])
+        if noise is not None:
+            count = int(rng.integers(*self.augment.noises, endpoint=True))
+            name, noise = self._more_noise(name, noise, record, count, rng)
+        heard, clean, noise = coloured_by_microphones(heard, clean, noise, self.augment, rng)
+        noisy = self._mixed(heard, noise, snr, record, name)
+        return name, *augment(noisy, clean, self.augment, rng, self.sample_rate)
+
     def _mixed(self, heard, noise, snr, record, name) -> Tensor:
+        if noise is None: return heard
         try:
             return mix(heard, noise, snr, sample_rate=self.sample_rate, level=self.level)[0]
         except AudioError as e:
