@@ -1,7 +1,5 @@
 """Contrastive regularisation: the formula, the curriculum, and what goes wrong elsewhere."""
 import math
-import subprocess
-import sys
 from dataclasses import replace
 
 import numpy as np
@@ -539,27 +537,25 @@ def test_without_reconstruction_quality_collapses():
 
 # --- two processes ---
 
-TWO = '''
-import sys, torch
-from speechloss.losses import Curriculum
-torch.distributed.init_process_group('gloo')
-rank = torch.distributed.get_rank()
-curriculum = Curriculum(level='dataset', momentum=.9)
-margins = torch.linspace(-1, 1.5, 12).reshape(3, 4, 1)
-found = [curriculum(step[2 * rank:2 * rank + 2]) for step in margins]
-torch.save([found, curriculum.state_dict()], f'{sys.argv[1]}/{rank}.pt')
-'''
+MARGINS = torch.linspace(-1, 1.5, 12).reshape(3, 4, 1)
+
+
+def curriculum_of(rank: int, folder: str):
+    torch.set_num_threads(1)
+    # a store in a file: ports can be taken between their choice and their use
+    torch.distributed.init_process_group('gloo', init_method=f'file://{folder}/store', rank=rank, world_size=2)
+    curriculum = Curriculum(level='dataset', momentum=.9)
+    found = [curriculum(step[2 * rank:2 * rank + 2]) for step in MARGINS]
+    torch.save([found, curriculum.state_dict()], f'{folder}/{rank}.pt')
+    torch.distributed.destroy_process_group()
 
 
 @pytest.mark.slow
 def test_two_processes_have_one_curriculum(tmp_path):
-    script = tmp_path / 'script.py'
-    script.write_text(TWO)
-    subprocess.run([sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', '2',
-                    str(script), str(tmp_path)], check=True, capture_output=True)
+    torch.multiprocessing.spawn(curriculum_of, (str(tmp_path),), 2)
     (found, state), (others, other_state) = (torch.load(tmp_path / f'{rank}.pt') for rank in range(2))
     whole = Curriculum(level='dataset', momentum=.9)
-    wanted = [whole(step) for step in torch.linspace(-1, 1.5, 12).reshape(3, 4, 1)]
+    wanted = [whole(step) for step in MARGINS]
     for mine, yours, both in zip(found, others, wanted):
         assert mine.equal(yours)
         torch.testing.assert_close(mine, both[:2])

@@ -432,9 +432,11 @@ def test_two_processes_are_one(recipe, tmp_path):
     train(replace(recipe, batch_size=4), tmp_path / 'one')
     script = tmp_path / 'script.py'
     script.write_text(DISTRIBUTED)
-    subprocess.run([sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', '2',
-                    str(script), json.dumps(asdict(recipe)), str(tmp_path / 'two')], check=True,
-                   env={**os.environ, 'OMP_NUM_THREADS': '1', 'ACCELERATE_USE_CPU': 'true'}, capture_output=True)
+    done = subprocess.run([sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', '2',
+                           str(script), json.dumps(asdict(recipe)), str(tmp_path / 'two')],
+                          capture_output=True, text=True,
+                          env={**os.environ, 'OMP_NUM_THREADS': '1', 'ACCELERATE_USE_CPU': 'true'})
+    assert done.returncode == 0, done.stderr[-2000:]
     one, two = (load_enhancer(tmp_path / name).state_dict() for name in ('one', 'two'))
     for name in one: assert torch.allclose(one[name], two[name], atol=2e-4), name
     assert [row['step'] for row in read_log(tmp_path / 'two/log.jsonl')] == [1, 2, 3, 4, 5]

@@ -6,6 +6,7 @@
 __all__ = ['input_and_target', 'collate', 'Order', 'validate', 'fit', 'write_once']
 
 # %% ../../nbs/training/loop.ipynb #335cc803
+import atexit
 import multiprocessing
 import time
 from collections.abc import Callable, Iterator
@@ -162,7 +163,14 @@ def _accelerator(recipe: Recipe):
         raise TrainingError("device is 'cuda', but torch finds no GPU here: use 'cpu' or 'auto'")
     if PartialState().num_processes == 1:   # an earlier run may have been on another device
         AcceleratorState._reset_state(reset_partial_state=True)
-    return Accelerator(cpu=recipe.device == 'cpu', mixed_precision=recipe.precision)
+    accelerator = Accelerator(cpu=recipe.device == 'cpu', mixed_precision=recipe.precision)
+    if accelerator.num_processes > 1: atexit.register(_end_processes)
+    return accelerator
+
+
+def _end_processes() -> None:
+    "Leave the group of processes; one that only exits can take its neighbours' connection down and end in an abort"
+    if torch.distributed.is_initialized(): torch.distributed.destroy_process_group()
 
 
 @contextmanager
