@@ -16,7 +16,7 @@ PACKAGES = ('speechloss.losses', 'speechloss.losses.functional', 'speechloss.fea
             'speechloss.metrics', 'speechloss.judges')
 #: A docstring says what is done
 VERBS = ('Add', 'Build', 'Compare', 'Define', 'Describe', 'Draw', 'Enhance', 'Fit', 'Hold', 'Judge', 'Keep', 'Load',
-         'Look', 'Measure', 'Reconstruct', 'Return', 'Scale', 'Score', 'Transcribe', 'Weigh', 'Write')
+         'Look', 'Measure', 'Reconstruct', 'Return', 'Scale', 'Score', 'Transcribe', 'Weigh', 'Wrap', 'Write')
 
 
 def public(kind):

@@ -163,9 +163,15 @@ app.add_typer(data, name='data')
 # %% ../../nbs/cli/app.ipynb #7b79da3b
 @app.command()
 def losses(as_json: Json = False):
-    "The losses: what each looks at, its value at identity, its paper."
+    """The losses: what each looks at, its value at identity, its paper.
+
+    Those that other packages announce stand below, with the path of their class.
+    """
+    from speechloss.common.class_paths import announced
     from speechloss.losses import cards
     rows = cards()
+    empty = dict.fromkeys(rows[0], '')
+    rows += [empty | dict(name=name, loss=path) for name, path in announced('speechloss.losses').items()]
     show(rows, tuple(rows[0]), as_json)
 
 

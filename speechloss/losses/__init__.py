@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['Balancer', 'CARDS', 'CodecLoss', 'CompressedComplexLoss', 'ConsistencyLoss', 'ContrastiveRegularization',
            'Curriculum', 'FeatureDistance', 'Hooks', 'Loss', 'MaskingLoss', 'MelLoss', 'ModelAsLoss',
-           'MultiResolutionSTFTLoss', 'Objective', 'PRESETS', 'SISDRLoss', 'SNRLoss', 'SSLLoss', 'STFTLoss',
-           'SpectralLoss', 'VQLoss', 'WaveL1Loss', 'WaveL2Loss', 'build', 'build_objective', 'cards',
+           'MultiResolutionSTFTLoss', 'Objective', 'OutsideLoss', 'PRESETS', 'SISDRLoss', 'SNRLoss', 'SSLLoss',
+           'STFTLoss', 'SpectralLoss', 'VQLoss', 'WaveL1Loss', 'WaveL2Loss', 'build', 'build_objective', 'cards',
            'curriculum_weights', 'from_auraloss', 'plot_curriculum', 'preset', 'pull_and_push']
 
 # %% ../../nbs/losses/index.ipynb #d4499a01
@@ -15,6 +15,7 @@ from .base import Hooks, Loss
 from .distance import FeatureDistance
 from .model_as_loss import ModelAsLoss
 from .objective import Objective
+from .outside import OutsideLoss
 from .registry import CARDS, build, build_objective, cards
 from speechloss.losses.spectral import (
     PRESETS, CompressedComplexLoss, ConsistencyLoss, MelLoss, MultiResolutionSTFTLoss, SpectralLoss, STFTLoss,
@@ -29,8 +30,8 @@ from .waveform import SISDRLoss, SNRLoss, WaveL1Loss, WaveL2Loss
 
 # %% ../../nbs/losses/index.ipynb #769aa14a
 _all_ = ['Balancer', 'CARDS', 'CodecLoss', 'CompressedComplexLoss', 'ConsistencyLoss',
-         'ContrastiveRegularization', 'Curriculum', 'FeatureDistance', 'Hooks', 'Loss', 'MaskingLoss',
-         'MelLoss', 'ModelAsLoss', 'MultiResolutionSTFTLoss', 'Objective', 'PRESETS', 'SISDRLoss',
-         'SNRLoss', 'SSLLoss', 'STFTLoss', 'SpectralLoss', 'VQLoss', 'WaveL1Loss', 'WaveL2Loss',
-         'build', 'build_objective', 'cards', 'curriculum_weights', 'from_auraloss',
-         'plot_curriculum', 'preset', 'pull_and_push']
+         'ContrastiveRegularization', 'Curriculum', 'FeatureDistance', 'Hooks', 'Loss',
+         'MaskingLoss', 'MelLoss', 'ModelAsLoss', 'MultiResolutionSTFTLoss', 'Objective',
+         'OutsideLoss', 'PRESETS', 'SISDRLoss', 'SNRLoss', 'SSLLoss', 'STFTLoss', 'SpectralLoss',
+         'VQLoss', 'WaveL1Loss', 'WaveL2Loss', 'build', 'build_objective', 'cards',
+         'curriculum_weights', 'from_auraloss', 'plot_curriculum', 'preset', 'pull_and_push']

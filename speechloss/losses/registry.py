@@ -13,6 +13,7 @@ from os import PathLike
 
 from torch import nn
 
+from ..common.class_paths import announced
 from ..common.errors import SpeechLossError, choose
 from ..features.base import Features, randomized
 from ..features.codec import CodecFeatures
@@ -27,6 +28,7 @@ from .distance import FeatureDistance
 from .masking import MaskingLoss
 from .model_as_loss import ModelAsLoss
 from .objective import Objective
+from .outside import build_outside, outside_path
 from .spectral import (
     PRESETS, CompressedComplexLoss, MelLoss, MultiResolutionSTFTLoss, STFTLoss, preset)
 from .ssl import SSLLoss
@@ -125,17 +127,25 @@ def _earlier(where, load: Callable | None):
     return load(where)
 
 
+def _outside(path: str, spec: dict, model: nn.Module | None) -> Loss:
+    "Build a loss of another package; features are built from their names first"
+    options = {option: value for option, value in spec.items() if option != 'name'}
+    if isinstance(options.get('features'), str | dict): options['features'] = build_features(options['features'])
+    return build_outside(path, options, model)
+
+# %% ../../nbs/losses/registry.ipynb #7d223676
 def build(
     spec: str | dict,               # name, or {'name': ..., **options}
     *,
     model: nn.Module | None = None, # the enhancer, for losses that look through it
     load: Callable | None = None,   # opens another model by its path
 ) -> Loss:
-    """Return a loss by its name, or that of a preset, with its options.
+    """Return a loss by its name, that of a preset, or the path of its class, with its options.
 
-    `speechloss losses` and `cards()` list the names. Losses that look through features take them by name as
-    `features`, such as `dict(name='ssl', layers='conv')`. `SpeechLossError` for an unknown name or option, and when
-    `model` or `load` is needed.
+    `speechloss losses` and `cards()` list the names; a loss of another package goes by `module:Class`, such as
+    `mypkg.losses:MyLoss`, or by the name under which the package announces it in the group `speechloss.losses`.
+    Losses that look through features take them by name as `features`, such as `dict(name='ssl', layers='conv')`.
+    `SpeechLossError` for an unknown name or option, and when `model` or `load` is needed.
 
     >>> build(dict(name='snr', max_db=30.))(torch.ones(1, 8), torch.ones(1, 8))
     tensor(-30.)
@@ -143,7 +153,10 @@ def build(
     spec = {'name': spec} if isinstance(spec, str) else dict(spec)
     if 'terms' in spec and 'name' not in spec:
         return build_objective(spec, model=model, load=load)   # a sum within a sum
-    if choose('loss', spec.get('name'), [*CARDS, *PRESETS]) in PRESETS: return preset(**spec)
+    name = spec.get('name')
+    if name not in CARDS and name not in PRESETS and (path := outside_path(name)): return _outside(path, spec, model)
+    if choose('loss', name, [*CARDS, *PRESETS, *announced('speechloss.losses')], more='or module:Class') in PRESETS:
+        return preset(**spec)
     name = spec.pop('name')
     kind = CARDS[name].loss
     given, spec = spec, _FILLED_IN.get(name, {}) | spec

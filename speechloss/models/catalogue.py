@@ -6,11 +6,14 @@
 __all__ = ['MODEL_PRESETS', 'MODEL_KINDS', 'enhancer', 'load_enhancer']
 
 # %% ../../nbs/models/catalogue.ipynb #24b9753b
+import inspect
 import json
 from pathlib import Path
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
+from ..common.class_paths import find_class, is_class_path
 from ..common.errors import CheckpointError, SpeechLossError, choose
 from ..common.weights import load_tensors
 from .autoencoder import SpectralAutoencoder
@@ -27,26 +30,68 @@ MODEL_KINDS = dict(enhancer=SpectralEnhancer, autoencoder=SpectralAutoencoder, v
 
 
 def enhancer(
-    spec: str | dict = 'small',   # a preset, arguments of SpectralEnhancer, {'preset': ..., more}, {'kind': ..., more}
+    spec: str | dict = 'small',   # a preset, arguments of SpectralEnhancer, {'preset': ..., more}, {'kind': ..., more};
+                                  # a kind may be a class of yours, 'mypkg.nets:Net'
 ) -> nn.Module:                   # with its weights drawn from torch's global generator
     """Build a new enhancer, or a model of another of `MODEL_KINDS`.
 
-    Presets are 'tiny', 'small' and 'base'; kinds are 'enhancer', 'autoencoder' and 'vq'. `SpeechLossError` for an
-    unknown kind, preset or argument.
+    Presets are 'tiny', 'small' and 'base'; kinds are 'enhancer', 'autoencoder' and 'vq', or the path of a class,
+    `module:Class`. `SpeechLossError` for an unknown kind, preset or argument, and for a class that is no enhancer.
 
     >>> import torch
     >>> enhancer({'preset': 'tiny', 'causal': True})(torch.zeros(1, 4000)).shape
     torch.Size([1, 4000])
     """
-    options = {'preset': spec} if isinstance(spec, str) else dict(spec)
+    options = {'kind' if is_class_path(spec) else 'preset': spec} if isinstance(spec, str) else dict(spec)
     kind = options.pop('kind', 'enhancer')
-    choose('kind', kind, MODEL_KINDS)
+    if is_class_path(kind): return _outside_model(kind, options)
+    choose('kind', kind, MODEL_KINDS, more='or module:Class')
     if kind == 'enhancer':
-        options = MODEL_PRESETS[choose('model', options.pop('preset', 'small'), MODEL_PRESETS)] | options
+        options = MODEL_PRESETS[choose('model', options.pop('preset', 'small'), MODEL_PRESETS,
+                                       more='or module:Class')] | options
     try:
         return MODEL_KINDS[kind](**options)
     except TypeError as error:
         raise SpeechLossError(f'model {spec}: {error}') from None
+
+# %% ../../nbs/models/catalogue.ipynb #e4179fa9
+def _outside_model(path: str, options: dict) -> nn.Module:
+    "Return a model from the path of its class, tried on waves, that knows by what it was built"
+    kind = find_class(path, 'model')
+    if not (isinstance(kind, type) and issubclass(kind, nn.Module)):
+        raise SpeechLossError(f'model {path} is not a class of torch.nn.Module: name one')
+    try:
+        net = kind(**options)
+    except (TypeError, ValueError) as error:
+        raise SpeechLossError(f'model {path} cannot be built from {options}: {error}') from None
+    _check_model(net, path)
+    net.__dict__['built_from'] = dict(kind=path, **options)    # no entry of the state dict
+    return net
+
+
+def _check_model(net: nn.Module, name: str) -> None:
+    "Raise `SpeechLossError` unless a model enhances waves as a training asks it to"
+    if not isinstance(getattr(net, 'sample_rate', None), int):
+        raise SpeechLossError(f'model {name} has no sample_rate: set it to the rate of its waves, such as 16000')
+    if not any(p.requires_grad for p in net.parameters()):
+        raise SpeechLossError(f'model {name} has no weights to train: make them parameters in __init__')
+    takes = inspect.signature(net.forward).parameters
+    if 'lengths' not in takes and not any(p.kind is p.VAR_KEYWORD for p in takes.values()):
+        raise SpeechLossError(f'model {name} takes no lengths: write forward(self, noisy, lengths=None)')
+    wave = .1 * torch.randn(2, 4000, generator=torch.Generator().manual_seed(0))
+    training = net.training
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            out = net.eval()(wave, lengths=torch.tensor([4000, 3000]))
+    except Exception as error:
+        text = ' '.join(str(error).split())[:160]
+        raise SpeechLossError(f'model {name} fails on noise of shape (2, 4000) ({type(error).__name__}: {text}): it is '
+                              'to take waves (batch, samples)') from None
+    finally: net.train(training)
+    if not isinstance(out, Tensor) or out.shape != wave.shape or not out.isfinite().all():
+        found = tuple(out.shape) if isinstance(out, Tensor) else type(out).__name__
+        raise SpeechLossError(f'model {name} makes {found} of waves (2, 4000): it is to give finite waves of their '
+                              'shape')
 
 # %% ../../nbs/models/catalogue.ipynb #4a5026e5
 def load_enhancer(
@@ -100,4 +145,8 @@ def _load_hub(name: str) -> nn.Module:
         raise CheckpointError(
             f'{name} is neither a folder nor a model that the hub could give '
             f'({type(error).__name__}): check the name and the network') from None
+    config = Path(folder) / 'config.json'
+    if config.is_file() and is_class_path(json.loads(config.read_text(encoding='utf-8')).get('kind')):
+        raise CheckpointError(f'{name} asks for code of its own, which is not run: look at it, and open the folder '
+                              f'{folder} if you trust it')
     return _load_folder(Path(folder))

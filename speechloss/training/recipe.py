@@ -15,10 +15,13 @@ from copy import deepcopy
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
+from ..common.class_paths import code_of, is_class_path
 from ..common.errors import TrainingError, choose
 from ..common.files import sha256
 from ..common.weights import DATA, find_card, folder_of
+from ..losses.outside import outside_path
 from ..losses.registry import CARDS, FEATURES, default_options
+from ..losses.spectral import PRESETS
 
 # %% ../../nbs/training/recipe.ipynb #f9455fb9
 BASE = dict(terms=dict(spectrum=dict(name='compressed_complex', hop_length=256),
@@ -33,7 +36,7 @@ _NOT_IN_KEY = ('corpus_dir', 'save_every', 'log_every', 'threads', 'workers', 'd
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
     "Everything that determines the training of an enhancer; plain data, so that it fits into JSON and TOML"
-    model: str | dict = 'small'        # see `catalogue.enhancer`; with init, the model of init
+    model: str | dict = 'small'        # see `catalogue.enhancer`, or module:Class; with init, the model of init
     objective: dict = field(default_factory=lambda: deepcopy(BASE))  # see `losses.build_objective`
     corpus: str = 'mini'               # its name, or the path of a manifest (.jsonl)
     corpus_dir: str | None = None      # where its files lie, if not to be fetched
@@ -85,6 +88,7 @@ class Recipe:
         record = {name: value for name, value in asdict(self).items()
                   if name not in _NOT_IN_KEY and (name not in _LATER or value != _LATER[name])}
         if self.init: record['init'] = _fingerprint(self.init)
+        if (path := _model_path(self.model)): record['model'] = _model_content(path, self.model)
         record.update(objective=_key_content(self.objective, 'objective'), format=KEY_FORMAT)
         return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
 
@@ -149,6 +153,30 @@ def recipe_of(
     shared = {f.name: getattr(training, f.name) for f in fields(Recipe) if f.name in there}
     return Recipe(model=network, objective={kind: choices or {}}, **shared, **given)
 
+# %% ../../nbs/training/recipe.ipynb #aaa526b2
+def _loss_path(spec: dict) -> str | None:
+    "Return the class path of a loss that is not of this package"
+    name = spec.get('name')
+    return None if name in CARDS or name in PRESETS else outside_path(name)
+
+
+def _outside_content(path: str, spec: dict) -> dict:
+    "Return what a key holds of a loss from elsewhere; features given by name count as for the losses of the package"
+    options = {option: _key_content(value, 'features') if option == 'features' else value
+               for option, value in spec.items()}
+    return options | dict(name=path, code=code_of(path, 'loss'))
+
+
+def _model_path(model: str | dict) -> str | None:
+    "Return the class path of a model that is not of this package"
+    kind = model.get('kind') if isinstance(model, dict) else model
+    return kind if is_class_path(kind) else None
+
+
+def _model_content(path: str, model: str | dict) -> dict:
+    "Return what a key holds of a model from elsewhere"
+    return (model if isinstance(model, dict) else {}) | dict(kind=path, code=code_of(path, 'model'))
+
 # %% ../../nbs/training/recipe.ipynb #3d06edab
 #: Defaults as of `KEY_FORMAT`: of losses and features by name, and of an objective
 _FIRST_DEFAULTS = json.loads((DATA / 'key_defaults.json').read_text(encoding='utf-8'))
@@ -166,6 +194,7 @@ def _key_content(
     if not isinstance(named, dict): return spec
     if kind == 'losses' and 'terms' in named and 'name' not in named: kind = 'objective'
     if kind == 'objective' and 'terms' not in named: return spec      # of another training
+    if kind == 'losses' and (path := _loss_path(named)): return _outside_content(path, named)
     changed, network = _left_out(named, kind)
     if isinstance(spec, str) and not changed and (kind == 'losses' or not network): return spec
     filled = network | changed | named

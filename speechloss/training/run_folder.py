@@ -112,5 +112,7 @@ def save_averaged(
             if hasattr(model, 'save_pretrained'): model.save_pretrained(part)
             # once more with our own writer, whose errors and file modes we know
             save_tensors(model.state_dict(), part / 'model.safetensors')
+        if (built_from := getattr(state.model, 'built_from', None)):      # a class from elsewhere: how to find it
+            (part / 'config.json').write_text(json.dumps(built_from, indent=1), encoding='utf-8')
         (part / 'summary.json').write_text(json.dumps(summary, indent=1), encoding='utf-8')
     write_folder(folder, fill)
