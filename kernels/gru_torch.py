@@ -68,8 +68,9 @@ def _run(states: Tensor, gates: Tensor, new: Tensor, inner: Tensor, recurrent: T
     offset = bias[:, None, 2 * width:].expand_as(new[0]).contiguous()
     reset, update = gates.chunk(2, -1)
     # views made all at once cost half of views made one by one
-    for before, after, both, r, z, n, m in zip(*(part.unbind(0) for part in (
-            states[:-1], states[1:], gates, reset, update, new, inner))):
+    each = states.unbind(0)
+    for before, after, both, r, z, n, m in zip(each, each[1:], *(
+            part.unbind(0) for part in (gates, reset, update, new, inner))):
         both.baddbmm_(before, to_gates).sigmoid_()
         torch.baddbmm(offset, before, to_inner, out=m)
         n.addcmul_(r, m).tanh_()
@@ -134,10 +135,9 @@ def _slopes(states: Tensor, gates: Tensor, new: Tensor, inner: Tensor) -> tuple[
 
 def _run_back(into: Tensor, slopes: Tensor, update: Tensor, recurrent: Tensor) -> None:
     "Go back through the frames: `into` becomes the gradients of the states, `slopes` those of what U h adds"
-    by_gate = slopes.unflatten(-1, (3, -1))
-    steps = zip(*(part.unbind(0) for part in (
-        by_gate, into[1:].unsqueeze(3), into[:-1], into[1:], update, slopes)))
-    for each, spread, before, after, z, outer in reversed(list(steps)):
+    by_gate, states = slopes.unflatten(-1, (3, -1)), into.unbind(0)
+    steps = zip(states, states[1:], *(part.unbind(0) for part in (by_gate, into[1:].unsqueeze(3), update, slopes)))
+    for before, after, each, spread, z, outer in reversed(list(steps)):
         each.mul_(spread)
         before.addcmul_(after, z).baddbmm_(outer, recurrent)
 
