@@ -29,7 +29,7 @@ import torch
 
 from speechloss.common.errors import SpeechLossError, choose
 from speechloss.corpora import Mixtures, get
-from speechloss.metrics import paired_bootstrap, score
+from speechloss.metrics import paired_interval, score
 
 from .common import ROOT, machine
 from .yardstick_networks import NETWORKS, RATE, Enhance, Yardstick, delay_of, own_model
@@ -84,7 +84,7 @@ def row_of(network: Yardstick, corpus: str, what: str, items: Sequence[dict], fo
     row |= dict(corpus=corpus, set=what, files=len(items), speakers=len(set(speakers)), dropped=0,
                 date=date.today().isoformat(), rtf='', rtf_machine='')
     for metric, column in METRICS.items():
-        interval = paired_bootstrap([r[column] for r in found], 0., cluster=speakers)
+        interval = paired_interval([r[column] for r in found], 0., cluster=speakers)
         row |= {metric: interval.mean, f'{metric}_low': interval.low, f'{metric}_high': interval.high,
                 'interval_over': 'speakers' if interval.clustered_by == 'cluster' else 'files',
                 'dropped': max(row['dropped'], interval.dropped)}

@@ -1,4 +1,4 @@
-"""The bootstrap against a plain one, its invariances, and its speed."""
+"""Intervals against scipy and their textbook, their invariances and their coverage."""
 import math
 import time
 
@@ -8,39 +8,93 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from speechloss.common.errors import SpeechLossError
-from speechloss.metrics import Interval, compare, paired_bootstrap
+from speechloss.metrics import Interval, bootstrap, compare, difference, paired_interval
 from speechloss.metrics.stats import MIN_CLUSTERS
+from speechloss.metrics.student_t import t_quantile, t_tail
 
 
-def plain(gap, cluster, draws, seed):
-    "Speakers, then files within: as it is said, one draw at a time"
-    rng, names = np.random.default_rng(seed), np.unique(cluster)
-    means = []
-    for _ in range(draws):
-        drawn = [rng.choice(gap[cluster == c], (cluster == c).sum())
-                 for c in rng.choice(names, len(names))]
-        means.append(np.concatenate(drawn).mean())
-    return np.array(means)
+def test_t_is_that_of_scipy():
+    t = pytest.importorskip('scipy.stats').t
+    for df in (1, 2, 3.7, 9, 60):
+        for x in (-4., -.3, 0., 1.5, 12.): assert t_tail(x, df) == pytest.approx(t.sf(x, df), abs=1e-12)
+        assert t_quantile(.975, df) == pytest.approx(t.ppf(.975, df))
 
 
 @pytest.mark.parametrize('sizes', [[6] * 10, [1, 2, 3, 5, 8, 13, 2, 2, 9], [40] + [1] * 12])
-def test_agrees_with_the_plain_bootstrap(sizes):
-    rng = np.random.default_rng(3)
+def test_one_seed_is_the_ratio_estimator_over_speakers(sizes):
+    rng, sizes = np.random.default_rng(3), np.array(sizes)
     cluster = np.repeat(np.arange(len(sizes)), sizes)
     gap = rng.normal(size=len(sizes))[cluster] + rng.normal(size=len(cluster))
-    found = paired_bootstrap(gap, 0., cluster=cluster, draws=20_000)
-    means = plain(gap, cluster, 4000, seed=1)
+    found = paired_interval(gap, 0., cluster=cluster)
+    off = np.array([gap[cluster == k].sum() for k in range(len(sizes))]) - gap.mean() * sizes
+    k = len(sizes)
     assert found.clustered_by == 'cluster' and found.mean == pytest.approx(gap.mean())
-    assert [found.low, found.high] == pytest.approx(np.quantile(means, [.025, .975]),
-                                                    abs=.08 * means.std() + .02)
+    assert found.se == pytest.approx(math.sqrt(k / (k - 1) * (off ** 2).sum()) / len(gap)) and found.df == k - 1
+
+
+def test_seeds_and_speakers_are_the_mean_squares_of_a_crossed_design():
+    rng = np.random.default_rng(5)
+    cells = rng.normal(size=(3, 1)) + rng.normal(size=12) + rng.normal(size=(3, 12))   # seeds, speakers
+    found = paired_interval(np.repeat(cells, 4, 1), 0., cluster=np.repeat(np.arange(12), 4))
+    seed, speaker, grand = cells.mean(1), cells.mean(0), cells.mean()
+    rest = cells - seed[:, None] - speaker + grand
+    parts = np.array([12 * seed.var(ddof=1), 3 * speaker.var(ddof=1), (rest ** 2).sum() / 22]) / 36
+    wanted = parts[0] + parts[1] - parts[2]
+    assert found.se ** 2 == pytest.approx(wanted)
+    assert found.df == pytest.approx(wanted ** 2 / (parts ** 2 / [2, 11, 22]).sum())
 
 
 def test_files_alone_give_the_textbook_width():
     gap = np.random.default_rng(0).normal(2, 1, 400)
-    found = paired_bootstrap(gap, 0.)
-    assert (found.high - found.low) / 2 == pytest.approx(1.96 * gap.std() / 20, rel=.04)
-    wide, narrow = (paired_bootstrap(gap, 0., level=p) for p in (.99, .5))
+    found = paired_interval(gap, 0.)
+    assert (found.high - found.low) / 2 == pytest.approx(1.966 * gap.std(ddof=1) / 20, rel=.01)
+    wide, narrow = (paired_interval(gap, 0., level=p) for p in (.99, .5))
     assert wide.low < found.low < narrow.low < narrow.high < found.high < wide.high
+    assert found.at(.5) == narrow
+
+
+def test_identical_arms_are_tied_and_never_better():
+    "A rounding cannot decide"
+    who = np.repeat(range(10), 10)
+    for a, b in ((np.full(100, .1) + .2, np.full(100, .3)), (np.full((3, 100), .3), np.full((3, 100), .1) + .2)):
+        same = paired_interval(a, b, cluster=who)
+        assert not same.excludes_zero and same.p_above() == 1. and same.p_within(.01) == 0.
+
+
+def covers(count, icc, seed_sd, skewed, runs=500, level=.95):
+    rng, hits = np.random.default_rng(11), 0
+    who = np.repeat(np.arange(count), 10)
+    normal = (lambda *size: rng.exponential(size=size) - 1) if skewed else (lambda *size: rng.normal(size=size))
+    for _ in range(runs):
+        x = math.sqrt(icc) * normal(count)[who] + math.sqrt(1 - icc) * normal(len(who))
+        found = paired_interval(x + seed_sd * rng.normal(size=(3, 1)) + .3 * rng.normal(size=(3, len(who))), 0.,
+                                cluster=who, level=level)
+        hits += found.low <= 0 <= found.high
+    return hits / runs
+
+
+@pytest.mark.parametrize('count, icc, seed_sd, skewed', [(10, 0., .1, False), (10, .9, 0., True), (10, .5, .3, False),
+                                                         (15, .5, 0., True), (40, .2, .1, True)])
+def test_a_nominal_95_covers_95(count, icc, seed_sd, skewed):
+    assert .92 < covers(count, icc, seed_sd, skewed) < .98     # 500 runs: twice 0.01 beside 0.94 to 0.96
+
+
+def test_seeds_that_disagree_decide_nothing():
+    "Ten speakers who agree on each of three trainings are three facts"
+    seeds = np.array([-.073, -.039, .008])[:, None] + .01 * np.random.default_rng(0).normal(size=(3, 50))
+    gap = difference(seeds, 0., [dict(speaker=str(k % 10)) for k in range(50)])
+    assert gap.low < 0 < gap.high and paired_interval(seeds.mean(0), 0., cluster=np.arange(50) % 10).high < 0
+
+
+def test_the_jackknife_is_t_for_a_mean_and_wider_than_draws_for_a_correlation():
+    rng = np.random.default_rng(2)
+    who, (x, y) = np.arange(100) // 10, rng.multivariate_normal([0, 0], [[1, .7], [.7, 1]], size=100).T
+    mean, t = bootstrap(lambda k: x[k].mean(), 100, cluster=who), paired_interval(x, 0., cluster=who)
+    assert (mean.se, mean.df) == (pytest.approx(t.se), 9)
+    few = bootstrap(lambda k: np.corrcoef(x[k], y[k])[0, 1], 100, cluster=who)
+    many = bootstrap(lambda k: np.corrcoef(x[k], y[k])[0, 1], 100, cluster=np.arange(100) // 4, draws=400)
+    assert few.low < .7 < few.high and few.df == 9 and many.df == 24 and many.clusters == 25
+    assert math.isinf(bootstrap(lambda k: x[k].mean(), 1).high)
 
 
 @settings(max_examples=25, deadline=None)
@@ -48,36 +102,35 @@ def test_files_alone_give_the_textbook_width():
 def test_invariances(n, clusters, seed):
     rng = np.random.default_rng(seed)
     a, b, who = rng.normal(size=n), rng.normal(size=n), rng.integers(clusters, size=n)
-    options = dict(cluster=who, draws=300, seed=seed)
-    found = paired_bootstrap(a, b, **options)
-    assert found == paired_bootstrap(a, b, **options)                      # the seed decides
+    options = dict(cluster=who)
+    found = paired_interval(a, b, **options)
     assert found.low <= found.high and found.n == n and found.clusters == len(set(who))
-    moved = paired_bootstrap(a + 3, b + 1, **options)
+    moved = paired_interval(a + 3, b + 1, **options)
     assert [moved.mean, moved.low, moved.high] == pytest.approx(
         [found.mean + 2, found.low + 2, found.high + 2])
-    turned = paired_bootstrap(b, a, **options)
+    turned = paired_interval(b, a, **options)
     assert [turned.low, turned.high] == pytest.approx([-found.high, -found.low])
-    words = paired_bootstrap(a, b, cluster=[f'speaker {k:02}' for k in who], draws=300, seed=seed)
-    assert words == found
+    words = paired_interval(a, b, cluster=[f'speaker {k:02}' for k in who])
+    assert [words.low, words.high] == pytest.approx([found.low, found.high])
 
 
 def test_pairing_is_what_makes_it_sharp():
     rng = np.random.default_rng(1)
     hard, cluster = rng.normal(size=100), np.arange(100) // 10
     a, b = hard + .1 + .02 * rng.normal(size=100), hard + .02 * rng.normal(size=100)
-    assert paired_bootstrap(a, b, cluster=cluster).excludes_zero
-    assert not paired_bootstrap(a, rng.permutation(b), cluster=cluster).excludes_zero
+    assert paired_interval(a, b, cluster=cluster).excludes_zero
+    assert not paired_interval(a, rng.permutation(b), cluster=cluster).excludes_zero
 
 
 def test_few_clusters_are_marked():
     x = np.random.default_rng(0).normal(size=40)
     for k in (1, 2, MIN_CLUSTERS - 1, MIN_CLUSTERS, 20):
-        found = paired_bootstrap(x, 0., cluster=np.arange(40) % k)
+        found = paired_interval(x, 0., cluster=np.arange(40) % k)
         assert found.clusters == k
         assert found.clustered_by == ('file' if k < MIN_CLUSTERS else 'cluster')
     # NaN can leave too few
     x[np.arange(40) % 8 == 0] = math.nan
-    found = paired_bootstrap(x, 0., cluster=np.arange(40) % 8)
+    found = paired_interval(x, 0., cluster=np.arange(40) % 8)
     assert (found.clusters, found.clustered_by, found.dropped, found.n) == (7, 'file', 5, 35)
 
 
@@ -85,31 +138,31 @@ def test_seeds_are_no_files():
     rng = np.random.default_rng(0)
     files = rng.normal(size=30)
     seeds = files + .01 * rng.normal(size=(5, 30))
-    assert paired_bootstrap(seeds, 0.).n == 30
-    assert paired_bootstrap(seeds, files).mean == pytest.approx((seeds - files).mean())
+    assert paired_interval(seeds, 0.).n == 30
+    assert paired_interval(seeds, files).mean == pytest.approx((seeds - files).mean())
     seeds[0, 3] = math.nan
-    assert paired_bootstrap(seeds, files).dropped == 1
+    assert paired_interval(seeds, files).dropped == 1
 
 
 def test_large_sets_are_fast_and_bounded():
     x = np.random.default_rng(0).normal(size=200)
     start = time.perf_counter()
-    paired_bootstrap(x, 0., cluster=np.arange(200) // 20)
-    paired_bootstrap(x, 0.)
+    paired_interval(x, 0., cluster=np.arange(200) // 20)
+    paired_interval(x, 0.)
     assert time.perf_counter() - start < 3
     big = np.random.default_rng(0).normal(size=20_000)
-    assert paired_bootstrap(big, 0., cluster=np.arange(20_000) // 2000, draws=200).n == 20_000
+    assert paired_interval(big, 0., cluster=np.arange(20_000) // 2000).n == 20_000
 
 
 @pytest.mark.parametrize('call,words', [
-    (lambda: paired_bootstrap([1, 2], [1, 2, 3]), 'a has 2 files and b has 3'),
-    (lambda: paired_bootstrap(1., [1, 2]), 'same files'),
-    (lambda: paired_bootstrap(np.zeros((1, 2, 3)), 0.), r'shape \(1, 2, 3\)'),
-    (lambda: paired_bootstrap([], []), 'shape'),
-    (lambda: paired_bootstrap([1, 2], 0., cluster=['x']), 'cluster has shape'),
-    (lambda: paired_bootstrap([math.nan], 0.), 'nothing to compare'),
-    (lambda: paired_bootstrap([1, 2], 0., draws=0), 'draws is 0'),
-    (lambda: paired_bootstrap([1, 2], 0., level=95), 'level is 95'),
+    (lambda: paired_interval([1, 2], [1, 2, 3]), 'a has 2 files and b has 3'),
+    (lambda: paired_interval(1., [1, 2]), 'same files'),
+    (lambda: paired_interval(np.zeros((1, 2, 3)), 0.), r'shape \(1, 2, 3\)'),
+    (lambda: paired_interval([], []), 'shape'),
+    (lambda: paired_interval([1, 2], 0., cluster=['x']), 'cluster has shape'),
+    (lambda: paired_interval([math.nan], 0.), 'nothing to compare'),
+    (lambda: paired_interval([1, 2], 0.).at(0), 'level is 0'),
+    (lambda: paired_interval([1, 2], 0., level=95), 'level is 95'),
     (lambda: compare([], [], 'pesq'), 'no rows'),
     (lambda: compare([dict(id=1)], [], 'pesq'), "no 'pesq'"),
 ])

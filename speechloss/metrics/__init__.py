@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Interval', 'METRICS', 'MeanVQScore', 'SMALLEST_EFFECTS', 'VQScore', 'bootstrap', 'compare', 'difference',
-           'difference_verdict', 'estoi', 'jobs_of', 'lsd', 'mcd', 'metric_table', 'nmr', 'paired_bootstrap', 'pesq_nb',
+           'difference_verdict', 'estoi', 'jobs_of', 'lsd', 'mcd', 'metric_table', 'nmr', 'paired_interval', 'pesq_nb',
            'pesq_wb', 'score', 'score_files', 'score_one', 'si_sdr', 'summary_of', 'vq_score']
 
 # %% ../../nbs/metrics/index.ipynb #ade1798a
@@ -15,12 +15,12 @@ from .files import score_files, summary_of
 from .vqscore import VQScore, vq_score
 from .distances import lsd, mcd, nmr, si_sdr
 from .packaged import pesq_wb, pesq_nb, estoi
-from .stats import Interval, bootstrap, compare, difference, paired_bootstrap
+from .stats import Interval, bootstrap, compare, difference, paired_interval
 from .verdicts import SMALLEST_EFFECTS, difference_verdict
 
 # %% ../../nbs/metrics/index.ipynb #0387a829
 _all_ = ['Interval', 'METRICS', 'MeanVQScore', 'SMALLEST_EFFECTS', 'VQScore', 'bootstrap', 'compare', 'difference',
-         'difference_verdict', 'estoi', 'jobs_of', 'lsd', 'mcd', 'metric_table', 'nmr', 'paired_bootstrap', 'pesq_nb',
+         'difference_verdict', 'estoi', 'jobs_of', 'lsd', 'mcd', 'metric_table', 'nmr', 'paired_interval', 'pesq_nb',
          'pesq_wb', 'score', 'score_files', 'score_one', 'si_sdr', 'summary_of', 'vq_score']
 
 # %% ../../nbs/metrics/index.ipynb #d84c094a

@@ -22,7 +22,7 @@ from ..common.weights import folder_of
 from .cards import metric_cards
 from .jobs import TABLE_COLUMNS, Job, jobs_of, path_text
 from .scoring import iterate_scores
-from .stats import paired_bootstrap
+from .stats import paired_interval
 from ..signal.audio import info
 
 # %% ../../nbs/metrics/files.ipynb #b57f6e97
@@ -179,7 +179,7 @@ def summary_of(
 ) -> list[dict]:               # column, files, failed, mean, low, high, sd, min, max
     """Return a row for each column of these metrics: files with and without it, mean, interval, deviation, extremes.
 
-    The interval is that of `paired_bootstrap`, over speakers where every row names its `speaker`.
+    The interval is that of `paired_interval`, over speakers where every row names its `speaker`.
 
     >>> (line,) = summary_of([dict(vqscore=.6), dict(vqscore=.8), dict(vqscore=None)], ['vqscore'])
     >>> line['files'], line['failed'], round(line['mean'], 2)
@@ -195,7 +195,7 @@ def _summarize(column: str, rows: list[dict]) -> dict:
     if not kept: return line
     values = [row[column] for row in kept]
     speakers = [str(row['speaker']) for row in kept] if all(row.get('speaker') for row in kept) else None
-    interval, mean = paired_bootstrap(values, 0., cluster=speakers), sum(values) / len(values)
+    interval, mean = paired_interval(values, 0., cluster=speakers), sum(values) / len(values)
     spread = math.sqrt(sum((v - mean) ** 2 for v in values) / max(len(values) - 1, 1))
     bounds = (interval.low, interval.high) if len(values) > 1 else (None, None)
     return line | dict(mean=mean, low=bounds[0], high=bounds[1], sd=spread, min=min(values), max=max(values))
