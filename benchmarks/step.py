@@ -164,7 +164,7 @@ def parts(causal: bool, repeats: int) -> dict[str, float]:
     "Milliseconds of each part of a base step, forward and backward"
     from speechloss.losses import build_objective
     from speechloss.models.catalogue import enhancer
-    from speechloss.signal.spectra import istft
+    from speechloss.models.mask_network import apply_mask
     from speechloss.training.recipe import BASE
     from speechloss.training.state import TrainingState
     torch.manual_seed(0)
@@ -187,9 +187,7 @@ def parts(causal: bool, repeats: int) -> dict[str, float]:
     shallow, bottleneck = model._encode(spec, None)
     mask = model.decoder(shallow, bottleneck)
 
-    def masked(mask):
-        real, imag = (part @ model.bands.mT for part in mask.chunk(2, -1))
-        return istft(spec * torch.complex(real, imag), model.n_fft, model.hop_length, length=SAMPLES)
+    def masked(mask): return apply_mask(spec, mask, model.bands, model.hop_length, SAMPLES)
 
     found = {
         'spectrum of the noisy wave': timed(lambda: model._spectrum(noisy, None), repeats),
