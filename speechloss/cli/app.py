@@ -14,6 +14,8 @@ import typer
 
 from .console import Commands, Json, Quiet, complain, show, torch_device, exit_message
 from .data import data
+from .judge import judge
+from .compare import compare
 from .score import score
 from .train import train
 
@@ -75,7 +77,8 @@ def enhance(
     target: Annotated[Path | None, typer.Argument(
         help='The enhanced file, or the folder of the same tree.')] = None,
     *,
-    model: Annotated[str, typer.Option(help='Folder of a trained model, or its name on the hub.')],
+    model: Annotated[str, typer.Option(help='Folder of a trained model, or its name on the hub; default: the one '
+                                            'that comes with the package.')] = 'default',
     device: Annotated[str | None, typer.Option(
         help='cpu, cuda, cuda:1 ...; else the GPU if there is one, with --stream the CPU.')] = None,
     skip_existing: Annotated[bool, typer.Option(
@@ -138,25 +141,41 @@ def _enhance_jobs(
 ) -> list[tuple[Path, Path]]:     # (noisy, enhanced)
     "What to enhance and where to; raises `SpeechLossError` when a file would overwrite its source."
     from speechloss.common.errors import SpeechLossError
-    from speechloss.signal.audio import SUFFIXES, scan
+    from speechloss.signal.audio import scan
+    from speechloss.signal.opening import container_of
     if source.is_dir():
         if target.resolve() == source.resolve():
             raise SpeechLossError(f'{target} is the source too: choose another folder')
-        found = [path for path in scan(source) if target.resolve() not in path.resolve().parents]
-        return [(path, target / path.relative_to(source)) for path in found]
+        found = [path for path in scan(source, unread=True) if target.resolve() not in path.resolve().parents]
+        return _beside_each_other([(path, target / path.relative_to(source)) for path in found])
     if not source.exists():
         raise SpeechLossError(f'{source} does not exist: name an audio file or a folder')
     if target.is_dir():
         target = target / source.name
     if target.resolve() == source.resolve():
         raise SpeechLossError(f'{target} is the source too: choose another name')
-    if target.suffix.lower() not in SUFFIXES:
-        raise SpeechLossError(f'{target} is no audio file: end its name in one of '
-                              f'{", ".join(SUFFIXES)}')
+    container_of(target)
     return [(source, target)]
+
+
+def _beside_each_other(jobs: list[tuple[Path, Path]]) -> list[tuple[Path, Path]]:
+    "What cannot be written as it was read becomes a .wav, with the old suffix in its name where that is taken"
+    from speechloss.common.errors import AudioError
+    from speechloss.signal.opening import container_of
+    made, taken = [], {target for _, target in jobs}
+    for source, target in jobs:
+        try: container_of(target)
+        except AudioError:
+            target = target.with_suffix('.wav') if target.with_suffix('.wav') not in taken else \
+                target.with_name(f'{target.name}.wav')
+        taken.add(target)
+        made.append((source, target))
+    return made
 
 # %% ../../nbs/cli/app.ipynb #47157d7e
 app.command()(score)
+app.command()(compare)
+app.command()(judge)
 app.command(context_settings=dict(allow_extra_args=True, ignore_unknown_options=True))(train)
 app.add_typer(data, name='data')
 

@@ -24,12 +24,10 @@ from ..common.files import sha256, walk_files
 from .download import notify
 from .layouts import FileRole, Recognised, doubt_speakers, is_noise, plain, recognise, split_word
 from .manifest import RECORDING_KINDS, SPLITS, Manifest, Recording
-from ..signal.audio import SUFFIXES, load
+from ..signal.audio import load
+from ..signal.opening import SUFFIXES, UNREAD_SUFFIXES
 
 # %% ../../nbs/corpora/folders.ipynb #bba3b7ed
-_OTHER_AUDIO = ('.aac', '.amr', '.au', '.caf', '.m4a', '.mp4', '.oga', '.raw', '.sph', '.w64', '.webm', '.wma')
-
-
 class Source(NamedTuple):
     "A folder, the audio below it, and what that is"
     folder: Path
@@ -84,7 +82,7 @@ def _audio_below(folder: Path) -> tuple[dict[str, Path], dict[str, str]]:
     found = {p.relative_to(folder).as_posix(): p for p in files if p.suffix.lower() in SUFFIXES}
     if not found: raise CorpusError(f'{folder} holds no audio: put {", ".join(SUFFIXES[:5])} files in it')
     return found, {p.relative_to(folder).as_posix(): f'{p.suffix.lower()} is not read: convert it to .wav or .flac'
-                   for p in files if p.suffix.lower() in _OTHER_AUDIO}
+                   for p in files if p.suffix.lower() in UNREAD_SUFFIXES}
 
 # %% ../../nbs/corpora/folders.ipynb #f72baa94
 def speaker_finder(

@@ -9,7 +9,6 @@ __all__ = ['BLOCK_SECONDS', 'CONTEXT_SECONDS', 'FADE_SECONDS', 'enhance_wave', '
 from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
 import soundfile
 import torch
 from torch import Tensor, nn
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 from ..common.errors import AudioError, SpeechLossError
 from ..common.files import atomic
 from ..signal.audio import info, load, resample
+from ..signal.opening import coding_for, container_of, write_samples
 
 BLOCK_SECONDS = 20.    # length of a block without its context
 CONTEXT_SECONDS = 2.   # enhanced and dropped before and after it
@@ -125,7 +125,7 @@ def enhance_file(
     """
     _check_options(seconds, context)
     target, header = Path(target), info(source)
-    _format(target)
+    container_of(target)
     training = model.training
     model.eval()
 
@@ -135,26 +135,16 @@ def enhance_file(
     try:
         with atomic(target) as part, _writer(part, header, target) as file:
             for piece in _pieces(read, header.frames, model, header.sample_rate, seconds, context):
-                file.write(np.ascontiguousarray(piece.T.numpy()))
-    except (soundfile.SoundFileError, OSError) as error:
-        raise AudioError(f'{target} cannot be written ({error}): '
-                         'free some space, or choose another place') from None
+                write_samples(file, piece.T.numpy())
+    except (soundfile.SoundFileError, ValueError, OSError) as error:
+        if isinstance(error, SpeechLossError): raise
+        cure = 'free some space, or choose another place' if isinstance(error, OSError) else 'end its name in .wav'
+        raise AudioError(f'{target} cannot be written ({error}): {cure}') from None
     finally:
         model.train(training)
     return target
 
 
-def _format(target: Path) -> tuple[str, str | None]:
-    "Return (container, coding or None) by the suffix"
-    name = target.suffix[1:].upper()
-    if name == 'OPUS': return 'OGG', 'OPUS'
-    name = 'AIFF' if name == 'AIF' else name
-    if name not in soundfile.available_formats():
-        raise AudioError(f'{target}: unknown audio format {target.suffix!r}: use .wav or .flac')
-    return name, None
-
-
 def _writer(part: Path, header, target: Path) -> soundfile.SoundFile:
-    name, coding = _format(target)
-    if coding is None and soundfile.check_format(name, header.subtype): coding = header.subtype
-    return soundfile.SoundFile(str(part), 'w', header.sample_rate, header.channels, coding, format=name)
+    return soundfile.SoundFile(str(part), 'w', header.sample_rate, header.channels,
+                               coding_for(target, header.subtype), format=container_of(target)[0])

@@ -21,7 +21,7 @@ from ..common.errors import AudioError
 from ..common.files import atomic, walk_files
 from ..common.libraries import extra
 from .opening import SUFFIXES, UNREAD_SUFFIXES, container_of
-from .opening import go_to, known_frames, open_audio, read_samples, true_frames
+from .opening import go_to, known_frames, open_audio, read_samples, true_frames, write_samples
 
 SAMPLE_RATE = 16_000  # Hz, the rate of the corpora and of the models
 
@@ -117,7 +117,9 @@ def save(
     name, coding = container_of(path)
     try:
         with atomic(path) as part:
-            soundfile.write(str(part), x.numpy().T, int(sample_rate), subtype=subtype or coding, format=name)
+            channels, coding = 1 if x.ndim == 1 else len(x), subtype or coding
+            with soundfile.SoundFile(str(part), 'w', int(sample_rate), channels, coding, format=name) as file:
+                write_samples(file, x.numpy().T)
     except (soundfile.SoundFileError, ValueError, TypeError, OSError) as e:
         reason = str(e).split(': ')[-1].strip().rstrip('.') or type(e).__name__
         raise AudioError(f'{path} cannot be written ({reason}): check the folder, its free '
