@@ -86,8 +86,10 @@ def test_with_references_everything_that_is_usual(tmp_path):
     code, _, _ = run(tmp_path/'enhanced', '--ref', tmp_path/'clean', '--out', tmp_path/'s.csv')
     rows = {Path(row['file']).stem: row for row in read_table(tmp_path/'s.csv')}
     columns = [c for name in METRICS_WITH_CLEAN for c in METRICS[name].columns]
+    shown = [c for name in METRICS_WITH_CLEAN for c in METRICS[name].columns + METRICS[name].notes]
     assert code == 1
-    assert list(rows['0']) == ['file', 'clean', 'seconds', 'sample_rate', *columns, 'error', 'fingerprint']
+    assert list(rows['0']) == ['file', 'clean', 'seconds', 'sample_rate', 'resampled', 'cut_ms', 'delay_ms', *shown,
+                               'error', 'variants', 'fingerprint']
     e, c = (soundfile.read(tmp_path/p)[0] for p in ('enhanced/0.wav', 'clean/0.flac'))
     want, _ = score_one(e, c, METRICS_WITH_CLEAN)
     assert {n: float(rows['0'][n]) for n in columns} == pytest.approx(want, rel=1e-6)

@@ -6,6 +6,7 @@
 __all__ = ['score']
 
 # %% ../../nbs/cli/score.ipynb #05a3ee66
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated
 
@@ -18,12 +19,20 @@ def score(
     sources: Annotated[list[str], typer.Argument(
         help='Folders, audio files, globs in quotes, or manifests (.csv, .jsonl, .parquet).')],
     ref: Annotated[Path | None, typer.Option(
-        help='Folder of clean files of the same names, or one clean file.')] = None,
+        help='Folder of clean files, or one clean file.')] = None,
     metrics: Annotated[str | None, typer.Option(
         help='Names between commas; else vqscore, and with clean files the usual ones too.')] = None,
     out: Annotated[Path | None, typer.Option(help='Table to write: .csv, .jsonl or .parquet.')] = None,
     resume: Annotated[bool, typer.Option('--resume', help='Go on with what is in OUT.')] = False,
     overwrite: Annotated[bool, typer.Option('--overwrite', help='Begin anew where OUT is there.')] = False,
+    check: Annotated[bool, typer.Option('--check', help='Score nothing: say what is wrong with the files.')] = False,
+    match: Annotated[str | None, typer.Option(
+        help='Regular expression: a clean file is that in whose name it finds the same.')] = None,
+    speaker: Annotated[str | None, typer.Option(
+        help='Regular expression that finds the speaker in a name: intervals are over speakers then.')] = None,
+    tolerance: Annotated[float, typer.Option(min=0, help='Lengths may differ by so many ms: the longer is cut.')] = 20.,
+    align: Annotated[bool, typer.Option('--align', help='Take a constant delay of up to 0.5 s out.')] = False,
+    strict: Annotated[bool, typer.Option('--strict', help='Refuse pairs of two rates or lengths.')] = False,
     workers: Annotated[int | None, typer.Option(min=1, help='Processes; else by cores and files.')] = None,
     plot: Annotated[Path | None, typer.Option(help='Picture of the scores to write, .png, .svg or .pdf.')] = None,
     columns: Annotated[str | None, typer.Option(
@@ -35,19 +44,29 @@ def score(
 
     Rows go to OUT and a summary to stdout; without --out the rows go to stdout. A file that cannot be scored is a row
     with its error. Exits with 1 when there are such rows.
+
+    With --ref, files find their clean partners by their names below both folders: the same, or the same but for a word
+    that most files carry (p232_001_enhanced.wav), or what --match finds. Of two rates the higher is resampled, of two
+    lengths the longer is cut within --tolerance, and a delay is estimated: columns say so.
     """
     from speechloss.common.progress import bar
+    from speechloss.metrics.alignment import PairRules
     from speechloss.metrics.cards import metric_cards
     from speechloss.metrics.files import (
-        METRICS_ALONE, METRICS_WITH_CLEAN, check_plot, plot_scores, score_files, summary_of)
+        METRICS_ALONE, METRICS_WITH_CLEAN, check_plot, pair_sentences, plot_scores, score_files, summary_of)
     from speechloss.metrics.jobs import jobs_of
-    jobs = jobs_of(sources, ref)
+    jobs, rules = jobs_of(sources, ref, match=match, speaker=speaker), None if strict else PairRules(tolerance, align)
     names = _names(metrics) or (METRICS_WITH_CLEAN if any(job.clean for job in jobs) else METRICS_ALONE)
+    if check: return _check(jobs, ref, rules, names, workers, out, overwrite, as_json, quiet)
     drawn = _names(columns) or [metric_cards(names)[0].columns[0]]
     if plot: check_plot(plot, drawn, names)
+    if not quiet: _announce(jobs, names, workers)
     with bar('score', hide=quiet) as draw:
-        rows = score_files(jobs, names, out, resume=resume, overwrite=overwrite, workers=workers, progress=draw)
+        rows = score_files(jobs, names, out, resume=resume, overwrite=overwrite, workers=workers, rules=rules,
+                           progress=draw)
     _report(rows, summary_of(rows, names), out, as_json, quiet)
+    if not quiet:
+        for said in pair_sentences(rows, align): complain(said)
     if plot: print(plot_scores(rows, drawn, plot))
     failed = [row for row in rows if row['error']]
     for row in failed[:5]: complain(f'{row["file"]}: {row["error"]}')
@@ -58,17 +77,54 @@ def score(
 
 def _names(text: str | None) -> list[str]: return [n for n in map(str.strip, (text or '').split(',')) if n]
 
+# %% ../../nbs/cli/score.ipynb #c0e98306
+def _announce(jobs: list, names: Iterable[str], workers: int | None) -> None:
+    "Say on stderr how long it will take, where that is more than a moment"
+    from speechloss.common.progress import duration_text
+    from speechloss.metrics.checks import expected_seconds
+    from speechloss.metrics.scoring import worker_count
+    count = worker_count(workers, len(jobs))
+    expected = expected_seconds(jobs, names, count)
+    if expected and expected > 30:
+        complain(f'{len(jobs)} files will take about {duration_text(expected)} with {count} '
+                 f'process{"es" * (count > 1)}, by the speeds of a server')
+
+
+def _check(jobs: list, ref, rules, names, workers, out: Path | None, overwrite: bool, as_json: bool,
+           quiet: bool) -> None:
+    "Print what is wrong with files; exit with 1 where some would have no score"
+    from speechloss.common.errors import SpeechLossError
+    from speechloss.common.progress import bar
+    from speechloss.common.tables import write_table
+    from speechloss.metrics.checks import check_files
+    if out and out.exists() and not overwrite:
+        raise SpeechLossError(f'{out} is there: choose another name, or --overwrite it')
+    with bar('check', hide=quiet) as draw: checked = check_files(jobs, ref, rules=rules, progress=draw)
+    if out: write_table(checked.rows, out)
+    show([finding.row() for finding in checked.findings], ('finding', 'files', 'example', 'cure'), as_json)
+    fatal = {name for finding in checked.findings if finding.fatal for name in finding.files}
+    complain(f'{len(jobs)} files checked, {len(fatal)} of them would have no score')
+    if not quiet: _announce(jobs, names, workers)
+    if fatal: raise typer.Exit(1)
+
 
 def _report(rows: list[dict], summary: list[dict], out: Path | None, as_json: bool, quiet: bool) -> None:
     if out is None:
         from speechloss.common.tables import columns_of
-        seen = tuple(c for c in columns_of(rows) if c != 'fingerprint')
+        seen = tuple(c for c in columns_of(rows) if as_json or c not in ('variants', 'fingerprint'))
         show(rows if as_json else [{c: _short(row.get(c)) for c in seen} for row in rows], seen, as_json)
         if not quiet:
             for line in summary: complain(_sentence(line))
         return
-    show(summary if as_json else [{c: _short(v) for c, v in line.items()} for line in summary],
-         tuple(summary[0]), as_json)
+    if as_json: return show([line | _meaning(line['column']) for line in summary], (), as_json)
+    show([{c: _short(v) for c, v in line.items()} for line in summary], tuple(summary[0]))
+
+
+def _meaning(column: str) -> dict:
+    "Return how to read a column: which direction is better, its unit, and which variant of its name it is"
+    from speechloss.metrics.cards import COLUMNS, variants_of
+    card = COLUMNS[column]
+    return dict(direction=card.direction, unit=card.unit, variant=variants_of([card]).get(card.name))
 
 
 def _short(value) -> str:

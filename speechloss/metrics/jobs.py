@@ -9,17 +9,21 @@ __all__ = ['TABLE_COLUMNS', 'path_text', 'Job', 'jobs_of']
 import glob
 import json
 import os
-from collections import Counter
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from ..common.errors import AudioError, SpeechLossError
 from ..common.tables import FORMATS, read_table
+from .alignment import PAIR_COLUMNS
+from .partners import CleanFiles, compile_pattern, found_by
 from ..signal.audio import scan, SUFFIXES
+from ..signal.opening import UNREAD_SUFFIXES
 
 # %% ../../nbs/metrics/jobs.ipynb #19d1a661
-TABLE_COLUMNS = ('file', 'clean', 'seconds', 'sample_rate', 'error', 'fingerprint')   # beside the scores
+# beside the scores
+TABLE_COLUMNS = ('file', 'clean', 'seconds', 'sample_rate', *PAIR_COLUMNS, 'error', 'variants', 'fingerprint')
 
 
 def path_text(
@@ -35,13 +39,15 @@ class Job:
 
     - `file`: its name in the table
     - `enhanced`: the file
-    - `clean`: its clean partner, if there is one
-    - `more`: further columns of a manifest
+    - `clean`: its clean partner, if there is one, or where it should have been
+    - `more`: further columns of a manifest, and the speaker
+    - `why`: a sentence, where there is no clean partner although there is a reference
     """
     file: str
     enhanced: Path
     clean: Path | None = None
     more: dict = field(default_factory=dict)
+    why: str = ''
 
     @property
     def files(self) -> list[Path]:
@@ -56,14 +62,17 @@ class Job:
 # %% ../../nbs/metrics/jobs.ipynb #853c79cc
 def jobs_of(
     sources: Iterable[str | Path],   # folders, audio files, globs, or manifests (.csv, .jsonl, .parquet)
-    reference: Path | None = None,   # folder of the same relative names, any suffix; or the one clean file
+    reference: Path | None = None,   # folder of clean files, whose names answer to the enhanced; or the one clean file
+    *,
+    match: str | None = None,        # regular expression: what it finds in both names is equal; None: as `CleanFiles`
+    speaker: str | None = None,      # regular expression that finds the speaker in a name below its folder
 ) -> list[Job]:                      # for `score_files`, in the order of the sources
     """Return what there is to score, each file (of a manifest: each row) once.
 
     A manifest has a column `enhanced` (or `file` or `path`) and perhaps `clean`, both relative to it. Its other columns
-    come back in the table, unless the table has one of that name. Its files find their clean ones in `reference` by
-    their relative name, else by the last part of it. `SpeechLossError` when a source holds nothing, or `reference` is
-    not there.
+    come back in the table, unless the table has one of that name. `CleanFiles` says how files find their clean ones in
+    `reference`; one that finds none says why. `SpeechLossError` when a source holds nothing, `reference` is not there,
+    or `speaker` finds nothing in a name.
 
     >>> import tempfile
     >>> from speechloss.signal.audio import save
@@ -72,59 +81,69 @@ def jobs_of(
     ...     [job.enhanced.name for job in jobs_of([folder])]
     ['a.wav', 'b.wav']
     """
-    if reference is not None and not Path(reference).exists():
-        raise SpeechLossError(f'reference {reference} does not exist: name a folder of clean files, or one')
-    twins = _twins(reference)
-    found = [job for source in sources for job in _jobs(str(source), twins)]
-    each = {(*(p.resolve() for p in job.files), job.key if job.more else ''): job for job in found}
+    clean = CleanFiles(reference, match)
+    who = compile_pattern('--speaker', speaker) if speaker else None
+    each: dict = {}
+    for source in sources:
+        for job in _with_speakers(_jobs(str(source), clean), who):
+            each.setdefault((*map(os.path.realpath, job.files), job.key if job.more else ''), job)
     return list(each.values())
 
 # %% ../../nbs/metrics/jobs.ipynb #6de05a32
-def _jobs(source: str, twin: Callable) -> list[Job]:
+_SOUND = (*SUFFIXES, *UNREAD_SUFFIXES)
+_Named = tuple[Path, Job]        # the name below the folder that a file was found in, and the file
+
+
+def _jobs(source: str, clean: CleanFiles) -> list[_Named]:
     path = Path(source)
-    if glob.has_magic(source) and not path.exists(): return _matched(source, path, twin)
-    if path.suffix.lower() in FORMATS and not path.is_dir(): return _listed(path, twin)
+    if glob.has_magic(source) and not path.exists(): return _matched(source, path, clean)
+    if path.suffix.lower() in FORMATS and not path.is_dir(): return _listed(path, clean)
     if not path.exists():
         raise AudioError(f'{source} does not exist: name a folder, an audio file, a glob or a manifest')
-    found, base = (scan(path), path) if path.is_dir() else ([path], path.parent)
-    return [Job(path_text(p), p, twin(p.relative_to(base))) for p in found]
+    found, base = (scan(path, unread=True), path) if path.is_dir() else ([path], path.parent)
+    return _with_partners([(p.relative_to(base), Job(path_text(p), p)) for p in found], clean)
 
 
-def _matched(pattern: str, path: Path, twin: Callable) -> list[Job]:
+def _matched(pattern: str, path: Path, clean: CleanFiles) -> list[_Named]:
     found = sorted(p for p in map(Path, glob.glob(pattern, recursive=True)) if p.is_file())
     base = Path(*path.parts[:next(k for k, part in enumerate(path.parts) if glob.has_magic(part))])
-    jobs = [Job(path_text(p), p, twin(p.relative_to(base))) for p in found if p.suffix.lower() in SUFFIXES]
-    jobs += [job for p in found if p.suffix.lower() in FORMATS for job in _listed(p, twin)]
+    audio = [(p.relative_to(base), Job(path_text(p), p)) for p in found if p.suffix.lower() in _SOUND]
+    jobs = _with_partners(audio, clean)
+    if path.suffix.lower() in FORMATS:       # 'g/*' is about sound, also where a table of scores lies beside it
+        jobs += [job for p in found if p.suffix.lower() in FORMATS for job in _listed(p, clean)]
     if not jobs: raise AudioError(f'{pattern} matches no audio: it ends in one of {", ".join(SUFFIXES[:5])}')
     return jobs
 
 
-def _twins(reference) -> Callable:
-    "Return a function from a relative path to the clean file of that name, or to where it should have been"
-    if reference is None: return lambda relative: None
-    reference = Path(reference)
-    if reference.is_file(): return lambda relative: reference
-    whole = {p.relative_to(reference).with_suffix(''): p for p in scan(reference)}
-    last = Counter(name.name for name in whole)
-    short = {name.name: p for name, p in whole.items() if last[name.name] == 1}
-
-    def twin(relative: Path) -> Path:
-        if found := whole.get(relative.with_suffix('')): return found
-        # only where the name says nothing else: an absolute one, or one that leaves the folder of its manifest
-        elsewhere = relative.is_absolute() or '..' in relative.parts
-        return elsewhere and short.get(relative.stem) or reference / relative.name
-
-    return twin
-
-
-def _listed(path: Path, twin: Callable) -> list[Job]:
+def _listed(path: Path, clean: CleanFiles) -> list[_Named]:
     found = []
     for k, row in enumerate(read_table(path), 1):
+        row = {n.strip() if isinstance(n, str) else n: v.strip() if isinstance(v, str) else v for n, v in row.items()}
         column = next((n for n in ('enhanced', 'file', 'path') if row.get(n)), None)
         if column is None:
-            raise SpeechLossError(f'row {k} of {path} names no file: give a column enhanced, file or path')
-        name, clean = Path(str(row[column])), row.get('clean')
-        found.append(Job(path_text(name), path.parent / name, path.parent / str(clean) if clean else twin(name),
-                         {n: v for n, v in row.items() if n not in (column, *TABLE_COLUMNS)}))
+            raise SpeechLossError(f'row {k} of {path} names no file, its columns are {", ".join(map(str, row))}: '
+                                  'give a column enhanced, file or path')
+        name, other = Path(str(row[column])), row.get('clean')
+        found.append((name, Job(path_text(name), path.parent / name, path.parent / str(other) if other else None,
+                                {n: v for n, v in row.items() if n not in (column, *TABLE_COLUMNS)})))
     if not found: raise SpeechLossError(f'{path} has no rows: name a file a row')
-    return found
+    return _with_partners(found, clean)
+
+
+def _with_partners(named: list[_Named], clean: CleanFiles) -> list[_Named]:
+    "Give those files a clean partner that have none yet"
+    asking = [k for k, (name, job) in enumerate(named) if job.clean is None]
+    for k, partner in zip(asking, clean.partners([named[k][0] for k in asking])):
+        name, job = named[k]
+        named[k] = name, replace(job, clean=partner.path, why=partner.why)
+    return named
+
+
+def _with_speakers(named: list[_Named], who: re.Pattern | None) -> list[Job]:
+    "Give every file the speaker that its name holds"
+    if who is None: return [job for _, job in named]
+    found = [found_by(who, name.as_posix()) for name, _ in named]
+    if lost := [name for (name, _), speaker in zip(named, found) if speaker is None]:
+        raise SpeechLossError(f'--speaker {who.pattern!r} finds nothing in {lost[0].as_posix()} ({len(lost)} of '
+                              f'{len(named)} files): it is searched in the name below the folder')
+    return [replace(job, more=job.more | dict(speaker=speaker)) for (_, job), speaker in zip(named, found)]
