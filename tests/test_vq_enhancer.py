@@ -67,6 +67,25 @@ def test_without_a_gradient_nothing_moves(wave):
     assert not attack_step(0 * wave, gradient, torch.full((6,), .3)).any()
 
 
+def test_dropout_does_not_choose_the_attack(wave):
+    "The step is that of eval mode, in `attacked` and in a training step; the student goes on as it was"
+    torch.manual_seed(0)
+    net = VQVAE('enhance', widths=(24, 16, 16), size=32, blocks=2)
+    net(wave)
+    distil, strength = SelfDistillation(net).train(), torch.full((len(wave),), .3)
+    modes = [module.training for module in net.modules()]
+    one, two = (distil.attacked(wave, strength) for _ in range(2))
+    assert torch.equal(one, two) and not torch.equal(one, wave)
+    assert modes == [module.training for module in net.modules()] and any(modes)
+    taken, tokens = [], distil.tokens(wave)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr('speechloss.models.vq_enhancer.attack_step',
+                      lambda wave, gradient, strength: taken.append(gradient) or wave)
+        distil.train()(wave)['tokens_attacked'].backward()
+    assert torch.allclose(taken[0], distil._gradient(wave, tokens, None), atol=1e-7)
+    assert all(p.grad is None or p.grad.isfinite().all() for p in net.parameters())
+
+
 def test_padding_has_no_part_in_an_attack(net, wave):
     lengths = torch.tensor([8_000, 5_000, 6_000, 8_000, 700, 8_000])
     beyond = torch.arange(8_000) >= lengths[:, None]

@@ -6,6 +6,7 @@
 __all__ = ['VQEnhancer', 'spectral_ratio', 'attack_step', 'SelfDistillation']
 
 # %% ../../nbs/models/vq_enhancer.ipynb #e5a82744
+from contextlib import contextmanager
 from copy import deepcopy
 from typing import Any, cast
 
@@ -131,6 +132,22 @@ def _decoder_error(net: VQVAE, vectors: Tensor, mask: Tensor, spectrum: Tensor) 
     codes = _codebook(net)(vectors.detach(), mask.sum(-1), update=False).codes.detach()
     return 45 * spectral_ratio(net.decode(codes, mask), spectrum, mask)
 
+
+def _has_dropout(net: nn.Module) -> bool:
+    "Return whether a pass through a network is drawn anew each time"
+    return any(m.training and (m.p if isinstance(m, nn.Dropout) else getattr(m, 'dropout', 0.)) for m in net.modules()
+               if isinstance(m, (nn.Dropout, nn.MultiheadAttention)))
+
+
+@contextmanager
+def _evaluated(net: nn.Module):
+    "Put every module of a network into eval mode meanwhile"
+    modes = [(module, module.training) for module in net.modules()]
+    net.eval()
+    try: yield net
+    finally:
+        for module, training in modes: module.training = training
+
 # %% ../../nbs/models/vq_enhancer.ipynb #16ee552b
 class SelfDistillation(nn.Module):
     """Train a student network to keep its teacher's codes under attack, the second stage of `VQEnhancer`.
@@ -187,10 +204,14 @@ class SelfDistillation(nn.Module):
     ) -> Tensor:                        # (B, T)
         "Move a wave to where the student loses the codes of its teacher"
         wave = valid_part(wave, lengths)
+        return attack_step(wave, self._gradient(wave, self.tokens(wave, lengths), lengths), strength)
+
+    def _gradient(self, wave: Tensor, tokens: Tensor, lengths: Tensor | None) -> Tensor:   # (B, T)
+        "Return the gradient of the cross-entropy at a wave, in eval mode: dropout must not choose the direction"
         asked = wave.detach().requires_grad_()
-        _, mask, vectors = self._frames(asked, lengths)
-        entropy = _cross_entropy(self.student, vectors, self.tokens(wave, lengths), mask)
-        return attack_step(wave, torch.autograd.grad(entropy.sum(), asked)[0], strength)
+        with _evaluated(self.student):
+            _, mask, vectors = self._frames(asked, lengths)
+            return torch.autograd.grad(_cross_entropy(self.student, vectors, tokens, mask).sum(), asked)[0]
 
     def forward(
         self,
@@ -199,13 +220,15 @@ class SelfDistillation(nn.Module):
     ) -> dict[str, Tensor]:             # () each: tokens, decoder, and both again under attack
         "Return the terms of the loss for `wave` up to its `lengths`; they are to be summed"
         wave = valid_part(wave, lengths)
-        tokens, wave = self.tokens(wave, lengths), wave.detach().requires_grad_(self.attack)
+        shared = self.attack and not _has_dropout(self.student)     # then one pass serves the step and its gradient
+        tokens, wave = self.tokens(wave, lengths), wave.detach().requires_grad_(shared)
         spectrum, mask, vectors = self._frames(wave, lengths)
         entropy = _cross_entropy(self.student, vectors, tokens, mask)
         target = spectrum.detach()
         terms = dict(tokens=entropy.mean(), decoder=_decoder_error(self.student, vectors, mask, target))
         if not self.attack: return terms
-        gradient, = torch.autograd.grad(entropy.sum(), wave, retain_graph=True)
+        gradient = torch.autograd.grad(entropy.sum(), wave, retain_graph=True)[0] if shared \
+            else self._gradient(wave, tokens, lengths)
         strength = torch.empty(len(wave), device=wave.device).uniform_(*self.strength)
         _, _, moved = self._frames(attack_step(wave, gradient, strength), lengths)
         return terms | dict(tokens_attacked=_cross_entropy(self.student, moved, tokens, mask).mean(),
