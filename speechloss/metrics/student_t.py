@@ -49,9 +49,11 @@ def t_quantile(
     2.262
     """
     if p < .5: return -t_quantile(1 - p, df)
-    low, high = 0., 2.
-    while t_tail(high, df) > 1 - p: low, high = high, 2 * high
-    while high - low > 1e-12 * max(high, 1):
-        middle = (low + high) / 2
-        low, high = (middle, high) if t_tail(middle, df) > 1 - p else (low, middle)
-    return (low + high) / 2
+    t = NormalDist().inv_cdf(p)
+    if p == .5 or df > 1e6: return t
+    scale = math.exp(math.lgamma((df + 1) / 2) - math.lgamma(df / 2)) / math.sqrt(df * math.pi)
+    for _ in range(100):     # Newton from the left: the tail is convex there, so it never steps too far
+        step = (t_tail(t, df) - (1 - p)) / (scale * (1 + t * t / df) ** (-(df + 1) / 2))
+        t += step
+        if abs(step) <= 1e-12 * t: break
+    return t
