@@ -6,13 +6,21 @@ import nbformat
 from pages import ROOT
 from running import DRAWN
 
-from speechloss.reproduce import count_verdicts, kept_results
+from speechloss.reproduce import count_verdicts, kept_results, verdicts_of
 
-SHOWN = 'What the cells show is the [kept run](results/{paper}/notebook.ipynb) at scale {scale}.'
+SHOWN = '''What the cells show is the [kept run](results/{paper}/notebook.ipynb) at scale {scale}. Its tables hold the \
+intervals of its day, of speakers alone; its verdicts are judged anew, with trainings as a random factor too \
+([how](../reproduce/judging.ipynb)).'''
+REMARK = '''Judged anew by the rules of today from the numbers of this run; {sealed}. The verdicts of its day are in \
+results.json.'''
+SEALED = {None: 'its claims were not sealed, since it is older than the seal',
+          True: 'the claims are those it was sealed with',
+          False: 'what decides on the claims has changed since it was sealed'}
 
 RUN = '''The kept run of [the chapter](../../{paper}.ipynb), without its code: scale {scale}, seeds {seeds}, {data}, \
-speechloss {version}, torch {torch}, {device}. Verdicts: {verdicts} ([in a table](#verdicts), \
-[in words](#the-laptop-run-in-words)). [Run it yourself](#run-it-yourself).
+speechloss {version}, torch {torch}, {device}. Claims of the paper: {verdicts}; checks and controls of ours count \
+apart ([in a table](#verdicts), [in words](#the-laptop-run-in-words)). The tables hold the intervals of the day of the \
+run, of speakers alone; the verdicts are judged anew. [Run it yourself](#run-it-yourself).
 '''
 
 YOURSELF = '''## Run it yourself
@@ -33,7 +41,8 @@ speechloss reproduce {paper} --scale {scale} --out runs
 
 It says how far it is; killed and started again, it goes on where it was. What it leaves in \
 `runs/{paper}-{scale}-{seed}/` is what is kept here: the executed notebook, its figures and its sound, and \
-`results.json`, with every number, its interval and its seeds, which `load_results` reads. Without a network, \
+`results.json`, with every number, its interval and its seeds, which `load_results` reads; and `scores.csv.gz`, every \
+score of every clip and seed. Without a network, \
 `--corpus-dir` names the folder that holds the published files of the corpus.
 '''
 
@@ -43,7 +52,7 @@ def draw():
     for results in kept_results():
         source = ROOT/f'nbs/papers/{results["paper"]}.ipynb'
         run = ROOT/f'nbs/papers/results/{results["paper"]}/notebook.ipynb'
-        kept = executed(run)
+        kept = judged(executed(run), results)
         pages = {source: chapter(nbformat.read(source, as_version=4), kept, results), run: report(kept, results)}
         for page, made in pages.items():
             to = DRAWN/page.relative_to(ROOT)
@@ -69,6 +78,17 @@ def executed(path):
     "A kept notebook, its tables made lighter"
     nb = nbformat.read(path, as_version=4)
     for data in (data for cell in nb.cells for data in html_of(cell)): data['text/html'] = said_once(data['text/html'])
+    return nb
+
+
+def judged(nb, results):
+    "A kept notebook that ends in the verdicts of today"
+    verdicts = verdicts_of(results['paper'], results['numbers'], results['scale'])
+    verdicts.remark = REMARK.format(sealed=SEALED[results['sealed_by']])
+    for cell in nb.cells:
+        if cell.cell_type == 'code' and 'run.finish()' in cell.source:
+            shown = {'text/html': verdicts._repr_html_(), 'text/plain': str(verdicts)}
+            cell.outputs = [nbformat.v4.new_output('execute_result', shown, execution_count=None)]
     return nb
 
 

@@ -14,7 +14,7 @@ from speechloss.metrics.stats import score_array
 from speechloss.models import enhancer
 from speechloss.reproduce import (
     iterate_model, score_model, arm_recipe, protocol_of, shared_recipe, Run, load_results)
-from speechloss.reproduce.claims import number_text
+from speechloss.reproduce.judging import number_text
 from speechloss.reproduce.evaluation import compute_once, iterate, read_cache
 from speechloss.reproduce.protocol import model_folder
 from speechloss.training import Recipe

@@ -103,7 +103,7 @@ def test_what_a_run_leaves(complete):
     results = load_results(folder)
     assert results['numbers']['answer'] == dict(
         value=42., low=None, high=None, n=3, clusters=None, clustered_by=None, dropped=None, level=None,
-        by_seed=None, seeds=[5], unit='dB', note='')
+        se=None, df=None, skew=None, by_seed=None, seeds=[5], unit='dB', note='')
     assert results['tables'] == dict(arms=[dict(arm='base', pesq=2.)])
     assert results['data'] == dict(mini=dict(hash='abc')) and results['corpus'] == 'mini'
     for kind in ('figures', 'audio'):
@@ -216,6 +216,7 @@ def test_a_full_disk_is_one_sentence(tmp_path):
                           preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
                           capture_output=True, text=True)
     assert done.returncode == 1 and 'cannot be written' in done.stderr and 'make room' in done.stderr
+    assert 'eavesdropping' not in done.stderr
     folder = tmp_path / 'runs/toy-smoke-0'
     assert not (folder / 'notebook.ipynb').exists() and not (folder / 'results.json').exists()
 

@@ -4,20 +4,21 @@
 
 # %% auto #0
 __all__ = ['Protocol', 'Run', 'Study', 'arm_recipe', 'corpus_of', 'count_verdicts', 'enhance_clips', 'iterate_model',
-           'judge_models', 'kept_results', 'load_claims', 'load_results', 'papers', 'protocol_of', 'run', 'score_model',
-           'shared_recipe', 'test_clips', 'train_all']
+           'judge_anew', 'judge_models', 'kept_results', 'load_claims', 'load_results', 'papers', 'protocol_of', 'run',
+           'score_model', 'shared_recipe', 'test_clips', 'train_all', 'verdicts_of']
 
 # %% ../../nbs/reproduce/index.ipynb #368fb1e4
 from .study import Study
 from .record import Run
 from .runner import papers, run
-from .results import load_results, kept_results, count_verdicts
+from .results import load_results, kept_results, judge_anew, count_verdicts
 from .claims import load_claims
+from .judging import verdicts_of
 from .protocol import (
     Protocol, protocol_of, shared_recipe, arm_recipe, train_all, corpus_of, test_clips)
 from .evaluation import score_model, judge_models, iterate_model, enhance_clips
 
 # %% ../../nbs/reproduce/index.ipynb #4ca10815
 _all_ = ['Protocol', 'Run', 'Study', 'arm_recipe', 'corpus_of', 'count_verdicts', 'enhance_clips',
-         'iterate_model', 'judge_models', 'kept_results', 'load_claims', 'load_results', 'papers',
-         'protocol_of', 'run', 'score_model', 'shared_recipe', 'test_clips', 'train_all']
+         'iterate_model', 'judge_anew', 'judge_models', 'kept_results', 'load_claims', 'load_results', 'papers',
+         'protocol_of', 'run', 'score_model', 'shared_recipe', 'test_clips', 'train_all', 'verdicts_of']
