@@ -12,6 +12,7 @@ Packages, from the ground up; each names what is public, and an import only goes
     training    from a recipe to a model
     judges      downstream judges: recognition, speakers, pitch, phones
     reproduce   a paper from its notebook to verdicts
+    trials      a loss without a training: what it wants, whether it hears what people hear
     cli         the command `speechloss`
 
 and `kernels`, which the losses call and which stands by itself. They are opened when they are asked
@@ -22,7 +23,7 @@ from importlib import import_module
 __version__ = "0.1.0"
 
 __all__ = ['common', 'corpora', 'features', 'judges', 'kernels', 'losses', 'metrics', 'models', 'reproduce', 'signal',
-           'training']
+           'training', 'trials']
 
 
 def __getattr__(name: str):

@@ -13,7 +13,7 @@ from torch import nn
 from speechloss.losses import CARDS
 
 PACKAGES = ('speechloss.losses', 'speechloss.losses.functional', 'speechloss.features', 'speechloss.models',
-            'speechloss.metrics', 'speechloss.judges')
+            'speechloss.metrics', 'speechloss.judges', 'speechloss.trials')
 #: A docstring says what is done
 VERBS = ('Add', 'Build', 'Compare', 'Define', 'Describe', 'Draw', 'Enhance', 'Fit', 'Hold', 'Judge', 'Keep', 'Load',
          'Look', 'Measure', 'Reconstruct', 'Return', 'Scale', 'Score', 'Transcribe', 'Weigh', 'Wrap', 'Write')

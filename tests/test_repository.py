@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 # Packages from the ground up; what stands on one floor does not import its neighbours.
 FLOORS = dict(common=1, signal=2, corpora=3, features=3, losses=4, models=4, metrics=4, training=5, judges=5,
-              reproduce=6, cli=7)
+              reproduce=6, trials=6, cli=7)
 NOTEBOOKS = pages.notebooks()
 BIN = Path(sys.executable).parent
 
