@@ -63,6 +63,18 @@ def kernel(report: Path) -> Iterator[str]:
             yield KERNEL
 
 
+def _kernel_options() -> dict:
+    """Return the options of a kernel that talks through files, where it can.
+
+    Over TCP anyone on the machine could listen, and ipykernel says so in each run. The name of a socket file has room
+    for some hundred characters.
+    """
+    room = len(tempfile.gettempdir()) + len('/speechloss-12345678/runtime/kernel-.json-ipc-5') + 36 <= 100
+    if os.name != 'posix' or not room: return {}
+    from traitlets.config import Config
+    return dict(config=Config(dict(KernelManager=dict(transport='ipc'))))
+
+
 @contextlib.contextmanager
 def environ(**variables: str) -> Iterator[None]:
     "Set environment variables for a while."
@@ -89,7 +101,7 @@ def execute(
     try:
         with kernel(report) as name:
             papermill.execute_notebook(notebook, str(path), parameters=parameters, kernel_name=name,
-                                       progress_bar=False, log_output=False)
+                                       progress_bar=False, log_output=False, **_kernel_options())
     except papermill.PapermillExecutionError as error:
         blame = ReproduceError if is_user_error(error.ename) else NotebookError
         said = ' '.join(str(error.evalue).split()) or error.ename

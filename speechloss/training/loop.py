@@ -194,7 +194,7 @@ class _Keeping:
     log: Log | None
     device: torch.device
     accelerator: object
-    label: str      # of the progress
+    scored: str     # the last validation, as the progress shows it
     began: float    # s, of the clock
 
     def _keep(self, row: dict, valid_data) -> None:
@@ -216,7 +216,7 @@ class _Keeping:
         state = self.state
         with state.as_averaged() as model: valid = self.judge(model, data, device=self.device)
         name, score = next(iter(valid.items()))
-        self.label = f'{name} {score:.3g}'
+        self.scored = f', {name} {score:.3g}'
         if score > state.best:
             state.best = score
             save_averaged(state, self.out / 'best', dict(step=state.step, valid=valid))
@@ -260,10 +260,10 @@ class _Loop(_Keeping):
     def go(self, train_data, valid_data, progress, tensorboard: bool) -> Path:
         state, recipe = self.state, self.recipe
         self.log = Log(self.out / 'log.jsonl', state.step, tensorboard) if self.main else None
-        self.label, self.began = 'training', time.monotonic()
+        self.scored, self.began, label = '', time.monotonic(), 'training'
         state.train_mode()
         batches = self._batches(train_data)
-        progress(self.label, state.step, recipe.steps)
+        progress(label, state.step, recipe.steps)
         for batch in batches:
             row = self._step(batch)
             state.step += 1
@@ -271,7 +271,8 @@ class _Loop(_Keeping):
             if state.step % recipe.steps_per_epoch == 0:
                 state.objective.epoch_end(state.model)
             if self.main: self._keep(row, valid_data)
-            progress(self.label, state.step, recipe.steps)
+            if 'loss' in row: label = f'training, loss {row["loss"]:.3g}{self.scored}'
+            progress(label, state.step, recipe.steps)
         if self.main: self._finish()
         self.accelerator.wait_for_everyone()
         return self.out / 'final'
