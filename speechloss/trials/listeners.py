@@ -6,7 +6,7 @@
 __all__ = ['LISTENER_METRICS', 'Stimulus', 'rated_stimuli', 'spearman', 'agreement', 'loss_scores', 'metric_scores',
            'compare_with_listeners']
 
-# %% ../../nbs/trials/listeners.ipynb #4bca9ab9
+# %% ../../nbs/trials/listeners.ipynb #24147813
 import ast
 import csv
 from collections.abc import Callable, Iterable, Sequence
@@ -23,7 +23,6 @@ from ..metrics.cards import METRICS, score_one
 from ..signal.audio import SAMPLE_RATE, load, resample
 from .candidates import CANDIDATES, Candidate, candidate_of
 from .optimise import loss_values
-from .scores import distillmos
 
 # %% ../../nbs/trials/listeners.ipynb #3c1475f3
 @dataclass(frozen=True)
@@ -116,7 +115,7 @@ def agreement(
     for k, name in enumerate(names): found |= {f'{name}_low': float(low[k]), f'{name}_high': float(high[k])}
     return found
 
-# %% ../../nbs/trials/listeners.ipynb #727e7b35
+# %% ../../nbs/trials/listeners.ipynb #b7052894
 def loss_scores(
     loss,                            # a `Loss`
     stimuli: Sequence[Stimulus],
@@ -127,11 +126,10 @@ def loss_scores(
 
 
 def metric_scores(
-    name: str,                       # a column of a metric, or 'distillmos'
+    name: str,                       # in METRICS
     stimuli: Sequence[Stimulus],
 ) -> list[float]:                    # more is better
     "Return a metric of each stimulus, its sign turned where less is better"
-    if name == 'distillmos': return [distillmos(s.wave[None])[0] for s in stimuli]
     card = METRICS[name]
     sign = 1 if card.direction == 'higher' else -1
     return [sign * score_one(s.wave, s.reference, [name], SAMPLE_RATE)[0][card.columns[0]] for s in stimuli]
@@ -139,7 +137,7 @@ def metric_scores(
 
 #: Metrics that are asked: reference ones, and those without
 LISTENER_METRICS = ('pesq', 'estoi', 'si_sdr', 'lsd', 'mcd', 'nmr', 'llr', 'wss', 'dnsmos_fast', 'vqscore',
-                    'distillmos')
+                    'distillmos', 'nisqa', 'squim')
 
 
 def _grid(stimuli: Sequence[Stimulus], values: Sequence[float]) -> np.ndarray:   # (sentences, codecs)
