@@ -130,6 +130,7 @@ def _unfinished_wav(file, size: int) -> dict[int, bytes]:
     "Return what to read in place of the sizes of a WAV that were never filled in"
     file.seek(0)
     head, at = file.read(12), 12
+    if head[:4] == b'RF64' and not any(file.read(24)[16:]): return {0: b'RIFF'}    # its own sizes are empty
     if head[:4] != b'RIFF' or head[8:] != b'WAVE': return {}
     while at + 8 <= size:
         file.seek(at)
@@ -211,8 +212,11 @@ def known_frames(
     file: soundfile.SoundFile,   # of `open_audio`
 ) -> int | None:                 # samples a channel; None: only reading it tells
     "Return the length that a header states, where that is a count and no estimate"
-    if isinstance(file.name, _Seen) and file.format == 'MP3' or not 0 <= file.frames < _ABSURD: return None
-    return file.frames
+    guessed = isinstance(file.name, _Seen) if file.format == 'MP3' else _is_mpeg(file)     # one in a WAV has no count
+    return None if guessed or not 0 <= file.frames < _ABSURD else file.frames
+
+
+def _is_mpeg(file: soundfile.SoundFile) -> bool: return file.subtype.startswith('MPEG')
 
 
 def read_samples(
@@ -221,7 +225,7 @@ def read_samples(
 ) -> np.ndarray:                 # float32 (samples, channels)
     "Return the next samples of a file; an MP3 that ends within a frame ends before it"
     samples = np.empty((most, file.channels), np.float32)
-    if file.format != 'MP3': return file.read(out=samples)
+    if not _is_mpeg(file): return file.read(out=samples)
     got = 0
     try:     # a call that fails loses what it has decoded before, so frame by frame
         while got < most and (more := len(file.read(out=samples[got:got + _MP3_FRAME]))): got += more
@@ -239,9 +243,9 @@ def go_to(
     start: int,                  # sample to read next
 ) -> None:
     "Go to a sample of a file, by reading up to it where a stream knows no places or needs what came before"
-    ahead = start if file.format != 'MP3' else max(start - _RESERVOIR * 2 * _MP3_FRAME, 0)
+    ahead = start if not _is_mpeg(file) else max(start - _RESERVOIR * 2 * _MP3_FRAME, 0)
     try: at = file.seek(ahead)
-    except soundfile.SoundFileError: at = file.tell()
+    except soundfile.SoundFileError: at = 0      # and there it still is
     while at < start and (got := len(read_samples(file, min(start - at, 2 ** 18)))): at += got
 
 
