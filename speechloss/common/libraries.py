@@ -9,6 +9,7 @@ __all__ = ['extra', 'optional', 'torchaudio_module', 'transformers_module', 'qui
 # %% ../../nbs/common/libraries.ipynb #e73d157d
 import importlib
 import logging
+import os
 import sys
 import warnings
 from collections.abc import Iterator
@@ -30,6 +31,8 @@ def optional(
     bringer: str,   # the extra that installs it
 ) -> ModuleType:
     "Return a module of an optional package; raise `SpeechLossError` with the cure when it is not installed"
+    # onnxruntime, which other packages bring along, would keep a database of events in the user's cache
+    os.environ.setdefault('ORT_DISABLE_TELEMETRY', '1')
     try:
         return importlib.import_module(name)
     except ImportError:

@@ -23,7 +23,7 @@ import numpy as np
 import torch
 
 from ..common.errors import SpeechLossError
-from ..common.processes import available_cores
+from ..common.processes import available_cores, end_with_parent
 from .alignment import PAIR_COLUMNS, PairRules, bring_together
 from .cards import DEFAULT_METRICS, Metric, empty_score, explain_error, metric_cards, score_cards
 from ..signal.audio import SAMPLE_RATE, load
@@ -138,7 +138,9 @@ def _one_thread():
             os.environ.pop(name) if value is None else os.environ.update({name: value})
 
 
-def _limit_threads() -> None: torch.set_num_threads(1)
+def _begin_worker() -> None:
+    end_with_parent()
+    torch.set_num_threads(1)
 
 
 def _score_here(parcel, task: _Task) -> tuple[dict, dict]:
@@ -158,7 +160,7 @@ def _score_parcels(parcels: list, task: _Task) -> tuple[list[tuple[dict, dict]],
 
 
 def _executor(workers: int) -> ProcessPoolExecutor:
-    return ProcessPoolExecutor(workers, multiprocessing.get_context('spawn'), _limit_threads)
+    return ProcessPoolExecutor(workers, multiprocessing.get_context('spawn'), _begin_worker)
 
 
 def _start_pool(workers: int) -> ProcessPoolExecutor:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ..common.errors import ReproduceError
+from ..common.processes import end_with_parent
 from ..common.files import home, write_text
 from ..judges.cards import DEFAULT_TASKS
 from ..judges.jury import Jury
@@ -227,6 +228,7 @@ def _judged(todo: dict, clips, tasks, recogniser, workers: int):
 
 def _seat(clips, tasks, recogniser) -> None:
     global _jury
+    end_with_parent()
     torch.set_num_threads(1)
     _jury = Jury(clips, tasks, recogniser=recogniser)
 

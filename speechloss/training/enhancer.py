@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from ..common.errors import SpeechLossError, TrainingError
-from ..common.processes import available_cores
+from ..common.processes import available_cores, end_with_parent
 from ..corpora.corpus import get
 from ..corpora.mixing import Mixtures
 from ..losses import build_objective
@@ -130,9 +130,11 @@ def _side_by_side(recipes, outs, workers: int, report: Callable) -> dict[str, Pa
     import multiprocessing
     from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, wait
     from concurrent.futures.process import BrokenProcessPool
+    from multiprocessing.managers import SyncManager
     context = multiprocessing.get_context('spawn')   # fork does not go with threads
-    with context.Manager() as manager, \
-            ProcessPoolExecutor(workers, mp_context=context) as pool:
+    server = SyncManager(ctx=context)
+    server.start(end_with_parent)
+    with server as manager, ProcessPoolExecutor(workers, mp_context=context, initializer=end_with_parent) as pool:
         events = manager.Queue()
         jobs = {name: pool.submit(_in_process, name, recipe, outs[name], events)
                 for name, recipe in recipes.items()}
