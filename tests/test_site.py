@@ -201,6 +201,15 @@ RESULTS = dict(paper='p', scale='laptop', seed=0, version='1', data={'c': dict(r
                environment=dict(device='cpu', cores=2, cpu='C', packages=dict(torch='2')))
 
 
+def test_a_kept_run_ends_in_the_verdicts_of_today():
+    cell = nbformat.v4.new_code_cell('run.finish()', outputs=[nbformat.v4.new_output('stream', text='of its day')])
+    nb = papers.judged(nbformat.v4.new_notebook(cells=[cell]), dict(
+        paper='model_as_loss', scale='laptop', sealed_by=False, numbers={'leak/grad': dict(value=0.)}))
+    shown, = papers.html_of(nb.cells[0])
+    assert 'mal-no-leak' in shown and '<b>not measured</b>' in shown and 'has changed since it was sealed' in shown
+    assert 'of its day' not in shown.replace('The verdicts of its day are in', '')
+
+
 def test_a_paper_is_a_chapter_and_a_report():
     "The chapter shows what the run drew, only where the code is still what ran; the report shows no code"
     new = nbformat.v4
@@ -220,7 +229,7 @@ def test_a_paper_is_a_chapter_and_a_report():
     first, about, *code, last = report.cells
     assert first.source == '# Run: P\n[loss](../../../losses/x.ipynb) [out](https://x.org)'
     assert 'seeds 0, 1, ' in about.source and '7 recordings' in about.source and '2 cores of C' in about.source
-    assert 'Verdicts: 2 tied, 1 needs another scale (' in about.source
+    assert 'Claims of the paper: 2 tied, 1 needs another scale; checks' in about.source
     assert [pages.directive(c, 'echo') for c in code] == ['false', 'false']
     assert [c.outputs[0].data['text/html'] for c in code] == ['<audio src="audio/a.flac"></audio>'] * 2
     assert [len(c.outputs) for c in code] == [1, 1]
