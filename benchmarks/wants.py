@@ -28,13 +28,16 @@ from speechloss.common.tables import write_table
 from speechloss.corpora import get
 from speechloss.models import load_enhancer
 from speechloss.trials import (
-    CANDIDATES, compare_with_listeners, gradient_bands, gradient_cosines, trial_clips, trial_table, wave_gradient)
+    CANDIDATES, Candidate, compare_with_listeners, gradient_bands, gradient_cosines, trial_clips, trial_table,
+    wave_gradient)
 from speechloss.trials.experiment import rows_of
 
 from .common import ROOT
 
 FOLDER = ROOT / 'benchmarks'
 CLIPS = 20    # on which gradients are compared
+OUTSIDE = [Candidate('envelope', dict(name='benchmarks.envelope:Envelope')),      # compared with listeners too
+           Candidate('envelope, floor 1e-3', dict(name='benchmarks.envelope:Envelope', floor=1e-3))]
 
 
 def short(row: dict) -> dict:
@@ -80,6 +83,8 @@ def main() -> None:
         if given.listeners:
             rows = compare_with_listeners(given.listeners, model=model,
                                           progress=lambda name, done, total: print(name, flush=True))
+            rows += compare_with_listeners(given.listeners, OUTSIDE)
+            rows.sort(key=lambda row: -row['by_stimulus'])
             write_table([short(row) for row in rows], FOLDER / 'listeners.csv')
     except SpeechLossError as error:
         raise SystemExit(f'wants: {error}') from None

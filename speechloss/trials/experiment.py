@@ -223,7 +223,7 @@ def step_seconds(
     optimise(loss, noisy, clean, steps=2, negatives=negatives)
     return (time.process_time() - began) / 2 / len(noisy)
 
-# %% ../../nbs/trials/experiment.ipynb #d05397c0
+# %% ../../nbs/trials/experiment.ipynb #abf8d103
 CONVERGED = .01    # change of the fall at twice the steps
 
 
@@ -246,7 +246,7 @@ def trial_table(
     for row in rows: by_loss.setdefault(row['loss'], {})[row['id']] = row
     noisy, table = by_loss['noisy'], []
     for name, found in by_loss.items():
-        shared = [clip for clip in found if clip in noisy and 'error' not in found[clip]]
+        shared = [clip for clip in found if clip in noisy and not JUDGES.keys().isdisjoint(found[clip])]
         own, base = [found[clip] for clip in shared], [noisy[clip] for clip in shared]
         changes = [row['change'] for row in own if 'change' in row]
         about = dict(loss=name, clips=len(own), speakers=len({row['speaker'] for row in own}),
