@@ -1,10 +1,10 @@
 """Where InfoNCE keeps the matrix of scores, and where it works in tiles: the table behind the rule in the code.
 
-    python -m benchmarks.info_nce_switch THREADS [THREADS ...]
+    python -m benchmarks.info_nce_switch THREADS [THREADS ...] [--rows N ...]
 
-Writes `benchmarks/info_nce.csv` anew for these numbers of threads: milliseconds forward and backward, by rows
-and dims, of plain torch and of both ways, which take turns, and the errors of their gradients. Points of more
-than FLOPS are left out.
+Writes `benchmarks/info_nce.csv` anew for these numbers of threads and rows: milliseconds forward and backward,
+by rows and dims, of plain torch and of both ways, which take turns, and the errors of their gradients. Points of
+more than FLOPS are left out.
 """
 import argparse
 import csv
@@ -18,9 +18,9 @@ from speechloss.kernels import info_nce_torch
 from .common import ROOT, Contest, errors, machine, ready
 from .info_nce import inputs, plain, tiled
 
-ROWS, DIMS = (64, 128, 256, 512, 1024, 2048, 4096, 8192), (16, 64, 128, 256, 768)
+ROWS, DIMS = (32, 64, 100, 128, 256, 512, 1024, 2048, 4096, 8192), (16, 64, 128, 256, 512, 768)
 #: Most operations of a step of plain torch, and seconds of a contest
-FLOPS, SECONDS = 6e10, .3
+FLOPS, SECONDS = 2.1e11, .4
 TABLE = ROOT / 'benchmarks' / 'info_nce.csv'
 
 
@@ -41,7 +41,7 @@ def point(rows: int, dims: int) -> dict:
     contest = Contest('info_nce', 'cosine', f'{rows}x{dims}', lambda: inputs(rows, dims), PROVIDERS, plain, gradients=2)
     given, times = ready(contest), {name: [] for name in PROVIDERS}
     end = time.perf_counter() + SECONDS
-    while time.perf_counter() < end or len(times['torch']) < 4:
+    while time.perf_counter() < end or len(times['torch']) < 3:
         for name in PROVIDERS:
             start = time.perf_counter()
             contest.step(name, given)
@@ -57,15 +57,17 @@ def point(rows: int, dims: int) -> dict:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('threads', nargs='+', type=int)
+    parser.add_argument('--rows', nargs='+', type=int, default=ROWS)
     given = parser.parse_args()
     kept = []
     if TABLE.exists():
         with open(TABLE, newline='', encoding='utf-8') as file:
-            kept = [row for row in csv.DictReader(file) if int(row['threads']) not in given.threads]
+            kept = [row for row in csv.DictReader(file)
+                    if int(row['threads']) not in given.threads or int(row['rows']) not in given.rows]
     for threads in given.threads:
         torch.set_num_threads(threads)
         kept += [{k: f'{v:.4g}' if isinstance(v, float) else v for k, v in point(rows, dims).items()}
-                 for rows in ROWS for dims in DIMS if 6. * rows * rows * dims <= FLOPS]
+                 for rows in given.rows for dims in DIMS if 6. * rows * rows * dims <= FLOPS]
     with open(TABLE, 'w', newline='', encoding='utf-8') as file:
         writer = csv.DictWriter(file, list(kept[0]))
         writer.writeheader()

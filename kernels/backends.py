@@ -62,10 +62,12 @@ def choose(
     """
     if backend not in BACKENDS:
         raise ValueError(f'backend is {backend!r}: choose one of {", ".join(BACKENDS)}')
-    if backend != 'reference' and any(_has_tangent(t) for t in tensors):
+    if backend != 'reference' and _forward_mode() and any(_has_tangent(t) for t in tensors):
         raise RuntimeError("the kernels have no forward-mode derivative: use backend='reference'")
     if backend in ('torch', 'reference'):
         return backend
+    if backend == 'auto' and tensors[0].is_cpu:
+        return 'torch'
     double = working_dtype(*tensors) == torch.float64
     on_gpu = all(t.is_cuda for t in tensors)
     if backend == 'auto':
@@ -80,10 +82,14 @@ def choose(
     return 'triton'
 
 
-def _has_tangent(tensor: Tensor) -> bool:
+def _forward_mode() -> bool:
     "Whether forward-mode differentiation is under way, for which a custom operator would give zero without a word"
-    return not torch.compiler.is_compiling() and torch.autograd.forward_ad._current_level >= 0 \
-        and torch.autograd.forward_ad.unpack_dual(tensor).tangent is not None
+    return not torch.compiler.is_compiling() and torch.autograd.forward_ad._current_level >= 0
+
+
+def _has_tangent(tensor: Tensor) -> bool:
+    "Whether forward-mode differentiation goes through a tensor"
+    return torch.autograd.forward_ad.unpack_dual(tensor).tangent is not None
 
 
 def wants_grad(*tensors: Tensor) -> bool:

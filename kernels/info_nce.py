@@ -36,17 +36,22 @@ def info_nce(
     >>> info_nce(torch.eye(2), torch.eye(2), temperature=1.)
     tensor([0.3133, 0.3133])
     """
-    _check(queries, keys, temperature, extra_negatives, groups)
+    if not (isinstance(queries, Tensor) and isinstance(keys, Tensor) and queries.ndim == 2 and queries.numel()
+            and queries.shape == keys.shape and queries.is_floating_point() and keys.is_floating_point()
+            and queries.device == keys.device and groups is extra_negatives is None):
+        _check(queries, keys, extra_negatives, groups)
+    check_temperature(temperature, 'scale the queries and pass normalize=False, temperature=1.')
     others = keys if extra_negatives is None else torch.cat([keys, extra_negatives])   # (N + M, D)
     chosen = choose(backend, queries, others)
-    with torch.autocast(queries.device.type, enabled=False):
-        if chosen == 'reference':
+    if chosen == 'reference':
+        with torch.autocast(queries.device.type, enabled=False):
             return info_nce_torch.reference(queries, others, groups, temperature, normalize)
-        options = queries, others, groups, float(temperature), normalize, chosen
-        # the price of an operator is that of a small matrix: there the same two functions are called directly
-        small = chosen == 'torch' and not torch.compiler.is_compiling() and info_nce_torch.fits(
-            len(queries), len(others), working_dtype(queries, others).itemsize)
-        return _Direct.apply(*options)[0] if small else _info_nce(*options)[0]
+    options = queries, others, groups, float(temperature), normalize, chosen
+    # the price of an operator is that of a small matrix: there the same two functions are called directly
+    if chosen == 'torch' and not torch.compiler.is_compiling() and info_nce_torch.fits(
+            queries.shape[0], others.shape[0], working_dtype(queries, others).itemsize):
+        return _Direct.apply(*options)
+    return _info_nce(*options)[0]
 
 
 # ------------------------------------------------------------------------------ the operators
@@ -54,7 +59,7 @@ def info_nce(
 @torch.library.custom_op('speechloss::info_nce', mutates_args=())
 def _info_nce(queries: Tensor, keys: Tensor, groups: Tensor | None, temperature: float, normalize: bool,
               backend: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    "Loss (N,), and what the backward pass needs: log-sum-exp (N,) or a matrix, inverse norms (N,), (N + M,)"
+    "Loss (N,), and three tensors that the backward pass needs"
     with torch.autocast(queries.device.type, enabled=False):
         if backend == 'triton':
             from . import info_nce_triton   # here, since it needs triton
@@ -64,10 +69,12 @@ def _info_nce(queries: Tensor, keys: Tensor, groups: Tensor | None, temperature:
 
 @_info_nce.register_fake
 def _(queries, keys, groups, temperature, normalize, backend):
-    new = queries.new_empty(len(queries), dtype=working_dtype(queries, keys))
-    whole = backend == 'torch' and info_nce_torch.fits(len(queries), len(keys), new.dtype.itemsize)
-    scores = new.new_empty(info_nce_torch.matrix_shape(len(queries), len(keys))) if whole else torch.empty_like(new)
-    return new, scores, torch.empty_like(new), new.new_empty(len(keys))
+    (pairs, dims), count = queries.shape, len(keys)
+    new = queries.new_empty(pairs, dtype=working_dtype(queries, keys))
+    if backend == 'torch' and info_nce_torch.fits(pairs, count, new.dtype.itemsize):
+        shapes = info_nce_torch.whole_shapes(pairs, count, dims, normalize)
+    else: shapes = (pairs,), (pairs,), (count,)
+    return new, *(new.new_empty(shape) for shape in shapes)
 
 
 @torch.library.custom_op('speechloss::info_nce_backward', mutates_args=())
@@ -79,7 +86,8 @@ def _info_nce_backward(grad: Tensor, queries: Tensor, keys: Tensor, groups: Tens
         if backend == 'triton':
             from . import info_nce_triton
             return info_nce_triton.backward(grad, queries, keys, groups, saved, temperature, normalize, need)
-        return info_nce_torch.backward(grad, queries, keys, groups, saved, temperature, normalize, need)
+        found = info_nce_torch.backward(grad, queries, keys, groups, saved, temperature, normalize, need)
+        return found[0], found[1].clone() if found[1].storage_offset() else found[1]   # no result within another
 
 
 @_info_nce_backward.register_fake
@@ -106,30 +114,33 @@ _info_nce.register_autograd(_backward, setup_context=_keep)
 
 
 class _Direct(torch.autograd.Function):
-    "`_info_nce` in plain torch, without the operator"
+    "`_info_nce` in plain torch with the matrix in memory, without the operator"
     @staticmethod
     def forward(ctx, *inputs):   # with `_keep` inside: apart from it torch looks at signatures, which takes its time
-        output = info_nce_torch.forward(*inputs[:-1])
+        if torch.is_autocast_enabled(inputs[0].device.type):
+            with torch.autocast(inputs[0].device.type, enabled=False):
+                output = info_nce_torch.whole_forward(*inputs[:-1])
+        else: output = info_nce_torch.whole_forward(*inputs[:-1])
         _keep(ctx, inputs, output)
-        ctx.mark_non_differentiable(*output[1:])
-        return output
+        return output[0]
 
     @staticmethod
-    def backward(ctx, grad, *others):
+    def backward(ctx, grad):
         # a second derivative is an error of the operator
         if grad is None or torch.is_grad_enabled(): return _backward(ctx, grad)
         queries, keys, groups, *saved = ctx.saved_tensors
         temperature, normalize, _ = ctx.options
-        need = list(ctx.needs_input_grad[:2])
-        with torch.autocast(queries.device.type, enabled=False):
-            grads = info_nce_torch.backward(grad, queries, keys, groups, saved, temperature, normalize, need)
-        return *(g if wanted else None for g, wanted in zip(grads, need)), None, None, None, None
+        need = ctx.needs_input_grad
+        options = grad, queries, keys, groups, saved, temperature, normalize, need
+        if torch.is_autocast_enabled(queries.device.type):
+            with torch.autocast(queries.device.type, enabled=False): grads = info_nce_torch.backward(*options)
+        else: grads = info_nce_torch.backward(*options)
+        return grads[0] if need[0] else None, grads[1] if need[1] else None, None, None, None, None
 
 
 # ---------------------------------------------------------------------------------- checks
 
-def _check(queries: Tensor, keys: Tensor, temperature: float, extra_negatives: Tensor | None,
-           groups: Tensor | None) -> None:
+def _check(queries: Tensor, keys: Tensor, extra_negatives: Tensor | None, groups: Tensor | None) -> None:
     named = dict(queries=queries, keys=keys)
     if extra_negatives is not None: named['extra_negatives'] = extra_negatives
     for name, x in named.items():
@@ -144,7 +155,6 @@ def _check(queries: Tensor, keys: Tensor, temperature: float, extra_negatives: T
     if len(keys) != len(queries):
         raise ValueError(f'there are {len(keys)} keys and {len(queries)} queries: give one key for each query; '
                          'further ones go to extra_negatives')
-    check_temperature(temperature, 'scale the queries and pass normalize=False, temperature=1.')
     if groups is None: return
     if not isinstance(groups, Tensor) or groups.is_floating_point() or groups.is_complex():
         got = groups.dtype if isinstance(groups, Tensor) else type(groups).__name__

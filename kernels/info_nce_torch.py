@@ -15,6 +15,10 @@ from .workers import side_by_side
 
 #: Added to the squared norm of a row: rows shorter than about 1e-6 count as silence
 EPS = 1e-12
+#: The length that this is: `hypot` adds it to a norm
+SILENT = torch.tensor(EPS ** .5, dtype=torch.float64, device='cpu')
+#: Below this share of the own key its loss is not taken from the share, which may be rounded to zero
+LEAST_SHARE = 1e-30
 #: Scores times this are in units of ln 2
 LOG2E = 1 / math.log(2)
 #: Finite stand-in for the largest score before any column was looked at
@@ -26,12 +30,14 @@ TILES = dict(cpu=(512, 256), cuda=(4096, 4096))
 #: be worth a thread. The pieces, and so the result, do not depend on the number of cores.
 PIECES, FEW = 4, 256
 #: Most bytes of a matrix of scores that is kept: 4096 x 4096 in float32. In benchmarks/info_nce.csv that is
-#: faster than tiles up to there, and from 512 rows as fast as plain torch or faster; above, tiles are faster
-#: than plain torch too, and their memory does not grow with the square.
+#: faster than tiles up to there; above, tiles are faster than plain torch too, and their memory does not grow
+#: with the square.
 MATRIX = 2 ** 26
 #: Sides of such a matrix, and dims, are padded to multiples of this: only then has a product the same bits
 #: on any number of threads
 SIDE = 16
+#: Most numbers of queries and keys together whose rows of length one are kept, too
+UNITS = 2 ** 17
 
 
 # ------------------------------------------------------------------------------ the reference
@@ -74,13 +80,13 @@ def forward(
     groups: Tensor | None,    # (N,) integers
     temperature: float,
     normalize: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:   # (N,), see below, (N,), (N + M,)
-    """Compute the loss, what its gradient needs of the scores, and the inverse norms of queries and keys.
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:   # (N,), and see below
+    """Compute the loss, and what its gradient needs: three tensors, whose meaning is that of the way taken.
 
-    Of the scores that is their log2-sum-exp2 (N,), or the matrix of `_whole_forward` where it `fits`.
+    That is `whole_forward` where the matrix of scores `fits`, else `_tiled_forward`.
     """
     small = fits(len(queries), len(keys), working_dtype(queries, keys).itemsize)
-    return (_whole_forward if small else _tiled_forward)(queries, keys, groups, temperature, normalize)
+    return (whole_forward if small else _tiled_forward)(queries, keys, groups, temperature, normalize)
 
 
 def backward(
@@ -100,81 +106,100 @@ def backward(
 
 # ------------------------------------------------------------------- with the matrix in memory
 
-def matrix_shape(pairs: int, keys: int) -> tuple[int, int]:
-    "Return the shape of the matrix that is kept: padded to SIDE, and a row for the factors of its rows"
-    return pairs + -pairs % SIDE + 1, keys + -keys % SIDE
+def whole_shapes(pairs: int, keys: int, dims: int, normalize: bool) -> tuple[tuple[int, ...], ...]:
+    "Return the shapes of what `whole_forward` keeps: the matrix, the lengths of rows, and rows of length one"
+    rows, columns, dims = (n + -n % SIDE for n in (pairs, keys, dims))
+    both = rows + columns, dims
+    return (rows, columns), (both[0], 1) if normalize else (0,), both if math.prod(both) <= UNITS else (0,)
 
 
-def _whole_forward(queries: Tensor, keys: Tensor, groups: Tensor | None, temperature: float,
-                   normalize: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """As `forward`. The matrix times its factors, row by row, is the derivative of the loss in the scores.
+def whole_forward(queries: Tensor, keys: Tensor, groups: Tensor | None, temperature: float,
+                  normalize: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """As `forward`, with the matrix of `whole_shapes`, the derivative of the loss in the scores.
 
-    So the backward pass is two products, and no pass over the matrix.
+    So the backward pass is two products, and no pass over the matrix. With few rows an operation costs more than
+    its numbers: there are few operations, and softmax overwrites its input, which is faster than exp alone.
     """
-    dtype, pairs = working_dtype(queries, keys), len(queries)
-    inverse_q, inverse_k = (_whole_norms(x, dtype, normalize) for x in (queries, keys))
-    rows, columns = matrix_shape(pairs, len(keys))
-    matrix = torch.empty(rows, columns, dtype=dtype, device=queries.device)
-    torch.mm(_padded(queries, inverse_q / temperature), _padded(keys, inverse_k).T, out=matrix[:-1])
-    scores, own = matrix[:pairs], matrix.diagonal()[:pairs]
-    positive = own.clone()
-    scores[:, len(keys):] = -torch.inf
-    if groups is not None: scores[:, :pairs].masked_fill_(groups[:, None] == groups, -torch.inf)
-    # the negatives alone are summed: a tiny loss keeps its digits, and none is below zero
-    own.fill_(-torch.inf)
-    if _bounded(temperature, normalize): top = torch.zeros_like(positive)
-    else:
-        top = torch.maximum(scores.amax(1), positive)
-        scores.sub_(top[:, None])
-    negative = scores.exp_().sum(1).log_().add_(top)
-    loss = torch.logaddexp(negative - positive, torch.zeros_like(positive))
-    factor = torch.exp(top - torch.logaddexp(negative, positive))
-    own.copy_(torch.expm1(-loss) / factor)                  # its share less 1
-    matrix[pairs:] = 0
-    matrix[-1, :pairs] = factor
-    return loss, matrix, inverse_q, inverse_k
+    pairs, count = queries.shape[0], keys.shape[0]
+    both, rows = _both(queries, keys), pairs + -pairs % SIDE
+    if normalize:      # in float64 no square overflows
+        lengths = torch.linalg.vector_norm(both, dim=1, keepdim=True, dtype=torch.float64).hypot_(SILENT)
+        if both.dtype == torch.float32: lengths = lengths.float()
+        both.div_(lengths)
+    else: lengths = both.new_empty(0)
+    q, k = both[:rows], both[rows:]
+    scores = q.new_empty(rows, k.shape[0]).addmm_(q, k.T, beta=0, alpha=1 / temperature)
+    own = scores.diagonal()
+    if count % SIDE: scores.narrow(1, count, -count % SIDE).fill_(-torch.inf)
+    if groups is not None:
+        mates = groups[:, None] == groups
+        scores[:pairs, :pairs].masked_fill_(mates.fill_diagonal_(False), -torch.inf)
+    bounded = _bounded(temperature, normalize)
+    if not bounded: gap = scores.amax(1).sub_(own)
+    torch.softmax(scores, 1, out=scores)
+    if not bounded: gap.sub_(scores.amax(1).log_())
+    # the shares of the negatives alone are summed: a tiny loss keeps its digits, and none is below zero
+    share = own.clone()
+    own.zero_()
+    others = scores.sum(1)
+    torch.neg(others, out=own)                   # the share of the own key less 1
+    loss = others.div_(share).log1p_()
+    if not bounded: loss = torch.where(share > LEAST_SHARE, loss, gap)
+    if pairs != rows: loss = loss[:pairs]
+    return loss, scores, lengths, both if both.numel() <= UNITS else both.new_empty(0)
 
 
 def _whole_backward(grad: Tensor, queries: Tensor, keys: Tensor, saved: list[Tensor], temperature: float,
                     normalize: bool, need: list[bool]) -> tuple[Tensor, Tensor]:
-    "As `backward`, from the matrix of `_whole_forward`"
-    (_, matrix, inverse_q, inverse_k), pairs = saved, len(queries)
-    weight = matrix[-1, :pairs] * grad / temperature
-    q, k = _padded(queries, inverse_q), _padded(keys, inverse_k)
-    grad_q, grad_k = (matrix.new_empty(0, dtype=x.dtype) for x in (queries, keys))
+    "As `backward`, from what `whole_forward` returned; small gradients may share their memory"
+    _, scores, lengths, both = saved
+    pairs, rows = queries.shape[0], scores.shape[0]
+    if not both.numel():
+        both = _both(queries, keys)
+        if normalize: both.div_(lengths)
+    q, k = both[:rows], both[rows:]
+    weight = grad.div(temperature).unsqueeze(1)
+    if pairs != rows: weight = torch.constant_pad_nd(weight, (0, 0, 0, rows - pairs))
+    if need[0] and need[1] and both.numel() <= UNITS:     # in one go
+        grads = torch.empty_like(both)
+        grad_q, grad_k = grads[:rows], grads[rows:]
+        torch.mm(scores, k, out=grad_q).mul_(weight)
+        torch.mm(scores.T, q * weight, out=grad_k)
+        if normalize: _through_length(grads, both, lengths)
+        return _cut(grad_q, queries), _cut(grad_k, keys)
+    grad_q, grad_k = (x.new_empty(0) for x in (queries, keys))
     if need[0]:
-        found = torch.mm(matrix[:-1], k)[:pairs, :queries.shape[1]].mul_(weight[:, None])
-        grad_q = _through_unit(found, q, inverse_q, normalize).to(queries.dtype).contiguous()
+        found = torch.mm(scores, k).mul_(weight)
+        if normalize: _through_length(found, q, lengths[:rows])
+        grad_q = _cut(found, queries)
     if need[1]:
-        pulled = torch.zeros_like(q)
-        torch.mul(q[:pairs], weight[:, None], out=pulled[:pairs])
-        found = torch.mm(matrix[:-1].T, pulled)[:len(keys), :keys.shape[1]]
-        grad_k = _through_unit(found, k, inverse_k, normalize).to(keys.dtype).contiguous()
+        found = torch.mm(scores.T, q * weight)
+        if normalize: _through_length(found, k, lengths[rows:])
+        grad_k = _cut(found, keys)
     return grad_q, grad_k
 
 
-def _whole_norms(x: Tensor, dtype: torch.dtype, normalize: bool) -> Tensor:   # (N,)
-    if not normalize: return torch.ones(len(x), dtype=dtype, device=x.device)
-    # in float64 no square overflows
-    return torch.linalg.vector_norm(x, dim=1, dtype=torch.float64).square_().add_(EPS).rsqrt_().to(dtype)
+def _both(queries: Tensor, keys: Tensor) -> Tensor:
+    "Queries and keys under one another, each with zeros up to multiples of SIDE, in a new tensor"
+    (pairs, dims), count = queries.shape, keys.shape[0]
+    if pairs % SIDE or count % SIDE:
+        zeros = queries.new_zeros(SIDE, dims)
+        both = torch.cat((queries, zeros[:-pairs % SIDE], keys, zeros[:-count % SIDE]))
+    else: both = torch.cat((queries, keys))
+    if dims % SIDE: both = torch.constant_pad_nd(both, (0, -dims % SIDE))
+    return both if both.dtype in (torch.float32, torch.float64) else both.float()
 
 
-def _padded(x: Tensor, factor: Tensor) -> Tensor:   # (rows, D), (rows,)
-    "Rows times their factors, with zeros up to multiples of SIDE"
-    rows, dims = x.shape
-    result = factor.new_empty(rows + -rows % SIDE, dims + -dims % SIDE)
-    if dims % SIDE: result[:, dims:] = 0
-    if rows % SIDE: result[rows:] = 0
-    torch.mul(x, factor[:, None], out=result[:rows, :dims])
-    return result
+def _through_length(grad: Tensor, unit: Tensor, lengths: Tensor) -> None:
+    "`_through_norm` from the rows scaled to length one; overwrites the gradient"
+    grad.addcmul_(unit, (unit * grad).sum(1, keepdim=True), value=-1).div_(lengths)
 
 
-def _through_unit(grad: Tensor, unit: Tensor, inverse: Tensor, normalize: bool) -> Tensor:
-    "`_through_norm` from the rows scaled to length one, padded; overwrites the gradient"
-    if not normalize: return grad
-    unit = unit[:grad.shape[0], :grad.shape[1]]
-    along = (unit * grad).sum(1, keepdim=True)
-    return grad.addcmul_(unit, along, value=-1).mul_(inverse[:, None])
+def _cut(grad: Tensor, x: Tensor) -> Tensor:
+    "The rows and dims of a padded gradient that belong to `x`, in its dtype"
+    if grad.shape[0] != x.shape[0]: grad = grad[:x.shape[0]]
+    if grad.shape[1] != x.shape[1]: grad = grad[:, :x.shape[1]].contiguous()
+    return grad if grad.dtype == x.dtype else grad.to(x.dtype)
 
 
 # ------------------------------------------------------------------------------------ in tiles

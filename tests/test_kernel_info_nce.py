@@ -1,4 +1,5 @@
 """InfoNCE in tiles against the plain formula in float64; the gradient is judged first."""
+import math
 import sys
 
 import numpy as np
@@ -257,6 +258,26 @@ def test_both_sides_of_the_switch_agree(dtype, monkeypatch):
         for a, b in zip(*found): assert distance(a, b) < (1e-5 if dtype == torch.float32 else 1e-12)
 
 
+@pytest.mark.parametrize('name', OPTIONS)
+def test_rows_of_length_one_are_kept_or_computed_again(name, monkeypatch):
+    tensors, options = example(120, 21, **OPTIONS[name])
+    found = []
+    for most in 0, 2 ** 17:
+        monkeypatch.setattr(info_nce_torch, 'UNITS', most)
+        loss = call(tensors, options)
+        found.append((loss, *torch.autograd.grad(loss, tensors, torch.linspace(-1, 1, 120))))
+    for a, b in zip(*found): assert torch.equal(a, b)
+
+
+def test_a_loss_whose_own_share_is_rounded_to_zero():
+    q = torch.tensor([[200., 0.], [0., 1.]], requires_grad=True)
+    k = torch.tensor([[-1., 0.], [1., 0.]])
+    loss = info_nce(q, k, normalize=False, temperature=1.)
+    torch.testing.assert_close(loss, torch.tensor([400., .5]).masked_fill(torch.tensor([False, True]), math.log(2)))
+    grad, = torch.autograd.grad(loss.sum(), q)
+    torch.testing.assert_close(grad, torch.tensor([[2., 0.], [-1., 0.]]))
+
+
 def test_any_number_is_a_temperature():
     tensors, _ = example(9, 5)
     assert torch.equal(info_nce(*tensors, temperature=np.float32(.5)), info_nce(*tensors, temperature=.5))
@@ -303,9 +324,9 @@ def test_operators_pass_opcheck():
             torch.ones(9), q.detach(), k.detach(), groups, saved, .1, True, need, 'torch'))
 
 
-@pytest.mark.parametrize('name', ['cosine', 'all'])
-def test_compiles_in_one_graph(name):
-    tensors, options = example(50, 12, **OPTIONS[name])
+@pytest.mark.parametrize('name, shape', [('cosine', (50, 12)), ('cosine', (48, 16)), ('all', (50, 12))], ids=str)
+def test_compiles_in_one_graph(name, shape):
+    tensors, options = example(*shape, **OPTIONS[name])
     def loss(*x): return call(x, options).square().mean()
     compiled = torch.compile(loss, fullgraph=True, backend='aot_eager')
     expected = loss(*tensors)
