@@ -501,13 +501,40 @@ def test_running_statistics(mode):
     assert not balancer.running.equal(first)
     fresh = Balancer(('small', 'large'), mode=mode)
     fresh(terms_of, 2 * e)
-    assert balancer.running.allclose(.9 * first + .1 * fresh.running)
+    old = dict(mean=.9, grad=.5)[mode]       # a plain mean while it is young, where it is of gradients
+    assert balancer.running.allclose(old * first + (1 - old) * fresh.running)
     held = balancer.running.clone()
     balancer(terms_of, e * torch.nan)
     balancer.eval()
     balancer(terms_of, 3 * e)
     with torch.no_grad(): balancer(terms_of, 3 * e)
     assert balancer.running.equal(held) and balancer.steps == 2
+
+
+def test_gradient_balance_forgets_the_luck_of_its_first_batch():
+    "A first batch a hundred times as loud is one of twenty, and not four fifths of the mean; the log has the ratio"
+    balancer, e = Balancer(('small', 'large'), mode='grad', anchor='small', weights=dict(large=.3)), torch.randn(3, 20)
+    norms = []
+    for step in range(20):
+        wave = (e * (100 if step == 0 else 1)).requires_grad_()
+        balancer(terms_of, wave)
+        pulls = [torch.autograd.grad(t.sum(), wave)[0].norm(dim=-1).mean() for t in terms_of(wave).values()]
+        norms.append(torch.stack(pulls))
+    torch.testing.assert_close(balancer.running, torch.stack(norms).double().mean(0), rtol=1e-5, atol=0)
+    seen = balancer.realised()
+    assert set(seen) == {'large'} and seen['large'] > 0 and balancer.realised() == {}
+
+
+def test_objective_logs_how_hard_its_losses_pull():
+    "The realised ratio, over the steps since the last log, also when the training was stopped in between"
+    enhanced, clean, _ = waves()
+    losses = dict(l1=WaveL1Loss(), snr=SNRLoss())
+    one, other = (Objective(losses, balance='grad', weights=dict(snr=.3)) for _ in range(2))
+    one(enhanced.requires_grad_(), clean)
+    assert Objective(losses).observed() == {}
+    other.load_resume_state(one.resume_state())
+    for objective in (one, other): assert objective.observed() == {'snr.pull': pytest.approx(.3)}
+    assert one.observed() == {} == one.resume_state()
 
 
 def test_gradient_balance_hands_over_the_weighted_gradient():

@@ -40,6 +40,7 @@ class _Scales(nn.Module):
         if anchor is not None: choose('anchor', anchor, self.names)
         self.mode, self.anchor, self.momentum = choose('balance', mode, _MODES), anchor, momentum
         self.weights = {name: (weights or {}).get(name, 1.) for name in self.names}
+        self.pulled: Tensor | None = None     # sums of `realised`, and the steps in them
         if mode in ('mean', 'grad'):
             self.register_buffer('running', torch.zeros(len(self.names), dtype=torch.float64))
             self.register_buffer('steps', torch.zeros((), dtype=torch.long))
@@ -52,11 +53,25 @@ class _Scales(nn.Module):
         now = across_processes(now.detach().double())
         if not now.isfinite().all():    # a bad batch must not spoil the running mean for ever
             return
-        if self.steps == 0:
-            self.running.copy_(now)
-        else:
-            self.running.lerp_(now, 1 - self.momentum)
+        # by gradient a plain mean while it is young: the luck of the first batch must not stay for long
+        first = 1 / (self.steps + 1) if self.mode == 'grad' else (self.steps == 0).to(now)
+        self.running.lerp_(now, first.to(now).clamp_min(1 - self.momentum))
         self.steps += 1
+
+    def _note(self, pulls: Tensor) -> None:
+        "Keep how hard each term pulled in this step, beside the anchor, or the mean of all"
+        pulls = pulls.detach().double()
+        base = pulls.mean() if self.anchor is None else pulls[self.names.index(self.anchor)]
+        if not pulls.isfinite().all() or base <= _SMALLEST: return
+        now = torch.cat([pulls / base, torch.ones_like(pulls[:1])]).cpu()     # the last one counts steps
+        self.pulled = now if self.pulled is None else self.pulled + now
+
+    def realised(self) -> dict[str, float]:
+        "Return how hard each term has pulled in training since the last call: the weights, as they came out"
+        pulled, self.pulled = self.pulled, None
+        if pulled is None: return {}
+        ratios = dict(zip(self.names, (pulled[:-1] / pulled[-1]).tolist()))
+        return {name: ratio for name, ratio in ratios.items() if name != self.anchor}
 
     def _factors(self, stats: Tensor) -> list:
         "Factor per term for its statistic; `stats` is (terms,) or (terms, N)"
@@ -77,7 +92,8 @@ class Balancer(_Scales):
       the running mean of that value), or 'grad' (over the running mean of the norm of its gradient at `enhanced`)
     - `weights`: by name; a term without one has 1
     - `anchor`: name of the term that keeps its scale, to which the others are brought; None: all are brought to 1
-    - `momentum`: of the running mean, in [0, 1]; 0.99 forgets within some 100 steps, 1 keeps the first value
+    - `momentum`: of the running mean, in [0, 1]; 0.99 forgets within some 100 steps; at 'grad' the mean is a plain one
+      until then, so 1 means over all steps; at 'mean' 1 keeps the first value
 
     `SpeechLossError` for an unknown mode, weight or anchor. The mode 'grad' is in the spirit of Défossez et al., *High
     fidelity neural audio compression*, 2022, arXiv 2210.13438, section 3.4.
@@ -119,10 +135,12 @@ class Balancer(_Scales):
             terms = compute(leaf)
             grads = [torch.autograd.grad(terms[n].sum(), leaf, retain_graph=True,
                                          materialize_grads=True)[0] for n in self.names]
-        if self.training or self.steps == 0:
-            self._update(torch.stack([g.norm(dim=-1).mean() for g in grads]))
+        norms = torch.stack([g.norm(dim=-1).mean() for g in grads])
+        if self.training or self.steps == 0: self._update(norms)
+        factors = self._factors(self.running)
+        if self.training: self._note(torch.stack([f * norm for f, norm in zip(factors, norms)]))
         scaled = {}
-        for name, grad, f in zip(self.names, grads, self._factors(self.running)):
+        for name, grad, f in zip(self.names, grads, factors):
             value = f.to(grad.dtype) * terms[name].detach()
             if wants:
                 # value of the term, gradient as computed above

@@ -17,6 +17,9 @@ from .balance import Balancer
 from .base import Loss
 
 # %% ../../nbs/losses/objective.ipynb #42a708ce
+_PULLED = 'balancer/pulled'     # no loss has a slash in its name
+
+
 class Objective(Loss):
     """Add several losses, weighted and balanced, and call them as one.
 
@@ -67,15 +70,22 @@ class Objective(Loss):
                                for name, loss in self._by_name().items()})
 
     def observed(self) -> dict[str, float]:
-        "Return what the losses saw in training since they were last asked, as 'loss.number'"
-        return self._gathered({name: loss.observed() for name, loss in self._by_name().items()})
+        """Return what the losses saw in training since they were last asked, as 'loss.number'.
+
+        With the balance 'grad' there is 'loss.pull' too, the norm of its gradient beside that of the first loss: the
+        weight, as it came out.
+        """
+        seen = self._gathered({name: loss.observed() for name, loss in self._by_name().items()})
+        return seen | {f'{name}.pull': ratio for name, ratio in self.balancer.realised().items()}
 
     def resume_state(self) -> dict[str, Tensor]:
         "Return the tensors that an exact resume needs and `state_dict()` leaves out, as 'loss.tensor'"
-        return self._gathered({name: loss.resume_state() for name, loss in self._by_name().items()})
+        state = self._gathered({name: loss.resume_state() for name, loss in self._by_name().items()})
+        return state if self.balancer.pulled is None else state | {_PULLED: self.balancer.pulled}
 
     def load_resume_state(self, state: dict[str, Tensor]) -> None:
         "Restore what `resume_state()` gave"
+        self.balancer.pulled = state.get(_PULLED)
         for name, loss in self._by_name().items():
             prefix = f'{name}.'
             loss.load_resume_state({key.removeprefix(prefix): value for key, value in state.items()
