@@ -3,8 +3,8 @@
     speechloss judge benchmarks.envelope:Envelope
 
 Itakura's distance: by how much the envelope of the enhanced frame predicts the clean one worse than its own does. Level
-and phase do not count. The metric `llr` is the same in numpy (Quackenbush, Barnwell and Clements, *Objective measures of
-speech quality*, 1988). `floor` says how far below the level of a frame a valley of its spectrum still counts.
+and phase do not count. The metric `llr` is the same in numpy (Quackenbush, Barnwell and Clements, *Objective measures
+of speech quality*, 1988). `floor` says how far below the level of a frame a valley of its spectrum still counts.
 """
 import torch
 
