@@ -1,6 +1,7 @@
 """The shared protocol: what is shared is shared, what is cached is computed once."""
 import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -9,14 +10,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from speechloss.common.errors import SpeechLossError
+from speechloss.corpora import Manifest, Recording
 from speechloss.metrics import difference
 from speechloss.metrics.stats import score_array
 from speechloss.models import enhancer
+from speechloss.reproduce import protocol
 from speechloss.reproduce import (
     iterate_model, score_model, arm_recipe, protocol_of, shared_recipe, Run, load_results)
 from speechloss.reproduce.judging import number_text
 from speechloss.reproduce.evaluation import compute_once, iterate, read_cache
 from speechloss.reproduce.protocol import model_folder
+from speechloss.signal import save
 from speechloss.training import Recipe
 
 
@@ -63,6 +67,20 @@ def test_arms_start_from_stage_one_and_differ_in_the_loss_alone(cache):
     assert base.steps_per_epoch * protocol.epochs == base.steps
     assert len({arm_recipe(protocol, 0, t).key for t in (None, 'mel', 'snr')}) == 3
     assert arm_recipe(protocol, 0, 'mel', alone=True).objective == {'terms': {'extra': 'mel'}}
+
+
+def test_trainings_in_the_cache_count_in_what_a_study_took(cache, monkeypatch):
+    monkeypatch.setattr(protocol, 'train_many', lambda *a, **k: None)
+    monkeypatch.setattr(protocol, '_asked', {})
+    recipes = {str(s): shared_recipe(protocol_of('smoke'), s) for s in (0, 1)}
+    for recipe, clock in zip(recipes.values(), ([1, 5, 2, 3], [7])):     # stopped after 5 s and started again; whole
+        folder = protocol.training_folder(recipe)
+        folder.mkdir(parents=True)
+        rows = [json.dumps(dict(step=k, seconds=s)) for k, s in enumerate(clock)]
+        (folder / 'log.jsonl').write_text("\n".join(rows))
+    protocol.train_all(recipes)
+    protocol.train_all(recipes)
+    assert protocol.training_seconds() == 5 + 3 + 7
 
 
 def test_unknown_scale_names_the_choices():
@@ -151,3 +169,23 @@ def test_a_number_recorded_from_seeds_keeps_them(tmp_path):
 def test_a_metric_that_failed_is_nan():
     runs = [[dict(pesq=1.), dict(pesq=None)]]
     assert np.isnan(score_array(runs, 'pesq')[0, 1])
+
+
+@pytest.mark.parametrize('ratios', [(2., 7., 12.5, 30.), (0., 0., 0., 0.)])
+def test_clips_of_real_pairs_stand_for_one_level_each(tmp_path, ratios):
+    """Papers ask level by level, and by nominal ratios; a pair has the one that it has."""
+    draw, rows = torch.Generator().manual_seed(0), []
+    for k, ratio in enumerate(ratios):
+        clean, noise = torch.randn(2, 16000, generator=draw) * .05
+        noise = noise * (clean.square().mean() / noise.square().mean()).sqrt() * 10 ** (-ratio / 20)
+        save(tmp_path / f'c{k}.wav', clean, 16000, subtype='FLOAT')
+        save(tmp_path / f'n{k}.wav', clean + noise, 16000, subtype='FLOAT')
+        rows.append(Recording(f'{k}', str(tmp_path / f'n{k}.wav'), 'pair', 'test', f's{k}', 16000, 16000, f'{k}',
+                              clean_path=str(tmp_path / f'c{k}.wav')))
+    shared, corpus = protocol_of('smoke'), Manifest(rows)
+    whole = protocol.test_clips(shared, corpus)
+    by_level = [c for snr in shared.test_snr for c in protocol.test_clips(replace(shared, test_snr=(snr,)), corpus)]
+    assert sorted(c['id'] for c in whole) == sorted(c['id'] for c in by_level) == ['0', '1', '2', '3']
+    assert {c['snr'] for c in whole} <= {*shared.test_snr}
+    measured = {c['id']: c['measured_snr'] for c in whole}
+    assert all(abs(measured[str(k)] - ratio) < .1 for k, ratio in enumerate(ratios))

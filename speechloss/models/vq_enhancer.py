@@ -148,6 +148,15 @@ def _evaluated(net: nn.Module):
     finally:
         for module, training in modes: module.training = training
 
+
+def _entropy_gradient(net: VQVAE, wave: Tensor, tokens: Tensor, lengths: Tensor | None) -> Tensor:   # (B, T)
+    "Return the gradient of the cross-entropy at a wave, in eval mode: dropout must not choose the direction"
+    asked = wave.detach().requires_grad_()
+    with _evaluated(net):
+        spectrum, mask = net.spectrum(asked, lengths)
+        entropy = _cross_entropy(net, net.encode(spectrum, mask), tokens, mask)
+        return torch.autograd.grad(entropy.sum(), asked)[0]
+
 # %% ../../nbs/models/vq_enhancer.ipynb #16ee552b
 class SelfDistillation(nn.Module):
     """Train a student network to keep its teacher's codes under attack, the second stage of `VQEnhancer`.
@@ -204,14 +213,7 @@ class SelfDistillation(nn.Module):
     ) -> Tensor:                        # (B, T)
         "Move a wave to where the student loses the codes of its teacher"
         wave = valid_part(wave, lengths)
-        return attack_step(wave, self._gradient(wave, self.tokens(wave, lengths), lengths), strength)
-
-    def _gradient(self, wave: Tensor, tokens: Tensor, lengths: Tensor | None) -> Tensor:   # (B, T)
-        "Return the gradient of the cross-entropy at a wave, in eval mode: dropout must not choose the direction"
-        asked = wave.detach().requires_grad_()
-        with _evaluated(self.student):
-            _, mask, vectors = self._frames(asked, lengths)
-            return torch.autograd.grad(_cross_entropy(self.student, vectors, tokens, mask).sum(), asked)[0]
+        return attack_step(wave, _entropy_gradient(self.student, wave, self.tokens(wave, lengths), lengths), strength)
 
     def forward(
         self,
@@ -228,7 +230,7 @@ class SelfDistillation(nn.Module):
         terms = dict(tokens=entropy.mean(), decoder=_decoder_error(self.student, vectors, mask, target))
         if not self.attack: return terms
         gradient = torch.autograd.grad(entropy.sum(), wave, retain_graph=True)[0] if shared \
-            else self._gradient(wave, tokens, lengths)
+            else _entropy_gradient(self.student, wave, tokens, lengths)
         strength = torch.empty(len(wave), device=wave.device).uniform_(*self.strength)
         _, _, moved = self._frames(attack_step(wave, gradient, strength), lengths)
         return terms | dict(tokens_attacked=_cross_entropy(self.student, moved, tokens, mask).mean(),

@@ -182,7 +182,7 @@ def _measured(claim: Claim, numbers: Mapping[str, Mapping]) -> dict[str, dict | 
     return found
 
 
-def _side(claim: Claim, found: Mapping[str, Mapping | None]) -> tuple[str, float]:
+def _side(claim: Claim, found: Mapping[str, Mapping | None]) -> tuple[str, float | None]:
     "Return 'for', 'against', 'tied' or 'open', and its p: all numbers for the claim, or any against it"
     ps = [p for name, n in found.items() if (p := _p_values(claim.holds, n, claim.smallest_effect(name)))]
     sides = {'tied': max(p['tied'] for p in ps), 'for': max(p['for'] for p in ps),
@@ -231,6 +231,7 @@ def verdict_on(
     if lost := [name for name, said in readings.items() if said == 'missing']:
         return Verdict(claim, 'not measured', readings, shown, f'The run did not record {", ".join(lost)}.')
     side, p = _side(claim, found)
+    if claim.holds['kind'].startswith('value'): p = None     # of a value there is none
     word = (_CHECKED if claim.role == 'check' else _WORDS)[side]
     verdict = Verdict(claim, word, readings, shown, _why(claim, side, found), p, p, word)
     if not claim.requires: return verdict

@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['PROTOCOLS', 'Protocol', 'protocol_of', 'shared_recipe', 'arm_recipe', 'model_folder', 'training_folder', 'train_all',
-           'corpus_of', 'test_clips']
+           'training_seconds', 'corpus_of', 'test_clips']
 
 # %% ../../nbs/reproduce/protocol.ipynb #3e279625
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 
 
@@ -20,6 +21,7 @@ from ..corpora.mixing import Mixtures
 from .study import CORPUS_OF
 from ..training.enhancer import train_many
 from ..training.recipe import BASE, Recipe
+from ..training.run_folder import read_log
 
 # %% ../../nbs/reproduce/protocol.ipynb #e80a34e6
 @dataclass(frozen=True)
@@ -113,9 +115,25 @@ def training_folder(recipe: Recipe) -> Path:
 def train_all(recipes: dict[str, Recipe], *, workers: int = 1,
               progress: Callable | None = None) -> dict[str, Path]:
     "Train what is not trained yet; return the folders of the models by name"
+    _asked.update({recipe.key: training_folder(recipe) for recipe in recipes.values()})
     train_many(recipes, {name: training_folder(r) for name, r in recipes.items()},
                workers=workers, progress=progress)
     return {name: model_folder(r) for name, r in recipes.items()}
+
+
+_asked: dict[str, Path] = {}   # folders of the trainings that this process asked for, by key
+
+
+def training_seconds() -> float:
+    """Return what the trainings of `train_all` took, by their logs, also where an earlier process had trained them.
+
+    A run that finds its models in the cache is short, and the study behind it is not.
+    """
+    total = 0.
+    for folder in _asked.values():
+        clock = [float(row.get('seconds') or 0) for row in read_log(folder / 'log.jsonl')] + [0.]
+        total += sum(now for now, after in pairwise(clock) if after < now)     # each process counts from zero
+    return total
 
 # %% ../../nbs/reproduce/protocol.ipynb #157f58e7
 def corpus_of(protocol: Protocol) -> Manifest:
@@ -124,7 +142,18 @@ def corpus_of(protocol: Protocol) -> Manifest:
 
 
 def test_clips(protocol: Protocol, manifest: Manifest) -> list[dict]:
-    "Return the fixed test set: dicts with noisy, clean `(T,)`, snr, speaker, id, noise"
+    """Return the fixed test set: dicts with noisy, clean `(T,)`, snr, speaker, id, noise.
+
+    Real pairs have the ratio that they have: it is measured (`measured_snr`), and `snr` is the nearest of the levels
+    that protocols know. Of these a protocol with fewer levels gets its own, so that no clip stands for two.
+    """
     clips = Mixtures.grid(manifest, 'test', snr=protocol.test_snr, seconds=protocol.seconds,
                           limit=protocol.test_clips)
-    return [clips[k] for k in range(len(clips))]
+    found = [clips[k] for k in range(len(clips))]
+    return _at_levels(found, protocol.test_snr) if manifest.pairs('test') else found
+
+
+def _at_levels(clips: list[dict], levels: Sequence[float]) -> list[dict]:
+    known = sorted({*levels, *Protocol.test_snr})
+    near = [min(known, key=lambda level: abs(level - clip['snr'])) for clip in clips]
+    return [clip | dict(snr=level, measured_snr=clip['snr']) for clip, level in zip(clips, near) if level in levels]

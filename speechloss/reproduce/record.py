@@ -27,6 +27,7 @@ from ..common.progress import PROGRESS, progress
 from .claims import claims_hash
 from .environment import code_commit
 from .judging import Verdicts, failures, verdicts_of
+from .protocol import training_seconds
 from .results import (
     INTERVAL, is_interval, jsonable, write_json, load_results, count_verdicts, kept_results)
 from .study import Study
@@ -49,8 +50,21 @@ class _Files(Study):
         "The address of a file as the notebook sees it: beside the executed one, or from here."
         return self._relative(path) if os.environ.get(PROGRESS) else os.path.relpath(path)
 
+# %% ../../nbs/reproduce/record.ipynb #78efb0e8
+class _Sealed(_Files):
+    "The seal and the progress of a study under way"
+    progress = staticmethod(progress)
+
+    def _seal(self) -> dict:
+        "Return the hash of the claims from the beginning of this run, which may have begun before it was stopped"
+        path = self.folder / 'sealed.json'
+        if path.exists() and not (self.folder / 'results.json').exists():
+            return json.loads(path.read_text(encoding='utf-8'))
+        write_json(path, seal := dict(hash=claims_hash(self.paper), commit=code_commit()))
+        return seal
+
 # %% ../../nbs/reproduce/record.ipynb #0aaaf3c5
-class _Record(_Files):
+class _Record(_Sealed):
     "The numbers and tables of a study under way"
     def __post_init__(self):
         super().__post_init__()
@@ -64,16 +78,6 @@ class _Record(_Files):
         self.score_rows: list[dict] = []
         self.started = time.time()
         self.sealed = self._seal()
-
-    progress = staticmethod(progress)
-
-    def _seal(self) -> dict:
-        "Return the hash of the claims from the beginning of this run, which may have begun before it was stopped"
-        path = self.folder / 'sealed.json'
-        if path.exists() and not (self.folder / 'results.json').exists():
-            return json.loads(path.read_text(encoding='utf-8'))
-        write_json(path, seal := dict(hash=claims_hash(self.paper), commit=code_commit()))
-        return seal
 
     def data(self, manifest: Any, name: str | None = None) -> None:
         "Note the data that the numbers rest on: a manifest (anything with a `hash`), or a hash."
@@ -205,7 +209,8 @@ class Run(_Record):
         results = dict(
             format=1, paper=self.paper, scale=self.scale, seed=self.seed, corpus=self.corpus,
             version=__version__, data=self.corpora, environment=self.versions,
-            seconds=round(time.time() - self.started, 1), numbers=self.numbers, tables=self.tables,
+            seconds=round(time.time() - self.started, 1),
+            training_seconds=round(training_seconds(), 1), numbers=self.numbers, tables=self.tables,
             figures=self.figures, audio=self.sounds, claims=verdicts.rows(),
             sealed=self.sealed | dict(judged_by=hash_now, same=(same := hash_now == self.sealed['hash'])))
         if not same:
