@@ -20,10 +20,11 @@ downstream = [*ssl, 'jiwer', 'pocketsphinx>=5', 'resemblyzer', 'setuptools<81', 
               'torchcrepe', 'librosa<1', 'scikit-learn', 'soxr']
 codec = ['lameenc>=1.7', 'safetensors']
 onnx = ['onnx', 'onnxscript', 'onnxruntime']    # to write an enhancer's step as a graph, and to run it
+mos = ['distillmos>=0.9.1', 'torchaudio']   # opinions guessed by a network, whose weights are in the package
 visqol = ['visqol-python>=3.8', 'numba', 'soxr']   # a part of it is compiled as it is installed: not in any other extra
 reproduce = [*metrics, *train, *downstream, *codec, 'papermill>=2.6', 'ipykernel', 'pandas']
 docs = ['nbdev>=2.4.14,<3', 'execnb<0.2', 'fastcore<2', 'ghapi<2', 'pypandoc-binary']
-dev = [*reproduce, *docs, *onnx, 'pytest', 'pytest-xdist', 'hypothesis', 'ruff', 'mypy', 'pre-commit', 'jupyterlab',
+dev = [*reproduce, *docs, *onnx, *mos, 'pytest', 'pytest-xdist', 'hypothesis', 'ruff', 'mypy', 'pre-commit', 'jupyterlab',
        'auraloss', 'vector-quantize-pytorch', 'build', 'lightning', 'playwright',
        'triton; platform_system == "Linux"']   # a torch for GPUs brings it; for the CPU it runs the kernels' interpreter
 
@@ -45,7 +46,7 @@ setup(
     package_data={'speechloss': ['py.typed', 'data/*', 'data/*/*'], 'speechloss.papers': ['*.ipynb', '*.toml']},
     install_requires=core,
     extras_require=dict(metrics=metrics, reproduce=reproduce, ssl=ssl, downstream=downstream, codec=codec,
-                        visqol=visqol, onnx=onnx, docs=docs, dev=dev),
+                        visqol=visqol, mos=mos, onnx=onnx, docs=docs, dev=dev),
     # By the second, nbdev links names in prose to the pages of the site.
     entry_points=dict(console_scripts=['speechloss = speechloss.__main__:main'],
                       nbdev=['speechloss = speechloss._modidx:d']),

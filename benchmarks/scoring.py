@@ -107,7 +107,7 @@ def write(table: Path, rows: list[dict], columns: tuple[str, ...]) -> None:
 
 
 def main() -> None:
-    there = [m for m, card in METRICS.items() if all(map(importlib.util.find_spec, card.needs))]
+    there = [m for m, card in METRICS.items() if all(map(importlib.util.find_spec, card.needs)) and not card.check]
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('metrics', nargs='*', default=there)
     parser.add_argument('--files', type=int, default=40)

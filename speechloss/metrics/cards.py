@@ -4,16 +4,16 @@
 
 # %% auto #0
 __all__ = ['METRICS', 'COLUMNS', 'DEFAULT_METRICS', 'Metric', 'register_metric', 'variants_of', 'metric_table', 'metric_cards',
-           'explain_error', 'empty_score', 'score_cards', 'score_one', 'composite', 'dnsmos', 'dnsmos_fast', 'estoi',
-           'llr', 'lsd', 'mcd', 'nmr', 'pesq_nb', 'pesq_wb', 'seg_snr', 'si_sdr', 'stoi', 'visqol', 'vq_score',
-           'wave_snr', 'wss']
+           'explain_error', 'empty_score', 'score_cards', 'score_one', 'composite', 'distillmos', 'dnsmos',
+           'dnsmos_fast', 'estoi', 'llr', 'lsd', 'mcd', 'nisqa', 'nmr', 'pesq_nb', 'pesq_wb', 'seg_snr', 'si_sdr',
+           'squim', 'stoi', 'visqol', 'vq_score', 'wave_snr', 'wss']
 
 # %% ../../nbs/metrics/cards.ipynb #08be4c65
 import importlib.metadata
 import importlib.util
 import math
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
@@ -24,12 +24,14 @@ from ..common.libraries import extra
 from ..common.tables import as_markdown
 from .composite import composite, llr, seg_snr, wss
 from .distances import lsd, mcd, nmr, si_sdr, wave_snr
+from .opinions import (
+    NISQA_COLUMNS, SQUIM_COLUMNS, check_nisqa, check_squim, distillmos, nisqa, squim)
 from .packaged import dnsmos, dnsmos_fast, estoi, pesq_nb, pesq_row, pesq_wb, stoi, visqol  # noqa: F401
 from .vqscore import vq_score
 from ..signal.audio import SAMPLE_RATE
 
-_all_ = ['composite', 'dnsmos', 'dnsmos_fast', 'estoi', 'llr', 'lsd', 'mcd', 'nmr', 'pesq_nb', 'pesq_wb', 'seg_snr',
-         'si_sdr', 'stoi', 'visqol', 'vq_score', 'wave_snr', 'wss']
+_all_ = ['composite', 'distillmos', 'dnsmos', 'dnsmos_fast', 'estoi', 'llr', 'lsd', 'mcd', 'nisqa', 'nmr', 'pesq_nb',
+         'pesq_wb', 'seg_snr', 'si_sdr', 'squim', 'stoi', 'visqol', 'vq_score', 'wave_snr', 'wss']
 
 # %% ../../nbs/metrics/cards.ipynb #3332d4ce
 @dataclass(frozen=True)
@@ -50,6 +52,7 @@ class Metric:
     optimised_by: tuple[str, ...] = ()       # losses that are this metric, or nearly
     notes: tuple[str, ...] = ()  # further columns that say how it was computed, no scores
     variant: str = ''            # which of several of its name this is: band, mode, network
+    check: Callable[[], None] | None = None  # raises `SpeechLossError` where its weights are not here
 
 # %% ../../nbs/metrics/cards.ipynb #ffb35ed4
 def _dnsmos_card(name: str, function: Callable) -> Metric:
@@ -95,6 +98,14 @@ METRICS: dict[str, Metric] = {card.name: card for card in (
            needs=('safetensors',), extra='metrics', optimised_by=('VQLoss', 'VQScore'),
            variant='network vq-speech of this package, 0.9 M weights, not the published one'),
     _dnsmos_card('dnsmos_fast', dnsmos_fast),
+    Metric('distillmos', ('distillmos',), distillmos, (.5, 5.5), 'higher', 'MOS', 'Stahl & Gamper 2025; distillmos',
+           reference=False, needs=('distillmos',), extra='mos', variant='variant 7'),
+    Metric('nisqa', NISQA_COLUMNS, nisqa, (.5, 5.5), 'higher', 'MOS', 'Mittag et al. 2021; torchmetrics',
+           sample_rate=48_000, reference=False, needs=('torchmetrics', 'librosa', 'requests'), check=check_nisqa,
+           variant='NISQA v2.0, your weights nisqa.tar'),
+    Metric('squim', SQUIM_COLUMNS, squim, (-math.inf, math.inf), 'higher', 'as the metric',
+           'Kumar et al. 2023; torchaudio', reference=False, needs=('torchaudio',), extra='ssl', check=check_squim,
+           variant='estimates of these metrics by squim_objective_dns2020'),
 )}
 COLUMNS: dict[str, Metric] = {c: card for card in METRICS.values() for c in card.columns}
 DEFAULT_METRICS = ('si_sdr', 'seg_snr', 'pesq', 'estoi', 'lsd', 'mcd', 'llr', 'wss', 'composite', 'dnsmos')
@@ -107,7 +118,8 @@ def register_metric(
 
     `SpeechLossError` where another metric has its name or a column of it.
     """
-    if METRICS.get(card.name) == card: return
+    known = METRICS.get(card.name)
+    if known and replace(card, function=known.function) == known: return       # a partial equals only itself
     if taken := [name for name in (card.name, *card.columns, *card.notes) if name in METRICS or name in COLUMNS]:
         raise SpeechLossError(f'{taken[0]!r} is taken by another metric: choose another name')
     METRICS[card.name] = card
@@ -155,6 +167,7 @@ def metric_cards(
         for package in METRICS[name].needs:
             if importlib.util.find_spec(package) is None:
                 raise SpeechLossError(f'metric {name!r} needs {package}: {extra(METRICS[name].extra)}')
+        if (check := METRICS[name].check) is not None: check()
     return [METRICS[name] for name in names]
 
 

@@ -15,10 +15,14 @@ SMALLEST_EFFECTS: dict[str, float] = {   # by column, in its unit
     'pesq': .05, 'pesq_nb': .05, 'visqol': .05, 'csig': .05, 'cbak': .05, 'covl': .05,          # opinions, 1 to 5
     'dnsmos_ovrl': .03, 'dnsmos_sig': .03, 'dnsmos_bak': .03, 'dnsmos_p808': .03,
     'dnsmos_fast_ovrl': .03, 'dnsmos_fast_sig': .03, 'dnsmos_fast_bak': .03, 'dnsmos_fast_p808': .03,
+    'distillmos': .05, 'nisqa_mos': .05, 'nisqa_noisiness': .05, 'nisqa_discontinuity': .05, 'nisqa_coloration': .05,
+    'nisqa_loudness': .05, 'squim_pesq': .05, 'squim_stoi': .01, 'squim_si_sdr': .3,
     'si_sdr': .3, 'wave_snr': .3, 'seg_snr': .3, 'nmr': .3,                                     # dB
     'lsd': .1, 'mcd': .1,                                                                       # dB
     'estoi': .01, 'stoi': .01,                                                                  # 0 to 1
-    'wer': .01, 'cer': .01,                                                                     # errors a word
+    'wer': .01, 'cer': .01, 'wer_pocketsphinx': .01, 'cer_pocketsphinx': .01, 'wer_whisper_tiny_en': .01,
+    'cer_whisper_tiny_en': .01,                                                                 # errors a word
+    'speaker_resemblyzer': .01,                                                                 # cosine
     'lcc': .1, 'srcc': .1,                                                                      # correlations
 }
 VERDICT_WORDS = ('better', 'worse', 'tied', 'undecided')
