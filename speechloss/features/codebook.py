@@ -9,10 +9,11 @@ __all__ = ['Quantised', 'Codebook']
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, distributed, nn
+from torch import Tensor, distributed
 from torch.nn import functional as F
 
 from ..common.errors import SpeechLossError, choose
+from .base import KeepsPrecision
 from ..kernels import nearest_code
 from ..signal.spectra import frame_mask
 
@@ -47,8 +48,9 @@ def _broadcast_from_first_process(x: Tensor) -> Tensor:
     return x
 
 # %% ../../nbs/features/codebook.ipynb #fae826de
-class _FollowingCodes(nn.Module):
+class _FollowingCodes(KeepsPrecision):
     "Hold codes that begin by k-means and follow the vectors that they stand for"
+    precise = ('codes', 'sums', 'counts')
     codes: Tensor    # (size, dim)
     sums: Tensor     # (size, dim), moving sum of the vectors of each code
     counts: Tensor   # (size,), moving count of them
@@ -82,7 +84,7 @@ class _FollowingCodes(nn.Module):
 
     def _begin(self, seen: Tensor) -> None:
         "k-means on the first batch"
-        if len(seen) < 1: raise SpeechLossError('vectors holds no frame: the codebook needs some to begin with')
+        if len(seen) < 1: raise SpeechLossError('vectors holds no finite frame: the codebook needs some to begin with')
         self.codes.copy_(_broadcast_from_first_process(_draw_vectors(seen, len(self.codes))))
         for _ in range(self.iterations):
             counts, sums = self._tally(seen, self._nearest(seen))
@@ -94,6 +96,7 @@ class _FollowingCodes(nn.Module):
 
     def _follow(self, seen: Tensor, index: Tensor) -> None:
         counts, sums = self._tally(seen, index)
+        if not sums.isfinite().all(): return       # of vectors too long to be added
         self.counts.lerp_(counts, 1 - self.decay)
         self.sums.lerp_(sums, 1 - self.decay)
         total = self.counts.sum()
@@ -101,7 +104,7 @@ class _FollowingCodes(nn.Module):
         self.codes.copy_(self.unit(self.sums / smooth[:, None]))
         if self.revive:
             dead = self.counts < self.revive
-            fresh = _broadcast_from_first_process(_draw_vectors(seen, len(self.codes)))
+            fresh = _broadcast_from_first_process(_draw_vectors(seen, len(self.codes)) if len(seen) else self.codes)
             self.codes.copy_(torch.where(dead[:, None], fresh, self.codes))
             self.sums.copy_(torch.where(dead[:, None], fresh * self.revive, self.sums))
             self.counts.copy_(torch.where(dead, self.revive, self.counts))
@@ -113,7 +116,7 @@ class Codebook(_FollowingCodes):
     """Stand for vectors by the nearest of `size` codes, which follow the vectors.
 
     `codebook(vectors)` takes `(B, frames, dim)` and gives a `Quantised`. Codes change in training mode alone, or as
-    `update` says. All of it is in `state_dict()`.
+    `update` says, and follow finite vectors alone. All of it is in `state_dict()`.
 
     - `size`: codes
     - `dim`: numbers of a code
@@ -141,13 +144,16 @@ class Codebook(_FollowingCodes):
         update = self.training if update is None else update
         vectors = self.unit(vectors)
         with torch.no_grad():
-            seen = vectors.flatten(0, 1) if lengths is None else vectors[frame_mask(lengths, vectors.shape[1])]
+            if update:        # one NaN frame in a code would win every search from then on
+                good = vectors.square().sum(-1).isfinite()
+                if lengths is not None: good &= frame_mask(lengths, vectors.shape[1])
+                seen = vectors[good].float()
             if not self.begun:
                 if not update: raise SpeechLossError('the codebook is empty: train it, or load its state')
-                self._begin(seen.float())
+                self._begin(seen)
             index = self._nearest(vectors, lengths)
             chosen = F.embedding(index.clamp_min(0), self.codes).to(vectors.dtype)
-            if update: self._follow(seen.float(), index[index >= 0])
+            if update: self._follow(seen, index[good])
         valid = (index >= 0).to(vectors.dtype)
         commitment = ((vectors - chosen).square().mean(-1) * valid).sum(-1) / valid.sum(-1)
         through = vectors + (chosen - vectors).detach()

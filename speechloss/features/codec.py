@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from ..common.errors import SpeechLossError
 from ..common.weights import SavableNetwork, load_network
-from .base import Features, Frozen, chosen_layers
+from .base import AtOwnRate, Frozen, chosen_layers
 from ..signal.audio import SAMPLE_RATE
 from ..signal.masking import full_scale_power
 from ..signal.spectra import frame_count, frame_mask, istft, stft
@@ -212,17 +212,18 @@ def _like_speech(sample_rate: int) -> list[Tensor]:
     return [.05 * wave / wave.square().mean().sqrt() for wave in pink]
 
 # %% ../../nbs/features/codec.ipynb #56de4e92
-class CodecFeatures(Features):
+class CodecFeatures(AtOwnRate):
     """Look at a wave through a network that imitates a codec.
 
-    `features(wave)` takes `(B, T)` at the rate of the network (16 kHz) and gives `(B, frames, bins * channels)` for
-    each layer, divided by its scale, so that all layers are of one size. No gradient at exact silence.
+    `features(wave)` takes `(B, T)` at `sample_rate` and gives `(B, frames, bins * channels)` for each layer,
+    divided by its scale, so that all layers are of one size. No gradient at exact silence.
 
     - `model`: 'mp3-16k' (shipped, imitates MP3 at 16 kbit/s), a folder of `save_network` or `train_codec`,
       or a `CodecNet` together with its `card`
     - `layers`: 'all', 'inner' (all but the output), 'output', a name such as 'down1', or several names
     - `card`: what a `CodecNet` given as `model` is worth: `dict(skill=dict(skill=...), scale={layer: ...})`; without
       'scale' it is measured
+    - `sample_rate`: of the waves in Hz; another one than the network's is resampled for it
     - `random_seed`: draw new weights from this seed, the control, and measure new scales; None: keep them
 
     `SpeechLossError` for an unknown layer, a folder that holds no network, and a network without skill.
@@ -232,11 +233,10 @@ class CodecFeatures(Features):
     torch.Size([2, 17, 257])
     """
     frozen: Frozen
-    sample_rate: int
 
     def __init__(self, model: str | PathLike | CodecNet = 'mp3-16k', *, layers: str | Sequence[str] = 'all',
-                 card: dict | None = None, random_seed: int | None = None):
-        super().__init__()
+                 card: dict | None = None, sample_rate: int = SAMPLE_RATE, random_seed: int | None = None):
+        super().__init__(sample_rate=sample_rate)
         if isinstance(model, CodecNet):
             net = deepcopy(model)
             _check_card(card, net, 'the network')
@@ -247,16 +247,16 @@ class CodecFeatures(Features):
                 net, card = CodecNet(**net.options).to(net.gain.weight), (card or {}) | dict(scale=None)
         scale = (card or {}).get('scale') or layer_scales(net)
         self.frozen, self.card = Frozen(net), card
-        self.sample_rate, self.hop_length = net.options['sample_rate'], net.options['hop_length']
+        self.network_rate, self.hop_length = net.options['sample_rate'], net.options['hop_length']
         self.names = chosen_layers(layers, net.names, inner=net.names[:-1], output=net.names[-1:])
         self.scale = {name: float(scale[name]) for name in self.names}
 
     def forward(self, wave, lengths=None):
         # the network keeps the precision it has, the features have that of the wave
-        found = cast(CodecNet, self.frozen.net).levels(wave, lengths)
+        found = cast(CodecNet, self.frozen.net).levels(self.resampled(wave), self.heard(lengths))
         return [_rows(found[name]).to(wave.dtype) / self.scale[name] for name in self.names]
 
-    def frame_lengths(self, lengths): return [frame_count(lengths, self.hop_length)] * len(self.names)
+    def frame_lengths(self, lengths): return [frame_count(self.heard(lengths), self.hop_length)] * len(self.names)
 
 
 def _rows(x: Tensor) -> Tensor:   # (B, channels, frames, bins) or (B, frames, bins) -> (B, frames, dim)

@@ -26,6 +26,7 @@ class RandomFeatures(Features):
 
     - `layers`: each `(channels, kernel, stride)`, the last two in frames of the layer below
     - `seed`: what the weights follow from
+    - `sample_rate`: of the waves in Hz, for a loss to know; None: any
 
     `SpeechLossError` for waves too short for the deepest layer.
 
@@ -34,14 +35,15 @@ class RandomFeatures(Features):
     [torch.Size([2, 19, 4]), torch.Size([2, 3, 8])]
     """
     def __init__(self, *, layers: Sequence[tuple[int, int, int]] = ((64, 10, 5), (128, 8, 4), (128, 4, 2), (128, 4, 2)),
-                 seed: int = 0):
+                 seed: int = 0, sample_rate: int | None = None):
         super().__init__()
+        self.sample_rate = sample_rate
         self.layers = tuple(map(tuple, layers))
         self.names = tuple(f'conv{i}' for i in range(len(self.layers)))
         generator = torch.Generator().manual_seed(seed)
         width = 1
         for i, (channels, kernel, _) in enumerate(self.layers):
-            weight = torch.randn(channels, width, kernel, generator=generator)
+            weight = torch.randn(channels, width, kernel, generator=generator, dtype=torch.float32)
             self.register_buffer(f'weight{i}', weight * (2 / (width * kernel)) ** .5, persistent=False)
             width = channels
         self.reach = 1                 # samples behind one frame of the deepest layer

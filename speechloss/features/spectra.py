@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from ..common.errors import choose
-from .base import Features
+from .base import Features, KeepsPrecision
+from ..signal.audio import SAMPLE_RATE
 from ..signal.auditory import gammatone_filters
 from ..signal.spectra import compress, frame_count, magnitude, mel_filters, stft
 
@@ -27,6 +28,7 @@ class STFTFeatures(Features):
     - `kind`: 'magnitude' (to the power of `power`), 'log' (natural logarithm of the magnitude) or 'complex' (real and
       imaginary part, with a magnitude to the power of `power`)
     - `power`: exponent of the magnitude, in (0, 1]; 'log' does not use it
+    - `sample_rate`: of the waves in Hz, for a loss to know; None: any
 
     `SpeechLossError` for an unknown kind, and waves shorter than half a frame.
 
@@ -35,8 +37,9 @@ class STFTFeatures(Features):
     (('magnitude-512',), torch.Size([2, 9, 257]))
     """
     def __init__(self, *, resolutions: Sequence[tuple[int, int]] = ((512, 128),), kind: str = 'magnitude',
-                 power: float = 0.3):
+                 power: float = 0.3, sample_rate: int | None = None):
         super().__init__()
+        self.sample_rate = sample_rate
         choose('kind', kind, ('log', 'magnitude', 'complex'))
         self.resolutions, self.kind, self.power = tuple(map(tuple, resolutions)), kind, power
         self.names = tuple(f'{kind}-{n_fft}' for n_fft, _ in self.resolutions)
@@ -53,7 +56,7 @@ class STFTFeatures(Features):
         return [frame_count(lengths, hop, n_fft) for n_fft, hop in self.resolutions]
 
 # %% ../../nbs/features/spectra.ipynb #25bd32f0
-class MelFeatures(Features):
+class MelFeatures(KeepsPrecision, Features):
     """Look at a wave through its log-mel spectrum, in nepers.
 
     `features(wave)` takes `(B, T)` at `sample_rate` and gives one layer `(B, frames, n_mels)`.
@@ -69,9 +72,10 @@ class MelFeatures(Features):
     >>> MelFeatures(sample_rate=16000)(torch.zeros(2, 2048))[0].shape
     torch.Size([2, 9, 80])
     """
+    precise = ('filters',)
     filters: Tensor
 
-    def __init__(self, *, sample_rate: int, n_fft: int = 1024, hop_length: int = 256,
+    def __init__(self, *, sample_rate: int = SAMPLE_RATE, n_fft: int = 1024, hop_length: int = 256,
                  n_mels: int = 80, eps: float = 1e-5):
         super().__init__()
         self.sample_rate, self.n_fft, self.hop_length, self.eps = sample_rate, n_fft, hop_length, eps
@@ -87,7 +91,7 @@ class MelFeatures(Features):
         return [frame_count(lengths, self.hop_length, self.n_fft)]
 
 
-class GammatoneFeatures(Features):
+class GammatoneFeatures(KeepsPrecision, Features):
     """Look at a wave through the bands of the ear, as the log level of each in nepers.
 
     `features(wave)` takes `(B, T)` at `sample_rate` and gives one layer `(B, frames, n_bands)`: half the logarithm of
@@ -105,9 +109,10 @@ class GammatoneFeatures(Features):
     >>> GammatoneFeatures(sample_rate=16000)(torch.zeros(2, 2048))[0].shape
     torch.Size([2, 9, 64])
     """
+    precise = ('filters',)
     filters: Tensor
 
-    def __init__(self, *, sample_rate: int, n_fft: int = 1024, hop_length: int = 256,
+    def __init__(self, *, sample_rate: int = SAMPLE_RATE, n_fft: int = 1024, hop_length: int = 256,
                  n_bands: int = 64, f_min: float = 50.):
         super().__init__()
         self.sample_rate, self.n_fft, self.hop_length = sample_rate, n_fft, hop_length

@@ -17,8 +17,8 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from ..common.errors import SpeechLossError
-from ..common.libraries import torchaudio_module, transformers_module
-from .base import CachedFeatures, Features, Frozen, chosen_layers, join_groups, randomized  # noqa: F401
+from ..common.libraries import transformers_module
+from .base import AtOwnRate, CachedFeatures, Frozen, chosen_layers, join_groups, randomized  # noqa: F401
 from .ssl_networks import Stages, open_stages
 from ..signal.audio import SAMPLE_RATE
 from ..signal.spectra import shortest
@@ -57,9 +57,8 @@ def _checkpointed(stage, *inputs):
     return checkpoint(stage, *inputs, use_reentrant=False)
 
 # %% ../../nbs/features/ssl.ipynb #ae553187
-class _AtOwnRate(Features):
-    "Hold a network that has heard 16 kHz, and bring waves of another rate to it"
-    sample_rate: int
+class _Staged(AtOwnRate):
+    "Hold the stages of a network that has heard 16 kHz"
     frozen: Frozen
 
     @property
@@ -72,29 +71,19 @@ class _AtOwnRate(Features):
         "Return the samples of the wave from one frame of the deepest layer to the next"
         return self.stages.hop * self.sample_rate // SAMPLE_RATE
 
-    def _resampled(self, wave: Tensor) -> Tensor:
-        if self.sample_rate == SAMPLE_RATE: return wave
-        resample = torchaudio_module().functional.resample
-        return resample(wave, self.sample_rate, SAMPLE_RATE, lowpass_filter_width=16, rolloff=.945)
-
     def _check(self, samples: int) -> None:
-        heard = self._heard(samples)
+        heard = self.heard(samples)
         if heard < self.stages.reach:
             raise SpeechLossError(
                 f'the wave has {samples} samples at {self.sample_rate} Hz, too short for the network: '
                 f'give at least {-(-self.stages.reach * self.sample_rate // SAMPLE_RATE)}')
 
-    def _heard(self, samples):
-        "Samples at the network's rate, of a whole number or of `(B,)`"
-        if isinstance(samples, Tensor): samples = samples.long()    # the product exceeds 32 bits
-        return -(-samples * SAMPLE_RATE // self.sample_rate)
-
     def frame_lengths(self, lengths):
-        counts = self.stages.frames(self._heard(lengths))
+        counts = self.stages.frames(self.heard(lengths))
         return [counts[name] for name in self.names]
 
 # %% ../../nbs/features/ssl.ipynb #7b8e14b2
-class SSLFeatures(_AtOwnRate):
+class SSLFeatures(_Staged):
     """Look at a wave through a frozen self-supervised speech network.
 
     `features(wave)` takes `(B, T)` at `sample_rate` and gives `(B, frames, dim)` for each layer, in the precision of
@@ -124,15 +113,13 @@ class SSLFeatures(_AtOwnRate):
                  layers: str | int | Sequence[str | int] = 'later',
                  sample_rate: int = SAMPLE_RATE, normalize: bool | None = None,
                  checkpoint: bool = False, random_seed: int | None = None):
-        super().__init__()
-        if not isinstance(sample_rate, int) or sample_rate <= 0:
-            raise SpeechLossError(f'sample_rate is {sample_rate!r}: give whole Hz above 0')
+        super().__init__(sample_rate=sample_rate)
         stages = open_stages(model, normalize=normalize)
         self.names = layer_names(layers, stages.names)
         stages = _folded(deepcopy(stages.cut(self.names[-1]))).float()
         self.model = model if isinstance(model, str) else type(model).__name__
         if random_seed is not None: stages = cast(Stages, randomized(stages, seed=random_seed))
-        self.sample_rate, self.checkpoint = sample_rate, checkpoint
+        self.checkpoint = checkpoint
         self.frozen = Frozen(stages)
 
     def extra_repr(self):
@@ -155,7 +142,7 @@ class SSLFeatures(_AtOwnRate):
 
     def _run(self, wave: Tensor) -> list[Tensor]:
         like = next(self.stages.parameters())
-        inside = self._resampled(wave.to(like.dtype))
+        inside = self.resampled(wave.to(like.dtype))
         keep = self.checkpoint and torch.is_grad_enabled() and inside.requires_grad
         found = self.stages(inside, self.names, *([_checkpointed] if keep else []))
         return [found[name].to(wave.dtype) for name in self.names]

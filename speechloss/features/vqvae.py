@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from ..common.errors import SpeechLossError, choose
 from ..common.files import sha256
 from ..common.weights import SavableNetwork, load_network
-from .base import Features, Frozen, chosen_layers, randomized
+from .base import AtOwnRate, Frozen, chosen_layers, randomized
 from .codebook import Codebook, Quantised
 from ..signal.audio import SAMPLE_RATE
 from ..signal.spectra import frame_count, frame_mask, stft, valid_part
@@ -143,6 +143,7 @@ class VQVAE(SavableNetwork):
 
     def spectrum(self, wave: Tensor, lengths: Tensor | None = None) -> tuple[Tensor, Tensor]:
         "Return the spectrum that is modelled `(B, frames, bins)`, and which frames count `(B, frames)`"
+        if wave.dtype in (torch.float16, torch.bfloat16): wave = wave.float()    # no FFT takes them everywhere
         spec = stft(wave, self.n_fft, self.hop_length, lengths=lengths)
         magnitude = (spec.real.square() + spec.imag.square()).clamp_min(1e-7).sqrt()
         frames = torch.full(wave.shape[:1], spec.shape[1], device=wave.device) if lengths is None \
@@ -237,15 +238,16 @@ def at_level(
     return wave * torch.where(silent, 1., level / torch.where(silent, 1., power).sqrt())[:, None], silent
 
 
-class VQFeatures(Features):
+class VQFeatures(AtOwnRate):
     """Look at a wave through a vector-quantised autoencoder of clean speech.
 
-    `features(wave)` takes `(B, T)` at 16 kHz and gives `(B, frames, channels)` for each layer of the encoder.
+    `features(wave)` takes `(B, T)` at `sample_rate` and gives `(B, frames, channels)` for each layer of the encoder.
 
     - `model`: 'vq-speech' (shipped), a folder of `save_network` or `train_vqvae`, or a `VQVAE`, of which a
       frozen copy is taken
     - `layers`: 'all', 'vectors' (what the codebook sees), a name such as 'pair1', or several names
     - `level`: root mean square that each wave is brought to first; None: leave it
+    - `sample_rate`: of the waves in Hz; another one than the network's is resampled for it
     - `random_seed`: draw new weights from this seed, the control; None: keep them
 
     `SpeechLossError` for an unknown layer and for a folder that holds no network. The network is that of Fu et al.,
@@ -256,24 +258,26 @@ class VQFeatures(Features):
     torch.Size([2, 17, 32])
     """
     frozen: Frozen
-    sample_rate: int
 
     def __init__(self, model: str | PathLike | VQVAE = 'vq-speech', *, layers: str | Sequence[str] = 'all',
-                 level: float | None = LEVEL, random_seed: int | None = None):
-        super().__init__()
+                 level: float | None = LEVEL, sample_rate: int = SAMPLE_RATE, random_seed: int | None = None):
+        super().__init__(sample_rate=sample_rate)
         self.level = level
         net = deepcopy(model) if isinstance(model, VQVAE) else load_network(VQVAE, model)[0]
         if random_seed is not None: net = cast(VQVAE, randomized(net, seed=random_seed))
-        self.frozen, self.sample_rate, self.hop_length = Frozen(net), net.sample_rate, net.hop_length
+        self.frozen, self.network_rate, self.hop_length = Frozen(net), net.sample_rate, net.hop_length
         pairs = len(net.encoder.convs) // 2 - (net.encoder.blocks is None)     # else the last one gives the vectors
         self._whole = (*(f'pair{k + 1}' for k in range(pairs)), 'vectors')
         self.names = chosen_layers(layers, self._whole)
 
     def forward(self, wave, lengths=None):
         net = cast(VQVAE, self.frozen.net)
-        levelled, _ = at_level(wave.to(next(net.parameters()).dtype), lengths, self.level)
+        own, kind, lengths = wave.dtype, next(net.parameters()).dtype, self.heard(lengths)
+        wave = self.resampled(wave)
+        levelled, _ = at_level(wave.to(torch.promote_types(kind, torch.float32)), lengths, self.level)
         spectrum, mask = net.spectrum(levelled, lengths)
+        spectrum = spectrum.to(kind)      # the network may be of half precision; spectra never are
         found = dict(zip(self._whole, net.encoder.layers(spectrum.mT, mask[:, None].to(spectrum)), strict=True))
-        return [found[name].mT.to(wave.dtype) for name in self.names]
+        return [found[name].mT.to(own) for name in self.names]
 
-    def frame_lengths(self, lengths): return [frame_count(lengths, self.hop_length)] * len(self.names)
+    def frame_lengths(self, lengths): return [frame_count(self.heard(lengths), self.hop_length)] * len(self.names)

@@ -7,11 +7,13 @@ __all__ = ['across_processes', 'Balancer']
 
 # %% ../../nbs/losses/balance.ipynb #4436c542
 from collections.abc import Callable, Iterable
+from math import isfinite
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from ..common.errors import choose
+from ..common.errors import SpeechLossError, choose
+from ..features.base import KeepsPrecision
 
 # %% ../../nbs/losses/balance.ipynb #324b1090
 _MODES = ('none', 'value', 'mean', 'grad')
@@ -27,8 +29,9 @@ def across_processes(value: Tensor) -> Tensor:
     return value
 
 # %% ../../nbs/losses/balance.ipynb #2772494f
-class _Scales(nn.Module):
+class _Scales(KeepsPrecision):
     "Hold the weights of named terms and the running mean of what they are divided by"
+    precise = ('running',)
     running: Tensor   # (terms,) running mean of the statistic, of 'mean' and 'grad'
     steps: Tensor     # () how many it has seen
 
@@ -38,6 +41,10 @@ class _Scales(nn.Module):
         self.names = tuple(names)
         for name in weights or {}: choose('weights of term', name, self.names)
         if anchor is not None: choose('anchor', anchor, self.names)
+        for name, weight in (weights or {}).items():
+            if isinstance(weight, bool) or not isinstance(weight, int | float) or not isfinite(weight):
+                raise SpeechLossError(f'weights has {weight!r} for {name}: give a finite number')
+        if not 0 <= momentum <= 1: raise SpeechLossError(f'momentum is {momentum}: give a share in [0, 1]')
         self.mode, self.anchor, self.momentum = choose('balance', mode, _MODES), anchor, momentum
         self.weights = {name: (weights or {}).get(name, 1.) for name in self.names}
         self.pulled: Tensor | None = None     # sums of `realised`, and the steps in them
@@ -50,7 +57,7 @@ class _Scales(nn.Module):
 
     def _update(self, now: Tensor):
         "`now`: (terms,) the statistic of this step"
-        now = across_processes(now.detach().double())
+        now = across_processes(now.detach().to(self.running.dtype))
         if not now.isfinite().all():    # a bad batch must not spoil the running mean for ever
             return
         # by gradient a plain mean while it is young: the luck of the first batch must not stay for long
@@ -89,7 +96,8 @@ class Balancer(_Scales):
 
     - `names`: of the terms that `compute` returns
     - `mode`: 'none' (weights alone), 'value' (over the absolute value of the term, for each utterance), 'mean' (over
-      the running mean of that value), or 'grad' (over the running mean of the norm of its gradient at `enhanced`)
+      the running mean of that value), or 'grad' (over the running mean of the norm of its gradient at `enhanced`;
+      under `torch.inference_mode()`, before any has been taken, the weights alone)
     - `weights`: by name; a term without one has 1
     - `anchor`: name of the term that keeps its scale, to which the others are brought; None: all are brought to 1
     - `momentum`: of the running mean, in [0, 1]; 0.99 forgets within some 100 steps; at 'grad' the mean is a plain one
@@ -130,6 +138,9 @@ class Balancer(_Scales):
             terms = compute(enhanced)
             return {n: f.to(terms[n].dtype) * terms[n]
                     for n, f in zip(self.names, self._factors(self.running))}
+        if enhanced.is_inference():      # no gradient can be taken, and none has been: the weights alone
+            terms = compute(enhanced)
+            return {n: self.weights[n] * terms[n] for n in self.names}
         with torch.enable_grad():
             leaf = enhanced.detach().requires_grad_()
             terms = compute(leaf)

@@ -155,18 +155,24 @@ class Loss(Hooks, nn.Module):
     waves `(T,)`, `(B, T)` or `(B, C, T)`, nominally in [-1, 1], and gives their sum, reduced; see `forward`.
 
     - `reduction`: 'mean' or 'sum' over the batch, or 'none' for one value per utterance, `(B,)`
+    - `sample_rate`: of the waves in Hz; None: any
 
-    `SpeechLossError` for another `reduction`, unequal shapes or devices, and lengths outside of 1..T; TypeError for
-    what is no floating-point tensor.
+    `SpeechLossError` for another `reduction` or a rate that is no whole number above 0, unequal shapes or devices,
+    and lengths outside of 1..T; TypeError for what is no floating-point tensor.
 
     >>> class Offset(Loss):
     ...     def values(self, waves): return dict(offset=(waves.enhanced - waves.clean).mean(-1))
     >>> Offset(reduction='none')(torch.ones(2, 8), torch.zeros(2, 8))
     tensor([1., 1.])
     """
-    def __init__(self, *, reduction: str = 'mean'):
+    sample_rate: int | None   # Hz, of the waves; None: any
+
+    def __init__(self, *, reduction: str = 'mean', sample_rate: int | None = None):
         super().__init__()
         self.reduction = choose('reduction', reduction, REDUCTIONS)
+        if sample_rate is not None and (type(sample_rate) is not int or sample_rate <= 0):
+            raise SpeechLossError(f'sample_rate is {sample_rate!r}: give whole Hz above 0, or None for any')
+        self.sample_rate = sample_rate
 
     def values(self, waves: Waves) -> dict[str, Tensor]:
         """Return the named parts, each `(N,)` for the `N` folded waves of `waves`; their sum is the loss.

@@ -11,14 +11,15 @@ from os import PathLike
 
 from ..features.codec import CodecFeatures, CodecNet
 from .distance import FeatureDistance
+from ..signal.audio import SAMPLE_RATE
 
 # %% ../../nbs/losses/codec.ipynb #44bc9690
 class CodecLoss(FeatureDistance):
     """Measure the mean distance over layers of a network that imitates a codec; 0 at identity.
 
-    `loss(enhanced, clean)` takes waves `(T,)`, `(B, T)` or `(B, C, T)` in [-1, 1] at 16 kHz and gives a scalar of 0 or
-    more. Each layer is divided by the scale in the network's card, so that all count alike. The features are of
-    magnitudes: no gradient at exact silence, and a wrong phase costs little.
+    `loss(enhanced, clean)` takes waves `(T,)`, `(B, T)` or `(B, C, T)` in [-1, 1] at `sample_rate` and gives a
+    scalar of 0 or more. Each layer is divided by the scale in the network's card, so that all count alike. The
+    features are of magnitudes: no gradient at exact silence, and a wrong phase costs little.
 
     - `model`: 'mp3-16k' (shipped, imitates MP3 at 16 kbit/s), a folder that `save_network` or `train_codec` has
       written, or a `CodecNet` together with its `card`
@@ -30,6 +31,7 @@ class CodecLoss(FeatureDistance):
     - `window`: in training mode compare one random part of each utterance, of at most so many seconds; None: all of it
     - `cache`: keep the clean features of so many utterances, or parts of a window; 0: none
     - `random_seed`: draw new weights from this seed: the control that tells what training is worth; None: keep them
+    - `sample_rate`: of the waves in Hz; another one than the network's is resampled for it
     - `reduction`: 'mean' or 'sum' over the batch, or 'none' for one value per utterance, `(B,)`
 
     `SpeechLossError` for an unknown layer or option, a folder that holds no network, and a network without skill. In
@@ -43,8 +45,8 @@ class CodecLoss(FeatureDistance):
     def __init__(self, model: str | PathLike | CodecNet = 'mp3-16k', *, layers: str | Sequence[str] = 'all',
                  distance: str = 'l1', weights: Sequence[float] | dict[str, float] | None = None,
                  balance: str = 'none', card: dict | None = None, window: float | None = None, cache: int = 0,
-                 random_seed: int | None = None, reduction: str = 'mean'):
-        features = CodecFeatures(model, layers=layers, card=card, random_seed=random_seed)
+                 sample_rate: int = SAMPLE_RATE, random_seed: int | None = None, reduction: str = 'mean'):
+        features = CodecFeatures(model, layers=layers, card=card, random_seed=random_seed, sample_rate=sample_rate)
         super().__init__(features, distance=distance, weights=weights, balance=balance, window=window, cache=cache,
                          reduction=reduction)
         self._share_weights()

@@ -15,13 +15,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..common.errors import SpeechLossError, choose
-from ..features.base import Features
+from ..features.base import Features, KeepsPrecision
 from ..kernels.contrastive import DISTANCES, ContrastiveTerms, contrastive_terms
 from .base import Waves, full_precision, masked_mean, prepare
 from .curriculum import Curriculum, curriculum_weights
 from .distance import cosine_distance, feature_distance
 from .earlier import Earlier
-from .window import WindowedLoss
+from .window import WindowedLoss, rate_of_waves
 
 # %% ../../nbs/losses/contrastive.ipynb #1f21dc3f
 #: In place of zero, where a logarithm or a quotient is taken
@@ -157,8 +157,9 @@ _CLEAN_SHARE = 1e-6
 _LARGEST_MARGIN = 3.
 
 
-class _Contrast(WindowedLoss):
+class _Contrast(KeepsPrecision, WindowedLoss):
     "Make the negatives of a batch, their features and their weights; `seen` gathers by name what there is to log"
+    precise = ('weights',)
     features: Features
     clean_features: Features   # the same, or around them what keeps what they saw
     earlier: nn.ModuleDict
@@ -218,10 +219,11 @@ class _SeenInTraining:
 
     @torch.no_grad()
     def _count(self, seen: dict[str, Tensor], noisy: Tensor) -> None:
+        wide = torch.float32 if noisy.device.type == 'mps' else torch.float64
         for name, column in seen.items():
             # a pair without noise has nothing to share weights among
             good = column.isfinite() & noisy    # no selection by it, which would wait for a GPU
-            now = torch.stack([torch.where(good, column, 0).sum(dtype=torch.float64), good.sum()])
+            now = torch.stack([torch.where(good, column, 0).sum(dtype=wide), good.sum()])
             # what a checkpoint gave back lies on the CPU
             self._seen[name] = self._seen[name].to(now) + now if name in self._seen else now
 
@@ -308,6 +310,7 @@ class ContrastiveRegularization(_Ratios):
       the whole utterance, so that its outputs are those of inference, and `cache` holds for them; None: all of it
     - `cache`: keep the outputs of `earlier` for so many utterances, and as many clean features of utterances or parts;
       0: none
+    - `sample_rate`: of the waves in Hz; None: that of the features; another one than theirs is refused
     - `reduction`: 'mean' or 'sum' over the batch, or 'none' for one value per utterance, `(B,)`
 
     `SpeechLossError` for an unknown option, one that the form does not take, and a call without `noisy`; TypeError for
@@ -324,8 +327,9 @@ class ContrastiveRegularization(_Ratios):
                  weights: Sequence[float] | dict[str, float] | None = None,
                  curriculum: Curriculum | dict | None = None, eps: float = 1e-3, clamp: float | None = 10.,
                  push: bool = True, temperature: float = .1, window: float | None = None, cache: int = 0,
-                 reduction: str = 'mean'):
-        super().__init__(window=window, sample_rate=features.sample_rate, cache=cache, reduction=reduction)
+                 sample_rate: int | None = None, reduction: str = 'mean'):
+        super().__init__(window=window, sample_rate=rate_of_waves(sample_rate, features), cache=cache,
+                         reduction=reduction)
         _check_options(form, dict(distance=distance, eps=eps, clamp=clamp, push=push, temperature=temperature))
         self.form, self.push, self.eps, self.clamp, self.temperature = form, push, eps, clamp, temperature
         self.distance = distance if form == 'ratio' else 'cosine'    # in which margins are taken

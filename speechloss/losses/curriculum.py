@@ -7,9 +7,10 @@ __all__ = ['TIE', 'curriculum_weights', 'Curriculum', 'plot_curriculum']
 
 # %% ../../nbs/losses/curriculum.ipynb #5ab37b79
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..common.errors import SpeechLossError, choose
+from ..features.base import KeepsPrecision
 from .balance import across_processes
 
 # %% ../../nbs/losses/curriculum.ipynb #5e974b97
@@ -38,7 +39,7 @@ def curriculum_weights(
     return raw / raw.sum(-1, keepdim=True)
 
 # %% ../../nbs/losses/curriculum.ipynb #9ef4c9ef
-class Curriculum(nn.Module):
+class Curriculum(KeepsPrecision):
     """Weigh the negatives of a contrastive loss by how far the model has come.
 
     `curriculum(margins)` takes the margins `(B, K - 1)` over all negatives but the noisy wave, natural logarithms of
@@ -59,6 +60,7 @@ class Curriculum(nn.Module):
     tensor([[0.5714, 0.4286],
             [0.4444, 0.5556]])
     """
+    precise = ('margins',)
     margins: Tensor   # (others,) running means, at the level 'dataset'
     steps: Tensor     # (others,) how many each has seen
 

@@ -15,7 +15,7 @@ from ..common.errors import SpeechLossError, choose
 from ..features.base import Features
 from .balance import Balancer
 from .base import Waves, masked_mean
-from .window import WindowedLoss
+from .window import WindowedLoss, rate_of_waves
 from ..signal.spectra import EPS
 
 # %% ../../nbs/losses/distance.ipynb #a00725a7
@@ -78,6 +78,7 @@ class FeatureDistance(WindowedLoss):
     - `momentum`: of the running mean of `balance`, in [0, 1]
     - `window`: in training mode compare one random part of each utterance, of at most so many seconds; None: all of it
     - `cache`: keep the clean features of so many utterances, or parts of a window; 0: none
+    - `sample_rate`: of the waves in Hz; None: that of the features; another one than theirs is refused
     - `reduction`: 'mean' or 'sum' over the batch, or 'none' for one value per utterance, `(B,)`
 
     `SpeechLossError` for an unknown distance, balance or layer, and a window over features without `sample_rate`.
@@ -91,8 +92,10 @@ class FeatureDistance(WindowedLoss):
     def __init__(self, features: Features, *, distance: str = 'l1',
                  weights: Sequence[float] | dict[str, float] | None = None,
                  balance: str = 'none', standardize: bool = False, momentum: float = 0.99,
-                 window: float | None = None, cache: int = 0, reduction: str = 'mean'):
-        super().__init__(window=window, sample_rate=features.sample_rate, cache=cache, reduction=reduction)
+                 window: float | None = None, cache: int = 0, sample_rate: int | None = None,
+                 reduction: str = 'mean'):
+        super().__init__(window=window, sample_rate=rate_of_waves(sample_rate, features), cache=cache,
+                         reduction=reduction)
         self.features, self.standardize = self._caching(features), standardize
         self.distance = choose('distance', distance, _DISTANCES)
         self.balancer = Balancer(features.names, mode=balance, momentum=momentum,

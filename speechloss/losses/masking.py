@@ -36,7 +36,7 @@ class MaskingLoss(Loss):
     """
     def __init__(self, *, sample_rate: int = SAMPLE_RATE, n_fft: int = 512, hop_length: int = 256,
                  full_scale_db: float = 96., reduction: str = 'mean'):
-        super().__init__(reduction=reduction)
+        super().__init__(reduction=reduction, sample_rate=sample_rate)
         self.model = MaskingModel(sample_rate, n_fft, hop_length, full_scale_db)
 
     def values(self, waves):

@@ -103,6 +103,7 @@ class ModelAsLoss(_FollowingCopy):
     - `window`: in training mode compare one random part of each utterance, of at most so many seconds, which needs an
       attribute `sample_rate` of the model; None: all of it
     - `cache`: keep the clean features of so many utterances, or parts of a window; 0: none; not with 'dynamic'
+    - `sample_rate`: of the waves in Hz; None: that of the model, if it has one; another one than that is refused
     - `reduction`: 'mean' or 'sum' over the batch, or 'none' for one value per utterance, `(B,)`
 
     `SpeechLossError` for an unknown option and for `window` without a rate, TypeError for a model without `encode`.
@@ -121,14 +122,15 @@ class ModelAsLoss(_FollowingCopy):
                  ema: float = 0.999, layers: str | Sequence[int] = 'bottleneck', distance: str = 'l1',
                  weights: Sequence[float] | dict[str, float] | None = None,
                  balance: str = 'none', standardize: bool = False, window: float | None = None,
-                 cache: int = 0, reduction: str = 'mean'):
+                 cache: int = 0, sample_rate: int | None = None, reduction: str = 'mean'):
         choose('rule', rule, _RULES)
         choose('refresh', refresh, _REFRESH)
         if cache and rule == 'dynamic':
             raise SpeechLossError(f"cache is {cache} and rule 'dynamic': the features of a copy that moves become "
                                   "stale, so keep none, or take the rule 'frozen'")
         super().__init__(EncoderFeatures(unwrapped(model), layers=layers), distance=distance, weights=weights,
-                         balance=balance, standardize=standardize, window=window, cache=cache, reduction=reduction)
+                         balance=balance, standardize=standardize, window=window, cache=cache,
+                         sample_rate=sample_rate, reduction=reduction)
         self.rule, self.refresh, self.ema = rule, refresh, ema
 
     def extra_repr(self):

@@ -16,44 +16,14 @@ from ..common.errors import SpeechLossError
 from .balance import Balancer
 from .base import Loss
 
-# %% ../../nbs/losses/objective.ipynb #42a708ce
+# %% ../../nbs/losses/objective.ipynb #5e7e7a10
 _PULLED = 'balancer/pulled'     # no loss has a slash in its name
 
 
-class Objective(Loss):
-    """Add several losses, weighted and balanced, and call them as one.
-
-    `objective(enhanced, clean, noisy=..., lengths=...)` takes what a single loss takes and gives the sum of its terms;
-    at identity it is the sum of their values there. `terms()` gives one value per loss. With a balance other than
-    'none' the first loss is the anchor: it keeps its scale, and the others are brought to it.
-
-    - `losses`: by name, each a `Loss`
-    - `weights`: by name; a loss without one has 1
-    - `balance`: 'none', 'value', 'mean' or 'grad', the `mode` of `Balancer`
-    - `momentum`: of the running mean of `balance`, in [0, 1]
-    - `reduction`: 'mean' or 'sum' over the batch, or 'none' for one value per utterance, `(B,)`
-
-    `SpeechLossError` when there is no loss, and for an unknown weight or balance.
-
-    >>> objective = Objective(dict(l1=WaveL1Loss(), l2=WaveL2Loss()), weights=dict(l2=10.))
-    >>> objective.terms(torch.full((2, 8), .5), torch.zeros(2, 8))
-    {'l1': tensor(0.5000), 'l2': tensor(2.5000)}
-    """
-    def __init__(self, losses: dict[str, Loss], *, weights: dict[str, float] | None = None,
-                 balance: str = 'none', momentum: float = 0.99, reduction: str = 'mean'):
-        super().__init__(reduction=reduction)
-        if not losses:
-            raise SpeechLossError('losses is empty: give at least one loss by name')
-        self.losses = nn.ModuleDict(losses)
-        self.balancer = Balancer(losses, mode=balance, weights=weights, momentum=momentum,
-                                 anchor=None if balance == 'none' else next(iter(losses)))
-
-    def values(self, waves):
-        def compute(enhanced):
-            now = waves._replace(enhanced=enhanced)
-            return {name: loss.total(now) for name, loss in self._by_name().items()}
-
-        return self.balancer(compute, waves.enhanced)
+class _Several(Loss):
+    "Pass on to several losses what a training tells them, and gather what they tell it"
+    losses: nn.ModuleDict
+    balancer: Balancer
 
     def step_end(self, model: nn.Module) -> None:
         "Tell every loss that an optimiser step is done"
@@ -97,3 +67,63 @@ class Objective(Loss):
     def _gathered(each: dict[str, dict]) -> dict:
         "Put the entries of several dictionaries into one, as 'name.key'"
         return {f'{name}.{key}': value for name, found in each.items() for key, value in found.items()}
+
+# %% ../../nbs/losses/objective.ipynb #42a708ce
+def _check_term(name: str, loss: nn.Module) -> None:
+    if not isinstance(name, str) or not name or '.' in name or hasattr(nn.ModuleDict(), name):
+        raise SpeechLossError(f'losses has the name {name!r}, which is empty, has a dot or is taken by torch: give it '
+                              f'another, such as {f"{name}_loss".replace(".", "_")!r}')
+    if not isinstance(loss, Loss):
+        raise TypeError(f'loss {name!r} is {type(loss).__name__}, which is no Loss: write a subclass of Loss whose '
+                        'values(waves) calls it')
+
+
+def _common_rate(losses: dict[str, Loss], sample_rate: int | None) -> int | None:
+    "Return the rate of all losses, in Hz; None where none depends on it"
+    rates = {name: loss.sample_rate for name, loss in losses.items() if loss.sample_rate}
+    wanted = sample_rate or next(iter(rates.values()), None)
+    if other := [name for name, rate in rates.items() if rate != wanted]:
+        raise SpeechLossError(f'loss {other[0]!r} is for waves of {rates[other[0]]} Hz and the others are for '
+                              f'{wanted} Hz: give them one sample_rate')
+    return wanted
+
+
+class Objective(_Several):
+    """Add several losses, weighted and balanced, and call them as one.
+
+    `objective(enhanced, clean, noisy=..., lengths=...)` takes what a single loss takes and gives the sum of its terms;
+    at identity it is the sum of their values there. `terms()` gives one value per loss. With a balance other than
+    'none' the first loss is the anchor: it keeps its scale, and the others are brought to it.
+
+    - `losses`: by name, each a `Loss`
+    - `weights`: by name; a loss without one has 1
+    - `balance`: 'none', 'value', 'mean' or 'grad', the `mode` of `Balancer`
+    - `momentum`: of the running mean of `balance`, in [0, 1]
+    - `sample_rate`: of the waves in Hz, which all losses that depend on it must have; None: that of these losses
+    - `reduction`: 'mean' or 'sum' over the batch, or 'none' for one value per utterance, `(B,)`
+
+    `SpeechLossError` when there is no loss, for an unknown weight or balance, and for a name that a module cannot have
+    (such as 'type' or 'a.b'); TypeError for what is no `Loss`.
+
+    >>> objective = Objective(dict(l1=WaveL1Loss(), l2=WaveL2Loss()), weights=dict(l2=10.))
+    >>> objective.terms(torch.full((2, 8), .5), torch.zeros(2, 8))
+    {'l1': tensor(0.5000), 'l2': tensor(2.5000)}
+    """
+    def __init__(self, losses: dict[str, Loss], *, weights: dict[str, float] | None = None,
+                 balance: str = 'none', momentum: float = 0.99, sample_rate: int | None = None,
+                 reduction: str = 'mean'):
+        super().__init__(reduction=reduction, sample_rate=sample_rate)
+        if not losses:
+            raise SpeechLossError('losses is empty: give at least one loss by name')
+        for name, loss in losses.items(): _check_term(name, loss)
+        self.sample_rate = _common_rate(losses, sample_rate)
+        self.losses = nn.ModuleDict(losses)
+        self.balancer = Balancer(losses, mode=balance, weights=weights, momentum=momentum,
+                                 anchor=None if balance == 'none' else next(iter(losses)))
+
+    def values(self, waves):
+        def compute(enhanced):
+            now = waves._replace(enhanced=enhanced)
+            return {name: loss.total(now) for name, loss in self._by_name().items()}
+
+        return self.balancer(compute, waves.enhanced)

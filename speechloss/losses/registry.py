@@ -75,9 +75,9 @@ CARDS = {card.name: card for card in (
     Card('ssl', SSLLoss, 'a self-supervised speech network', '0', 'depends', 'depends',
          'Sato et al. 2023', 'https://arxiv.org/abs/2305.14723', rate='told'),
     Card('codec', CodecLoss, 'a network that imitates MP3', '0', 'yes', 'no', 'Ananthabhotla et al. 2019',
-         'https://hdl.handle.net/1721.1/137115', rate='16000'),
+         'https://hdl.handle.net/1721.1/137115', rate='told'),
     Card('vq', VQLoss, 'a vector-quantised autoencoder of clean speech', '0', 'no', 'no', 'Fu et al. 2024',
-         'https://arxiv.org/abs/2402.16321', rate='16000'),
+         'https://arxiv.org/abs/2402.16321', rate='told'),
     Card('contrastive', ContrastiveRegularization, 'any features, with negatives', '0', 'depends', 'depends',
          'Xu et al. 2024', 'https://ieeexplore.ieee.org/document/10445912', largest='clamp', needs='clean, noisy'),
 )}
@@ -181,7 +181,8 @@ def build_objective(
 ) -> Objective:
     """Return an objective from plain data: `terms` by name, and the options of `Objective`.
 
-    `SpeechLossError` when there are no terms, and for what `build` does not know.
+    A `sample_rate` is that of all terms which take one and state none. `SpeechLossError` when there are no terms, and
+    for what `build` does not know.
 
     >>> build_objective(dict(terms=dict(a='wave_l1', b='wave_l2'), weights=dict(b=2.)))(torch.ones(8), torch.zeros(8))
     tensor(3.)
@@ -190,8 +191,20 @@ def build_objective(
     terms = spec.pop('terms', None)
     if not isinstance(terms, dict) or not terms:
         raise SpeechLossError(f'terms is {terms!r}: give a loss, or {{"name": ..., options}}, by name')
+    if rate := spec.get('sample_rate'): terms = {name: _at_rate(term, rate) for name, term in terms.items()}
     return Objective({name: build(term, model=model, load=load) for name, term in terms.items()},
                      **spec)
+
+
+def _at_rate(spec, rate: int, kind: str = 'losses'):
+    "Return the spec of a loss, of features, or of a sum with the rate of its waves, unless it states one"
+    named = {'name': spec} if isinstance(spec, str) else spec
+    if not isinstance(named, dict): return spec
+    name, known = named.get('name', ''), [*CARDS] if kind == 'losses' else [*FEATURES]
+    if name not in known and name not in PRESETS and not ('terms' in named and not name): return spec
+    filled = _FILLED_IN.get(name, {}) | named if kind == 'losses' else dict(named)
+    if 'features' in filled: filled['features'] = _at_rate(filled['features'], rate, 'features')
+    return dict(sample_rate=rate) | filled
 
 # %% ../../nbs/losses/registry.ipynb #556afe53
 def default_options(

@@ -16,9 +16,11 @@ from torch import Tensor, nn
 
 from ..common.errors import SpeechLossError, choose
 
+from ..features.base import KeepsPrecision
 from ..kernels.framing import WINDOWS, window_of
 from ..kernels.stft_distance import EPS, SC_FLOOR, TERMS, Resolution, stft_distance
 from .base import Loss, prepare
+from ..signal.audio import SAMPLE_RATE
 from ..signal.spectra import frame_count, istft, mel_filters, stft
 
 # %% ../../nbs/losses/spectral.ipynb #e849f3c0
@@ -28,7 +30,7 @@ def _resolutions(resolutions, window: str = 'hann', *, mean: bool = False) -> li
     return [replace(r, weight=r.weight / len(made)) for r in made] if mean else made
 
 
-class SpectralLoss(Loss):
+class SpectralLoss(KeepsPrecision, Loss):
     """Add weighted terms of spectra at several resolutions; 0 at identity.
 
     `loss(enhanced, clean)` takes waves `(T,)`, `(B, T)` or `(B, C, T)` in [-1, 1] and gives a scalar of 0 or more.
@@ -45,6 +47,7 @@ class SpectralLoss(Loss):
     - `sc_floor`: added under the norm of 'sc', for clean waves that are silent
     - `offset`: added to a magnitude before its logarithm
     - `backend`: what computes it: 'auto' (the kernel where there is one), 'triton' or 'torch'
+    - `sample_rate`: of the waves in Hz, for an `Objective` to compare; the value does not depend on it; None: any
     - `reduction`: 'mean' or 'sum' over the batch, or 'none' for one value per utterance, `(B,)`
 
     `SpeechLossError` for unknown terms, and waves shorter than half a frame. It is one fused kernel, see
@@ -58,25 +61,19 @@ class SpectralLoss(Loss):
     def __init__(self, resolutions: Sequence[Resolution | tuple], terms: dict[str, float], *,
                  banks: Sequence[Tensor] | None = None, eps: float = EPS, floor: str = 'smooth',
                  power: float = 0.3, norm: str = 'utterance', sc_floor: float = SC_FLOOR, offset: float = 0.,
-                 backend: str = 'auto', reduction: str = 'mean'):
-        super().__init__(reduction=reduction)
+                 backend: str = 'auto', sample_rate: int | None = None, reduction: str = 'mean'):
+        super().__init__(reduction=reduction, sample_rate=sample_rate)
         if not terms or set(terms) - set(TERMS):
             raise SpeechLossError(f'terms is {terms}: give weights for some of {", ".join(TERMS)}')
         self.resolutions, self.weights = _resolutions(resolutions), dict(terms)
         self.options = dict(eps=eps, floor=floor, power=power, norm=norm, sc_floor=sc_floor,
                             offset=offset, backend=backend)
-        self.exact = [bank.detach().float() for bank in banks or ()]
-        for k, bank in enumerate(self.exact): self.register_buffer(f'bank{k}', bank, persistent=False)
-
-    def _apply(self, fn, recurse=True):
-        "Move the banks with the module, but keep them float32: a model in bfloat16 must not round them"
-        super()._apply(fn, recurse)
-        for k, bank in enumerate(self.exact):
-            self._buffers[f'bank{k}'] = bank.to(getattr(self, f'bank{k}').device)
-        return self
+        self.precise = tuple(f'bank{k}' for k, _ in enumerate(banks or ()))   # a model in bfloat16 must not round them
+        for name, bank in zip(self.precise, banks or ()):
+            self.register_buffer(name, bank.detach().float(), persistent=False)
 
     def _distances(self, waves, **more):
-        banks = [getattr(self, f'bank{k}') for k in range(len(self.exact))] or None
+        banks = [getattr(self, name) for name in self.precise] or None
         return stft_distance(waves.enhanced, waves.clean, self.resolutions, tuple(self.weights),
                              lengths=waves.lengths, filters=banks, **self.options, **more).values
 
@@ -135,6 +132,7 @@ class MultiResolutionSTFTLoss(SpectralLoss):
     - `window`: 'hann', 'hamming' or another of `speechloss.kernels.framing.WINDOWS`
     - `eps`: floor of the power of a bin
     - `backend`: what computes it: 'auto' (the kernel where there is one), 'triton' or 'torch'
+    - `sample_rate`: of the waves in Hz, for an `Objective` to compare; the value does not depend on it; None: any
     - `reduction`: 'mean' or 'sum' over the batch, or 'none' for one value per utterance, `(B,)`
 
     `SpeechLossError` for unknown terms, and waves shorter than half the longest frame. Source: Yamamoto, Song and Kim,
@@ -147,10 +145,10 @@ class MultiResolutionSTFTLoss(SpectralLoss):
     """
     def __init__(self, *, resolutions: Sequence[tuple] = RESOLUTIONS,
                  terms: dict[str, float] | None = None, window: str = 'hann', eps: float = EPS,
-                 backend: str = 'auto', reduction: str = 'mean'):
+                 backend: str = 'auto', sample_rate: int | None = None, reduction: str = 'mean'):
         super().__init__(_resolutions(resolutions, window, mean=True),
                          dict(sc=1., log_l1=1.) if terms is None else terms, eps=eps, backend=backend,
-                         reduction=reduction)
+                         sample_rate=sample_rate, reduction=reduction)
 
 # %% ../../nbs/losses/spectral.ipynb #c18c991b
 class STFTLoss(MultiResolutionSTFTLoss):
@@ -168,6 +166,7 @@ class STFTLoss(MultiResolutionSTFTLoss):
     - `window`: 'hann', 'hamming' or another of `speechloss.kernels.framing.WINDOWS`
     - `eps`: floor of the power of a bin
     - `backend`: what computes it: 'auto' (the kernel where there is one), 'triton' or 'torch'
+    - `sample_rate`: of the waves in Hz, for an `Objective` to compare; the value does not depend on it; None: any
     - `reduction`: 'mean' or 'sum' over the batch, or 'none' for one value per utterance, `(B,)`
 
     `SpeechLossError` for unknown terms, and waves shorter than half a frame. Source: Arik, Jun and Diamos, *Fast
@@ -180,16 +179,16 @@ class STFTLoss(MultiResolutionSTFTLoss):
     """
     def __init__(self, *, n_fft: int = 1024, hop_length: int = 256, win_length: int | None = None,
                  terms: dict[str, float] | None = None, window: str = 'hann', eps: float = EPS,
-                 backend: str = 'auto', reduction: str = 'mean'):
+                 backend: str = 'auto', sample_rate: int | None = None, reduction: str = 'mean'):
         super().__init__(resolutions=[(n_fft, hop_length, win_length)], terms=terms,
-                         window=window, eps=eps, backend=backend, reduction=reduction)
+                         window=window, eps=eps, backend=backend, sample_rate=sample_rate, reduction=reduction)
 
 # %% ../../nbs/losses/spectral.ipynb #37294781
 def mel(
     enhanced: Tensor,               # (T,), (B, T) or (B, C, T)
     clean: Tensor,                  # same shape
     *,
-    sample_rate: int,               # Hz
+    sample_rate: int = SAMPLE_RATE, # Hz
     resolutions: Sequence[tuple] = ((1024, 256, 1024),),   # of (n_fft, hop_length, win_length)
     n_mels: int | Sequence[int] = 80,        # filters, one number or one for each resolution
     terms: dict[str, float] | None = None,   # weight per term; None: dict(log_l1=1.)
@@ -238,7 +237,7 @@ class MelLoss(SpectralLoss):
     >>> loss(clean, clean), loss(clean + clean.roll(3) ** 2, clean) > 0
     (tensor(0.), tensor(True))
     """
-    def __init__(self, *, sample_rate: int, resolutions: Sequence[tuple] = ((1024, 256, 1024),),
+    def __init__(self, *, sample_rate: int = SAMPLE_RATE, resolutions: Sequence[tuple] = ((1024, 256, 1024),),
                  n_mels: int | Sequence[int] = 80, terms: dict[str, float] | None = None, f_min: float = 0.,
                  f_max: float | None = None,
                  offset: float = 1e-5, eps: float = EPS, backend: str = 'auto', reduction: str = 'mean'):
@@ -250,7 +249,7 @@ class MelLoss(SpectralLoss):
         banks = [mel_filters(n, r.n_fft, sample_rate, f_min=f_min, f_max=f_max)
                  for n, r in zip(counts, made)]
         super().__init__(made, dict(log_l1=1.) if terms is None else terms, banks=banks, eps=eps, offset=offset,
-                         backend=backend, reduction=reduction)
+                         backend=backend, sample_rate=sample_rate, reduction=reduction)
 
 # %% ../../nbs/losses/spectral.ipynb #971ec520
 def compressed_complex(
@@ -287,6 +286,7 @@ class CompressedComplexLoss(SpectralLoss):
     - `power`: exponent c of the magnitude, in (0, 1]
     - `share`: weight of the complex part, in [0, 1]
     - `backend`: what computes it: 'auto' (the kernel where there is one), 'triton' or 'torch'
+    - `sample_rate`: of the waves in Hz, for an `Objective` to compare; the value does not depend on it; None: any
     - `reduction`: 'mean' or 'sum' over the batch, or 'none' for one value per utterance, `(B,)`
 
     `SpeechLossError` for a power or share out of range, and waves shorter than half a frame. Source: Braun and Tashev,
@@ -298,12 +298,12 @@ class CompressedComplexLoss(SpectralLoss):
     (tensor(0.), tensor(True))
     """
     def __init__(self, *, n_fft: int = 512, hop_length: int = 128, power: float = 0.3,
-                 share: float = 0.3, backend: str = 'auto', reduction: str = 'mean'):
+                 share: float = 0.3, backend: str = 'auto', sample_rate: int | None = None, reduction: str = 'mean'):
         if not 0 < power <= 1 or not 0 <= share <= 1:
             raise SpeechLossError(f'power is {power} and share is {share}: '
                                   'power must lie in (0, 1] and share in [0, 1]')
         super().__init__([Resolution(n_fft, hop_length)], dict(compressed=1 - share, complex=share),
-                         power=power, backend=backend, reduction=reduction)
+                         power=power, backend=backend, sample_rate=sample_rate, reduction=reduction)
 
 # %% ../../nbs/losses/spectral.ipynb #645ca020
 def _dac_mel(sample_rate, **options):

@@ -11,14 +11,15 @@ from os import PathLike
 
 from ..features.vqvae import VQFeatures, VQVAE
 from .distance import FeatureDistance
+from ..signal.audio import SAMPLE_RATE
 
 # %% ../../nbs/losses/vq.ipynb #58692093
 class VQLoss(FeatureDistance):
     """Measure the mean distance over layers of a vector-quantised autoencoder of clean speech; 0 at identity.
 
-    `loss(enhanced, clean)` takes waves `(T,)`, `(B, T)` or `(B, C, T)` in [-1, 1] at 16 kHz and gives a scalar of 0 or
-    more. Level and phase do not count; no gradient where the enhanced wave is silent (below -140 dB against full
-    scale).
+    `loss(enhanced, clean)` takes waves `(T,)`, `(B, T)` or `(B, C, T)` in [-1, 1] at `sample_rate` and gives a
+    scalar of 0 or more. Level and phase do not count; no gradient where the enhanced wave is silent (below -140 dB
+    against full scale).
 
     - `model`: 'vq-speech' (shipped), a folder that `save_network` or `train_vqvae` has written, or a `VQVAE`
     - `layers`: 'vectors' (what the codebook sees), 'all', a name such as 'pair1', or several names
@@ -28,6 +29,7 @@ class VQLoss(FeatureDistance):
     - `window`: in training mode compare one random part of each utterance, of at most so many seconds; None: all of it
     - `cache`: keep the clean features of so many utterances, or parts of a window; 0: none
     - `random_seed`: draw new weights from this seed: the control that tells what training is worth; None: keep them
+    - `sample_rate`: of the waves in Hz; another one than the network's is resampled for it
     - `reduction`: 'mean' or 'sum' over the batch, or 'none' for one value per utterance, `(B,)`
 
     `SpeechLossError` for an unknown layer or option and for a folder that holds no network. The network is that of Fu
@@ -41,8 +43,8 @@ class VQLoss(FeatureDistance):
     def __init__(self, model: str | PathLike | VQVAE = 'vq-speech', *, layers: str | Sequence[str] = 'vectors',
                  distance: str = 'l1', weights: Sequence[float] | dict[str, float] | None = None,
                  balance: str = 'none', window: float | None = None, cache: int = 0,
-                 random_seed: int | None = None, reduction: str = 'mean'):
-        features = VQFeatures(model, layers=layers, random_seed=random_seed)
+                 sample_rate: int = SAMPLE_RATE, random_seed: int | None = None, reduction: str = 'mean'):
+        features = VQFeatures(model, layers=layers, random_seed=random_seed, sample_rate=sample_rate)
         super().__init__(features, distance=distance, weights=weights, balance=balance, window=window, cache=cache,
                          reduction=reduction)
         self._share_weights()

@@ -9,6 +9,7 @@ __all__ = ['snr', 'si_sdr', 'SNRLoss', 'SISDRLoss', 'wave_l1', 'wave_l2', 'WaveL
 import torch
 from torch import Tensor
 
+from ..common.errors import SpeechLossError
 from .base import Loss, Waves, mean_over, prepare
 
 # %% ../../nbs/losses/waveform.ipynb #15563825
@@ -84,6 +85,11 @@ def si_sdr(
     return waves.unfold(_si_sdr(waves, max_db, zero_mean))
 
 # %% ../../nbs/losses/waveform.ipynb #7671e192
+def _check_limit(max_db: float) -> float:
+    if not 0 < max_db < float('inf'): raise SpeechLossError(f'max_db is {max_db}: give a ratio in dB above 0')
+    return max_db
+
+
 class SNRLoss(Loss):
     """Measure the signal-to-noise ratio in dB, negated so that lower is better; `-max_db` at identity.
 
@@ -91,6 +97,7 @@ class SNRLoss(Loss):
     `-max_db`. A silent clean wave counts as one of -120 dBFS.
 
     - `max_db`: the largest ratio, in dB, that the enhanced wave can reach
+    - `sample_rate`: of the waves in Hz, for an `Objective` to compare; the value does not depend on it; None: any
     - `reduction`: 'mean' or 'sum' over the batch, or 'none' for one value per utterance, `(B,)`
 
     `SpeechLossError` for waves of unequal shape. Source: textbook.
@@ -98,9 +105,9 @@ class SNRLoss(Loss):
     >>> SNRLoss(max_db=60.)(torch.full((2, 8), .11), torch.full((2, 8), .1)).round(decimals=2)
     tensor(-20.)
     """
-    def __init__(self, *, max_db: float = 100., reduction: str = 'mean'):
-        super().__init__(reduction=reduction)
-        self.max_db = max_db
+    def __init__(self, *, max_db: float = 100., sample_rate: int | None = None, reduction: str = 'mean'):
+        super().__init__(reduction=reduction, sample_rate=sample_rate)
+        self.max_db = _check_limit(max_db)
 
     def values(self, waves):
         return {'snr': -_snr(waves, self.max_db)}
@@ -115,6 +122,7 @@ class SISDRLoss(Loss):
 
     - `max_db`: the largest ratio, in dB, that the enhanced wave can reach
     - `zero_mean`: subtract the mean of both waves first
+    - `sample_rate`: of the waves in Hz, for an `Objective` to compare; the value does not depend on it; None: any
     - `reduction`: 'mean' or 'sum' over the batch, or 'none' for one value per utterance, `(B,)`
 
     `SpeechLossError` for waves of unequal shape. Source: Le Roux et al., *SDR: half-baked or well done?*, ICASSP 2019,
@@ -123,9 +131,10 @@ class SISDRLoss(Loss):
     >>> SISDRLoss(max_db=50.)(torch.tensor([1., 1., -2.]), torch.tensor([1., 0., -1.])).round()
     tensor(-5.)
     """
-    def __init__(self, *, max_db: float = 100., zero_mean: bool = True, reduction: str = 'mean'):
-        super().__init__(reduction=reduction)
-        self.max_db, self.zero_mean = max_db, zero_mean
+    def __init__(self, *, max_db: float = 100., zero_mean: bool = True, sample_rate: int | None = None,
+                 reduction: str = 'mean'):
+        super().__init__(reduction=reduction, sample_rate=sample_rate)
+        self.max_db, self.zero_mean = _check_limit(max_db), zero_mean
 
     def values(self, waves):
         return {'si_sdr': -_si_sdr(waves, self.max_db, self.zero_mean)}
@@ -166,6 +175,7 @@ class WaveL1Loss(Loss):
 
     `loss(enhanced, clean)` takes waves `(T,)`, `(B, T)` or `(B, C, T)` in [-1, 1] and gives a scalar of 0 or more.
 
+    - `sample_rate`: of the waves in Hz, for an `Objective` to compare; the value does not depend on it; None: any
     - `reduction`: 'mean' or 'sum' over the batch, or 'none' for one value per utterance, `(B,)`
 
     `SpeechLossError` for waves of unequal shape. Source: textbook.
@@ -182,6 +192,7 @@ class WaveL2Loss(Loss):
 
     `loss(enhanced, clean)` takes waves `(T,)`, `(B, T)` or `(B, C, T)` in [-1, 1] and gives a scalar of 0 or more.
 
+    - `sample_rate`: of the waves in Hz, for an `Objective` to compare; the value does not depend on it; None: any
     - `reduction`: 'mean' or 'sum' over the batch, or 'none' for one value per utterance, `(B,)`
 
     `SpeechLossError` for waves of unequal shape. Source: textbook.

@@ -119,7 +119,8 @@ class VQScore(nn.Module):
         check_floating('wave', wave)
         if wave.ndim not in (1, 2, 3) or not wave.numel():
             raise ValueError(f'wave has shape {tuple(wave.shape)}: give (T,), (B, T) or (B, C, T), not empty')
-        if lengths is not None and wave.ndim == 3: lengths = lengths.repeat_interleave(wave.shape[1])
+        if lengths is not None and wave.ndim == 3:
+            lengths = torch.as_tensor(lengths, device=wave.device).repeat_interleave(wave.shape[1])
         found = self.details(wave.reshape(-1, wave.shape[-1]), lengths)
         score, heard = found.score.view(wave.shape[:-1]), ~found.silent.view(wave.shape[:-1])
         if wave.ndim < 3: return score, heard
@@ -134,9 +135,10 @@ class VQScore(nn.Module):
         if lengths is not None: lengths = check_lengths(lengths, len(wave), wave.shape[-1], wave.device)
         with torch.autocast(wave.device.type, enabled=False):
             net, kind = cast(VQVAE, self.frozen.net), torch.float64 if wave.dtype == torch.float64 else torch.float32
-            wave = wave.to(next(net.parameters()).dtype)
-            wave, silent = at_level(wave, lengths, self.level)
+            inside = next(net.parameters()).dtype      # half precision is for the network alone
+            wave, silent = at_level(wave.to(torch.promote_types(inside, torch.float32)), lengths, self.level)
             spectrum, mask = net.spectrum(wave, lengths)
+            spectrum = spectrum.to(inside)
             vectors, found = net.encode(spectrum, mask), None
             if net.codebook is not None:
                 found = net.codebook(vectors, None if lengths is None else mask.sum(-1), update=False)

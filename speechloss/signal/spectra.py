@@ -182,9 +182,13 @@ def mel_filters(
 ) -> Tensor:                    # float64 (bins, n_mels), on the CPU
     """Triangular mel filter bank.
 
-    `SpeechLossError` when a filter would hold no bin.
+    `SpeechLossError` when there is no filter, one would hold no bin, or an edge lies beyond half the sample rate.
     """
-    f_max = f_max or sample_rate / 2
+    f_max = sample_rate / 2 if f_max is None else f_max
+    if n_mels < 1: raise SpeechLossError(f'n_mels is {n_mels}: give at least one filter')
+    if not 0 <= f_min < f_max <= sample_rate / 2:
+        raise SpeechLossError(f'f_min is {f_min} Hz and f_max {f_max} Hz: give edges in ascending order, at most '
+                              f'{sample_rate / 2:g} Hz, half of the sample rate')
     bins = torch.linspace(0, sample_rate / 2, n_fft // 2 + 1, dtype=torch.float64)
     points = torch.linspace(hz_to_mel(f_min, scale), hz_to_mel(f_max, scale),
                             n_mels + 2, dtype=torch.float64)
