@@ -26,6 +26,7 @@ from speechloss.models import enhancer, load_enhancer
 from speechloss.training import checkpoints, fit, loop, Recipe, read_log, train, train_many
 from speechloss.training.enhancer import data_of, model_of
 from speechloss.training.recipe import BASE, recipe_fields
+from speechloss.training.run_folder import is_finished, write_recipe
 from speechloss.training.state import PATIENCE, TrainingState
 
 
@@ -300,6 +301,21 @@ def test_full_disk(recipe, whole, tmp_path, monkeypatch):
     assert checkpoints.latest(tmp_path / 'full/checkpoints')[0] == 6
     train(recipe, tmp_path / 'full')
     assert weights(tmp_path / 'full/final') == weights(whole / 'final')
+
+
+def test_a_run_goes_on_under_another_spelling(tmp_path, monkeypatch):
+    """The same manifest by another path, and 1 for 1.0, are the same run; what differs in others is named."""
+    monkeypatch.chdir(tmp_path)
+    run, about = tmp_path / 'run', dict(corpus_hash='abc')
+    first = Recipe(corpus='m.jsonl', lr=1., snr=(-5, 20))
+    write_recipe(run, first, about)
+    for same in (first, replace(first, corpus=f'{tmp_path}/m.jsonl', lr=1), replace(first, corpus='./m.jsonl'),
+                 replace(first, snr=[-5., 20.]), replace(first, threads=2)):
+        assert not is_finished(run, same, about)
+    for other, field in ((replace(first, lr=.5), 'lr was 1.0 and is 0.5'), (replace(first, corpus='mini'), 'corpus'),
+                         (replace(first, snr=(0, 20)), 'snr')):
+        with pytest.raises(TrainingError, match=f'another run.*{field}'): is_finished(run, other, about)
+    with pytest.raises(TrainingError): is_finished(run, replace(first, corpus='./m.jsonl'), dict(corpus_hash='other'))
 
 
 def test_another_runs_folder(recipe, tmp_path):

@@ -14,7 +14,7 @@ from ..common.errors import TrainingError
 from ..common.files import write_text, write_folder, writing
 from ..common.libraries import extra
 from ..common.weights import save_tensors
-from .recipe import Recipe
+from .recipe import NOT_IN_KEY, Recipe
 from .state import TrainingState
 
 # %% ../../nbs/training/run_folder.ipynb #def37ec4
@@ -34,10 +34,10 @@ def is_finished(
 def _check_same_run(record: Path, recipe: Recipe, about: dict) -> None:
     try: there = json.loads(record.read_text(encoding='utf-8'))
     except ValueError: there = {}
-    if there.get('key') != recipe.key:
+    if there.get('key') != recipe.key and not _is_spelled_otherwise(there, recipe, about):
         raise TrainingError(
             f'{record.parent} holds another run (key {there.get("key", "unreadable")[:12]}, '
-            f'this one has {recipe.key[:12]}): choose another folder')
+            f'this one has {recipe.key[:12]}{_differing(there, recipe)}): choose another folder')
     if there.get('corpus_hash') != about.get('corpus_hash'):
         raise TrainingError(f'{record.parent} holds a run on other recordings of the corpus '
                             f'{recipe.corpus!r}: remove it or choose another folder')
@@ -53,6 +53,22 @@ def write_recipe(
         out.mkdir(parents=True, exist_ok=True)
         write_text(out / 'recipe.json', json.dumps(
             dict(key=recipe.key, recipe=asdict(recipe), **about), indent=1))
+
+
+def _is_spelled_otherwise(there: dict, recipe: Recipe, about: dict) -> bool:
+    "Return whether a folder holds this very run under another path of its manifest, or with 1 for 1.0"
+    known = about.get('corpus_hash')
+    try:
+        before = Recipe.from_dict(there['recipe'])
+        return before.key == there['key'] and before.means_what(
+            recipe, same_corpus=known is not None and known == there.get('corpus_hash'))
+    except (KeyError, TypeError, ValueError): return False
+
+
+def _differing(there: dict, recipe: Recipe) -> str:
+    before, now = there.get('recipe') or {}, json.loads(json.dumps(asdict(recipe)))
+    return ''.join(f'; {name} was {before[name]!r} and is {value!r}' for name, value in now.items()
+                   if name in before and before[name] != value and name not in NOT_IN_KEY)[:300]
 
 # %% ../../nbs/training/run_folder.ipynb #0d874c7c
 class Log:
