@@ -69,8 +69,8 @@ pytest: browser
 	@echo '== pytest: export in sync, notebooks clean, wheel, numerics, faults, the site in a browser'
 	@$(run) -m pytest -n 2
 
-bench: $(ready)  ## time the kernels beside their rivals, rows appended to benchmarks/rows.csv
-	@$(run) -m benchmarks.run
+bench: $(ready)  ## time the kernels beside their rivals, rows appended to benchmarks/own_rows.csv
+	@$(run) -m benchmarks.run --own
 
 # On a machine without an environment: python benchmarks/gpu.py, with torch, triton, numpy and pytest.
 gpu: $(ready)  ## check and time the kernels on this machine's GPU in ten minutes, rows in build/gpu

@@ -1,14 +1,16 @@
 """Run benchmarks and append their rows to the table.
 
     python -m benchmarks.run [stft|contrastive|info_nce|nearest_code|ssl|codec|vq|ccr ...]
-                             [--repeats N] [--threads N] [--dry]
+                             [--repeats N] [--threads N] [--dry | --own]
 
-The table, `benchmarks/rows.csv`, is append-only; --dry prints and leaves it alone.
+The table, `benchmarks/rows.csv`, is append-only, and pages are drawn from it; --dry prints and leaves it alone, --own
+(`make bench`) appends to `benchmarks/own_rows.csv`, which git ignores.
 """
 import argparse
 import csv
 import json
 from importlib import import_module
+from pathlib import Path
 
 import torch
 
@@ -16,11 +18,12 @@ from .common import COLUMNS, ROOT, measure, own_peak
 
 MODULES = ('stft', 'contrastive', 'info_nce', 'nearest_code', 'ssl', 'codec', 'vq', 'ccr')
 TABLE = ROOT / 'benchmarks' / 'rows.csv'
+OWN_TABLE = TABLE.with_name('own_rows.csv')   # of a user's machine, beside the pages' one
 
 
-def append(rows: list[dict]) -> None:
-    new = not TABLE.exists()
-    with open(TABLE, 'a', newline='', encoding='utf-8') as file:
+def append(rows: list[dict], table: Path = TABLE) -> None:
+    new = not table.exists()
+    with open(table, 'a', newline='', encoding='utf-8') as file:
         writer = csv.DictWriter(file, COLUMNS)
         if new: writer.writeheader()
         writer.writerows({k: f'{v:.4g}' if isinstance(v, float) else v for k, v in row.items()} for row in rows)
@@ -41,6 +44,7 @@ def main() -> None:
     parser.add_argument('--repeats', type=int, default=10)
     parser.add_argument('--threads', type=int, default=torch.get_num_threads())
     parser.add_argument('--dry', action='store_true')
+    parser.add_argument('--own', action='store_true')
     parser.add_argument('--peak', nargs=3, metavar=('MODULE', 'INDEX', 'PROVIDER'), help=argparse.SUPPRESS)
     given = parser.parse_args()
     if unknown := set(given.modules) - set(MODULES):
@@ -55,7 +59,7 @@ def main() -> None:
     for module in given.modules:
         rows = measure(module, given.repeats)
         show(rows)
-        if not given.dry: append(rows)
+        if not given.dry: append(rows, OWN_TABLE if given.own else TABLE)
 
 
 if __name__ == '__main__':
