@@ -29,7 +29,7 @@ from .masks import BandMask, ideal_ratio, phase_sensitive
 from .optimise import RATE, STEPS, Optimised, convergence, optimise
 from .scores import JUDGES, Scorer
 
-# %% ../../nbs/trials/experiment.ipynb #0feb44a1
+# %% ../../nbs/trials/experiment.ipynb #c54f8465
 SNRS = (0, 5, 10, 15)   # dB
 _SECONDS, _BATCH = 3., 10
 _ENERGY_HOP = 160       # samples, a hundredth of a second
@@ -42,10 +42,10 @@ def _loudest(wave: Tensor, size: int) -> int:
 
 
 def trial_clips(
-    manifest: Manifest,
+    manifest: Manifest,       # of a corpus
     count: int,               # how many
     *,
-    split: str = 'test',
+    split: str = 'test',      # of the manifest
     seconds: float = _SECONDS,   # of each; a shorter utterance is followed by silence
     snr: Sequence[float] = SNRS, # dB, dealt out in turn
 ) -> list[dict]:              # id, speaker, snr, noisy and clean (T,)
@@ -100,7 +100,7 @@ def _negatives(candidate: Candidate, noisy: Tensor, model: nn.Module | None) -> 
 def _batches(clips: Sequence[dict]) -> Iterable[list[dict]]:
     for first in range(0, len(clips), _BATCH): yield list(clips[first:first + _BATCH])
 
-# %% ../../nbs/trials/experiment.ipynb #48edfcc7
+# %% ../../nbs/trials/experiment.ipynb #e9850325
 def _optimise_missing(folder, candidate, key, clips, model, progress) -> None:
     "Optimise the masks that a folder lacks, ten clips at once"
     for batch in _batches(clips):
@@ -129,7 +129,7 @@ def _check_convergence(folder, candidate, key, clips, model) -> None:
     for clip, change in zip(missing, convergence(loss, noisy, clean, found, negatives=negatives)):
         folder.add(key, candidate.name, clip, change=float(change))
 
-
+# %% ../../nbs/trials/experiment.ipynb #5ce915b9
 def _score_missing(folder, name, key, clips, scorer, waves_of: Callable) -> None:
     "Ask the judges that have not said anything about the waves of a loss"
     for batch in _batches(clips):
@@ -154,9 +154,9 @@ def _reference_waves(name: str, clips: Sequence[dict]) -> Tensor:
     mask = BandMask(noisy)
     return mask.apply(dict(ideal_ratio=ideal_ratio, phase_sensitive=phase_sensitive)[name](mask, clean))
 
-# %% ../../nbs/trials/experiment.ipynb #ee1d6803
+# %% ../../nbs/trials/experiment.ipynb #ed4533f6
 def run_trials(
-    candidates: Sequence[Candidate],
+    candidates: Sequence[Candidate],     # losses
     clips: Sequence[dict],               # of `trial_clips`
     out: str | Path,                     # folder, where a run goes on
     *,
@@ -167,7 +167,7 @@ def run_trials(
     check: bool = True,                  # optimise the first clips with twice the steps as well
     progress: Callable[[str, int, int | None], None] | None = None,   # called with (what, losses done, losses in all)
 ) -> list[dict]:                         # a row for each loss and clip: ends of the loss, and scores
-    """Optimise the mask of every clip against every loss, and judge what comes out; go on where that was stopped.
+    """Judge what masks become that are optimised against losses, clip by clip; go on where that was stopped.
 
     A loss that fails is a row with its error. `SpeechLossError` when `out` holds trials of other clips.
     """
@@ -223,7 +223,7 @@ def step_seconds(
     optimise(loss, noisy, clean, steps=2, negatives=negatives)
     return (time.process_time() - began) / 2 / len(noisy)
 
-# %% ../../nbs/trials/experiment.ipynb #abf8d103
+# %% ../../nbs/trials/experiment.ipynb #18606bf4
 CONVERGED = .01    # change of the fall at twice the steps
 
 

@@ -16,14 +16,14 @@ from ..losses.base import Loss
 from ..signal.audio import SAMPLE_RATE
 from .optimise import loss_values
 
-# %% ../../nbs/trials/gradients.ipynb #c377a2fe
+# %% ../../nbs/trials/gradients.ipynb #225731d9
 #: Hz, ends of the bands in which the energy of a gradient is counted
 GRADIENT_BANDS = (0, 500, 1000, 2000, 4000, 8000)
 _LEAST = 1e-20
 
 
 def wave_gradient(
-    loss: Loss,
+    loss: Loss,       # any; used in eval mode
     noisy: Tensor,    # (B, T), where the gradient is taken
     clean: Tensor,    # (B, T)
     negatives: dict[str, Tensor] | None = None,   # (B, T) each

@@ -72,7 +72,7 @@ def rated_stimuli(
                                 wave, reference))
     return stimuli
 
-# %% ../../nbs/trials/listeners.ipynb #8e714172
+# %% ../../nbs/trials/listeners.ipynb #8fe88a02
 def _ranks(values: np.ndarray) -> np.ndarray:
     "Return ranks, the mean of them where values are equal"
     _, place, counts = np.unique(values, return_inverse=True, return_counts=True)
@@ -101,8 +101,8 @@ def agreement(
 ) -> dict[str, float]:     # by stimulus, within sentences and by codec, each with _low and _high
     """Return the rank correlations of values with ratings, and percentile intervals over drawn sentences.
 
-    >>> ratings = np.arange(12.).reshape(4, 3)
-    >>> agreement(ratings, 2 * ratings)['by_stimulus']
+    >>> ratings = torch.arange(12.).reshape(4, 3).numpy()
+    >>> round(agreement(ratings, 2 * ratings)['by_stimulus'], 3)
     1.0
     """
     names, rng = ('by_stimulus', 'within_sentence', 'by_codec'), np.random.default_rng(0)

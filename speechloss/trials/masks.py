@@ -49,9 +49,9 @@ class BandMask:
         "Return the waves `(B, T)` under the gains of `logits` `(B, frames, bands)`"
         return self.apply(self.gains(logits))
 
-# %% ../../nbs/trials/masks.ipynb #f609d1fe
+# %% ../../nbs/trials/masks.ipynb #b06fa4dc
 def ideal_ratio(
-    mask: BandMask,
+    mask: BandMask,  # of the noisy waves
     clean: Tensor,   # (B, T)
 ) -> Tensor:         # gains (B, frames, bands)
     "Return the ideal ratio mask: the root of the share of speech in the power of each band"
@@ -61,7 +61,7 @@ def ideal_ratio(
 
 
 def phase_sensitive(
-    mask: BandMask,
+    mask: BandMask,  # of the noisy waves
     clean: Tensor,   # (B, T)
 ) -> Tensor:         # gains (B, frames, bands)
     "Return the phase-sensitive mask: the gain of each band with the least squared error, in `[0, LARGEST_GAIN]`"

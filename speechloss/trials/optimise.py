@@ -16,7 +16,7 @@ from ..common.errors import SpeechLossError
 from ..losses.base import Loss, prepare
 from .masks import BandMask
 
-# %% ../../nbs/trials/optimise.ipynb #a7af567a
+# %% ../../nbs/trials/optimise.ipynb #9cede96f
 STEPS, RATE = 200, .2
 
 
@@ -52,7 +52,7 @@ def loss_values(
 
 
 def optimise(
-    loss: Loss,
+    loss: Loss,                                   # any; used in eval mode
     noisy: Tensor,                                # (B, T) at 16 kHz
     clean: Tensor,                                # (B, T)
     *,
@@ -84,9 +84,9 @@ def optimise(
         end = loss_values(loss, waves, clean, noisy, negatives)
     return Optimised(gains, waves, end if start is None else start, end)
 
-
+# %% ../../nbs/trials/optimise.ipynb #87f9b81d
 def convergence(
-    loss: Loss,
+    loss: Loss,                                   # as in `optimise`
     noisy: Tensor,                                # (B, T) at 16 kHz
     clean: Tensor,                                # (B, T)
     found: Optimised,                             # of these
