@@ -38,10 +38,12 @@ def compare(
     """
     from speechloss.common.errors import SpeechLossError, choose
     from speechloss.common.tables import read_table, write_table
+    from speechloss.judges.scores import register_judges
     from speechloss.metrics.comparison import compare_tables, named_tables
     from speechloss.metrics.partners import compile_pattern
     if page and page.suffix.lower() not in ('.html', '.htm'):
         raise SpeechLossError(f'report {page} ends in {page.suffix or "nothing"!r}: end its name in .html')
+    register_judges()
     paths = named_tables([reference, *systems])
     compared = compare_tables({name: read_table(path) for name, path in paths.items()},
                               [n for n in map(str.strip, (metrics or '').split(',')) if n] or None,

@@ -65,7 +65,7 @@ def _png(level: np.ndarray, loudest: float) -> str:
                  + chunk(b'PLTE', palette.round().astype(np.uint8).tobytes())
                  + chunk(b'IDAT', zlib.compress(lines, 9)) + chunk(b'IEND', b''))
 
-# %% ../../nbs/metrics/report.ipynb #1eed60cb
+# %% ../../nbs/metrics/report.ipynb #8754c73b
 def _interval_svg(c: Comparison, reach: float) -> str:
     "Return an interval as a drawing of 200 x 26, `reach` to either side of zero; better is to the right"
     sign = 1 if COLUMNS[c.column].direction == 'higher' else -1
@@ -107,14 +107,17 @@ def _files_svg(c: Comparison) -> str:
     sign = 1 if COLUMNS[c.column].direction == 'higher' else -1
     values = np.sort(sign * np.array([v for v in c.by_file.values() if math.isfinite(v)]))
     reach, step = float(np.abs(values).max()) or 1., 600 / len(values)
-    bars = ''.join(f'<rect x="{k * step:.2f}" y="{60 - 58 * max(v, 0) / reach:.1f}" width="{max(step * .85, .4):.2f}" '
-                   f'height="{max(58 * abs(v) / reach, .3):.1f}" class="{"up" if v > 0 else "down"}"/>'
+    zero, depth = 2 + 56 * max(float(values.max()), 0.) / reach, 2 + 56 * max(-float(values.min()), 0.) / reach
+    wide = max(step * .85, .4)
+    bars = ''.join(f'<rect x="{k * step:.2f}" y="{zero - 56 * max(v, 0) / reach:.1f}" width="{wide:.2f}" '
+                   f'height="{max(56 * abs(v) / reach, .3):.1f}" class="{"up" if v > 0 else "down"}"/>'
                    for k, v in enumerate(values))
     up, down = int((values > 0).sum()), int((values < 0).sum())
     return (f'<figure><figcaption><b>{html.escape(c.column)}</b> of {html.escape(c.system)}, {len(values)} files: {up} '
             f'better, {down} worse; the tallest bar is {reach:.3g}</figcaption>'
-            '<svg viewBox="0 0 600 120" class="files" role="img" '
-            f'aria-label="Differences of all files, sorted">{bars}<line x1="0" x2="600" y1="60" y2="60" class="zero"/>'
+            f'<svg viewBox="0 0 600 {zero + depth:.0f}" preserveAspectRatio="none" class="files" role="img" '
+            f'style="height: {(zero + depth) / 16:.1f}rem" aria-label="Differences of all files, sorted">{bars}'
+            f'<line x1="0" x2="600" y1="{zero:.1f}" y2="{zero:.1f}" class="zero"/>'
             '</svg></figure>')
 
 # %% ../../nbs/metrics/report.ipynb #448014c5
@@ -162,7 +165,7 @@ def _listening(compared: Compared, c: Comparison, places: list[Path]) -> str:
                      f'<div class="clips">{"".join(clips)}</div>')
     return f'<section><h2>Hear {html.escape(c.system)}</h2>{"".join(parts)}</section>'
 
-# %% ../../nbs/metrics/report.ipynb #d5e2946a
+# %% ../../nbs/metrics/report.ipynb #4d9e82ae
 _STYLE = """
 :root { color-scheme: light dark; --ink: #1c1f24; --soft: #5b6470; --paper: #fff; --line: #d9dde3; --band: #e8eaee;
   --better: #0b7a4b; --worse: #b3261e; --tied: #44608c; --undecided: #8a6d00 }
@@ -181,7 +184,8 @@ table { border-collapse: collapse; width: 100% } th, td { padding: .35rem .6rem 
 .undecided { color: var(--undecided) }
 svg.interval { width: 12.5rem; height: 1.625rem; display: block } .interval circle { fill: currentColor }
 .interval .span { stroke: currentColor; stroke-width: 3 } .zero { stroke: var(--soft); stroke-width: 1 }
-.band { fill: var(--band) } svg.files { width: 100%; height: 7.5rem; display: block }
+.band { fill: var(--band) } svg.files { width: 100%; display: block }
+.plots { display: grid; gap: 0 2rem; grid-template-columns: repeat(auto-fill, minmax(20rem, 1fr)) }
 .up { fill: var(--better) } .down { fill: var(--worse) }
 figure { margin: .75rem 0 } figcaption { font-size: .9rem }
 .clips { display: grid; gap: 1rem; grid-template-columns: repeat(auto-fill, minmax(15rem, 1fr)) }
@@ -192,7 +196,7 @@ figure { margin: .75rem 0 } figcaption { font-size: .9rem }
   svg.interval { width: 100% } td:nth-child(5) { grid-column: 1 / -1 } }
 """
 
-# %% ../../nbs/metrics/report.ipynb #07b24336
+# %% ../../nbs/metrics/report.ipynb #bcf5516a
 def _introduction(compared: Compared) -> str:
     first = compared.comparisons[0]
     over = f'{first.interval.clusters} speakers' if first.interval.clustered_by == 'cluster' else \
@@ -241,7 +245,7 @@ def write_report(
         f'<h2>Verdicts</h2><div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{_verdict_rows(compared)}'
         '</tbody></table></div>',
         '<h2>All files</h2><p><small>A bar a file, from worst to best for the system; upwards is better.</small></p>',
-        *map(_files_svg, compared.comparisons),
+        f'<div class="plots">{"".join(map(_files_svg, compared.comparisons))}</div>',
         *(_listening(compared, c, places or [Path()]) for c in heard),
         made if variants else '', '</body></html>\n'])
     write_text(Path(path), text)
