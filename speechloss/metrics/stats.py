@@ -277,8 +277,8 @@ def _by_id(name: str, rows: Iterable[dict], column: str, key: str) -> dict:
     found: dict = {}
     for row in rows:
         if missing := [k for k in (column, key) if k not in row]:
-            raise SpeechLossError(f'a row of {name} has no {missing[0]!r}, only '
-                                  f'{", ".join(map(str, row))}: score that column first')
+            cure = 'score that column first' if missing[0] == column else 'name another key, or use compare_tables'
+            raise SpeechLossError(f'a row of {name} has no {missing[0]!r}, only {", ".join(map(str, row))}: {cure}')
         found.setdefault(row[key], []).append(_number(name, row, column))
     if len(seeds := {len(v) for v in found.values()}) > 1:
         raise SpeechLossError(f'files of {name} have {min(seeds)} to {max(seeds)} rows: every '
@@ -291,7 +291,7 @@ def compare(
     reference: Iterable[dict],        # rows of the same files
     column: str,                      # such as 'pesq'
     *,
-    key: str = 'id',                  # column that identifies a file
+    key: str = 'id',                  # column that identifies a file; where no row has an id: 'clean', its clean file
     cluster: str | None = 'speaker',  # column that groups files; None or an absent one: each file by itself
     level: float = .95,               # confidence, in (0, 1)
 ) -> Interval:                        # of candidate - reference
@@ -303,7 +303,9 @@ def compare(
     >>> print(compare(a, b, 'pesq'))
     +0.2 [+0.2, +0.2] (n=4, by file)
     """
-    candidate = list(candidate)
+    candidate, reference = list(candidate), list(reference)
+    rows = [*candidate, *reference]
+    if key == 'id' and all('id' not in row and row.get('clean') for row in rows): key = 'clean'
     a, b = (_by_id(n, rows, column, key) for n, rows in
             (('candidate', candidate), ('reference', reference)))
     if odd := sorted(map(str, a.keys() ^ b.keys())):
