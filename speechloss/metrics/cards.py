@@ -63,6 +63,7 @@ def _dnsmos_card(name: str, function: Callable) -> Metric:
 
 _PESQ_LOSSES = ('torch-pesq', 'PMSQE', 'MetricGAN')
 
+# %% ../../nbs/metrics/cards.ipynb #9f73dc40
 METRICS: dict[str, Metric] = {card.name: card for card in (
     Metric('si_sdr', ('si_sdr',), si_sdr, (-math.inf, 100), 'higher', 'dB',
            'Le Roux et al. 2019', sample_rate=None, optimised_by=('SISDRLoss', 'SNRLoss')),
@@ -199,7 +200,7 @@ def _compute(card: Metric, enhanced, clean, sample_rate: int, known: dict) -> di
         raise SpeechLossError(f'{card.name} came out as {found}, which is no score')
     return found
 
-
+# %% ../../nbs/metrics/cards.ipynb #bdd966c9
 def score_cards(
     cards: Iterable[Metric],
     enhanced: Tensor | np.ndarray,             # (T,) or (1, T), nominal range [-1, 1]
