@@ -24,7 +24,8 @@ from .libraries import optional
 #: Folder of the files that the package brings
 DATA = Path(speechloss.__file__).parent / 'data'
 #: name -> folder of a trained network that comes with the package
-SHIPPED = {'small': DATA / 'ssl_small',     # a speech network, for `SSLLoss`
+SHIPPED = {'default': DATA / 'enhancer', # a causal enhancer, for `load_enhancer` and the command
+           'small': DATA / 'ssl_small',     # a speech network, for `SSLLoss`
            'mp3-16k': DATA / 'codec_16k',   # an imitation of MP3 at 16 kbit/s, for `CodecLoss`
            'vq-speech': DATA / 'vq_speech'} # codes of clean speech, for `VQScore`
 

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from ..common.errors import SpeechLossError
 from ..common.libraries import extra
+from ..common.weights import SHIPPED
 from ..kernels.backends import wants_grad
 from ..kernels.depthwise import depthwise
 from ..kernels.gru import gru
@@ -331,8 +332,8 @@ class SpectralEnhancer(CausalSteps, SpectralModel, PyTorchModelHubMixin, library
 
     `model(noisy, lengths=None)` takes waves `(T,)` or `(B, T)` at `sample_rate`, nominal range [-1, 1], and returns
     the same shape. Twice the input gives twice the output. `encode(wave)` returns the bottleneck,
-    `(B, frames, channels)`. `save_pretrained(folder)` saves, `from_pretrained(folder_or_hub_id)` loads; a causal one
-    has `step(frame, state)`. All options are keywords:
+    `(B, frames, channels)`. `save_pretrained(folder)` saves, `from_pretrained(folder_or_hub_id)` loads, also
+    'default', which comes with the package; a causal one has `step(frame, state)`. All options are keywords:
 
     - `n_fft`: samples of a frame, even
     - `hop_length`: samples between frames, at most n_fft // 2
@@ -366,6 +367,9 @@ class SpectralEnhancer(CausalSteps, SpectralModel, PyTorchModelHubMixin, library
         self.register_buffer('bands', erb_bands(bands, n_fft, sample_rate), persistent=False)
         self.encoder = SpectralEncoder(bands, channels, layers, kernel, floor_db, causal, decay)
         self.decoder = SpectralDecoder(bands, channels, layers, causal)
+
+    @classmethod
+    def from_pretrained(cls, name, **options): return super().from_pretrained(SHIPPED.get(str(name), name), **options)
 
     def _band_power(self, real: Tensor, imag: Tensor) -> Tensor:   # (..., bins) each -> (..., bands)
         # a Hann window of n samples has power 3n/8, so unit white noise has unit power in a band

@@ -1,0 +1,71 @@
+"""The enhancer that comes with the package: scores of each test mixture, and how it learnt.
+
+    python -m benchmarks.enhancer scores [--model FOLDER]   test mixtures of desk  -> benchmarks/enhancer.csv
+    python -m benchmarks.enhancer curve RUN [RUN ...]       logs of its trainings  -> benchmarks/enhancer_curve.csv
+
+The mixtures are those of `benchmarks.yardsticks`. One process, one thread. Means and intervals are drawn from the rows
+where they are shown (`nbs/guides/default_enhancer.ipynb`).
+"""
+import argparse
+import csv
+from pathlib import Path
+
+import torch
+
+from speechloss.metrics import score
+from speechloss.models import load_enhancer
+from speechloss.training import read_log
+
+from .common import ROOT
+from .yardsticks import evaluation_set
+
+METRICS = ('pesq', 'estoi', 'stoi', 'si_sdr', 'dnsmos_fast_ovrl')
+SCORES, CURVE = ROOT / 'benchmarks' / 'enhancer.csv', ROOT / 'benchmarks' / 'enhancer_curve.csv'
+
+
+def score_rows(model: str) -> list[dict]:
+    "Return a row for each test mixture: what it is, and its scores before and after"
+    _, _, items = evaluation_set('desk')
+    net, waves = load_enhancer(model), {'noisy': [item['noisy'] for item in items]}
+    with torch.inference_mode(): waves['enhanced'] = [net(noisy) for noisy in waves['noisy']]
+    pairs = {what: [dict(enhanced=wave, clean=item['clean'], sample_rate=16000) for wave, item in zip(which, items)]
+             for what, which in waves.items()}
+    names = [metric.removesuffix('_ovrl') for metric in METRICS]
+    found = {what: score(which, names, workers=1) for what, which in pairs.items()}
+    return [dict(id=item['id'], speaker=item['speaker'], noise=item['noise'], snr=f"{item['snr']:g}")
+            | {f'{metric}_{what}': f'{rows[k][metric]:.4f}' for what, rows in found.items() for metric in METRICS}
+            for k, item in enumerate(items)]
+
+
+def curve_rows(runs: list[Path]) -> list[dict]:
+    "Return a row for each validation of the trainings, in their order; steps count on from one to the next"
+    rows, before = [], 0
+    for run in runs:
+        log = read_log(run / 'log.jsonl')
+        rows += [dict(training=run.name, step=before + row['step'], lr=f"{row['lr']:.2g}",
+                      si_sdr=f"{row['valid']['si_sdr']:.3f}", gain=f"{row['valid']['gain']:.3f}")
+                 for row in log if 'valid' in row]
+        before += log[-1]['step']
+    return rows
+
+
+def write(path: Path, rows: list[dict]) -> None:
+    with open(path, 'w', newline='', encoding='utf-8') as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('what', choices=('scores', 'curve'))
+    parser.add_argument('runs', nargs='*', type=Path)
+    parser.add_argument('--model', default='default')
+    given = parser.parse_args()
+    torch.set_num_threads(1)
+    if given.what == 'scores': write(SCORES, score_rows(given.model))
+    elif given.runs: write(CURVE, curve_rows(given.runs))
+    else: parser.error('name the folders of its trainings')
+
+
+if __name__ == '__main__': main()
