@@ -63,7 +63,7 @@ def score(
     if not quiet: _announce(jobs, names, workers)
     with bar('score', hide=quiet) as draw:
         rows = score_files(jobs, names, out, resume=resume, overwrite=overwrite, workers=workers, rules=rules,
-                           progress=draw)
+                           apart=True, progress=draw)
     _report(rows, summary_of(rows, names), out, as_json, quiet)
     if not quiet:
         for said in pair_sentences(rows, align): complain(said)

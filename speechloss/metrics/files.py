@@ -108,6 +108,7 @@ class _Table:
     cards: list[Metric]
     rules: PairRules | None       # by which pairs are brought together
     workers: int | None
+    apart: bool
     progress: Callable
     fingerprints: dict[str, str]  # by key of the job, taken before anything is read
     variants: str | None          # of the metrics, in words
@@ -149,7 +150,7 @@ class _Table:
         pairs = [_pair_of(job) for job in todo]
         self.progress('scoring', len(rows), len(self.jobs))
         names = [card.name for card in self.cards]
-        for k, scored in iterate_scores(pairs, names, workers=self.workers, rules=self.rules):
+        for k, scored in iterate_scores(pairs, names, workers=self.workers, apart=self.apart, rules=self.rules):
             job, key = todo[k], todo[k].key
             rows[key] = _row(job, scored, self.cards, self._is_paired(job)) | self._made(job)
             if keep: keep(key, rows[key])
@@ -170,6 +171,7 @@ def score_files(
     overwrite: bool = False,             # begin anew over what an earlier call left
     workers: int | None = None,          # processes; None: by cores and files
     rules: PairRules | None = _USUAL,    # by which pairs of two rates or lengths are brought together; None: refused
+    apart: bool = False,                 # one process at least where a package could end this one
     progress: Callable[[str, int, int | None], None] | None = None,   # called with ('scoring', files done, files)
 ) -> list[dict]:                         # a row a job, in their order
     """Score files into a table, resumable at every row.
@@ -193,7 +195,7 @@ def score_files(
         raise SpeechLossError(f'metric {wanting[0]!r} compares with clean speech, and no clean file is named: give a '
                               'reference (--ref), or a column clean')
     names = [card.name for card in cards]
-    table = _Table(jobs, cards, rules, workers, progress or (lambda label, done, total: None),
+    table = _Table(jobs, cards, rules, workers, apart, progress or (lambda label, done, total: None),
                    {job.key: _fingerprint(job, names, rules) for job in jobs}, _variants_text(cards))
     if out is None: return table.score({})
     out, part = Path(out), Path(f'{out}.part')

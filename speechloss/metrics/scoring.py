@@ -121,6 +121,7 @@ def _score_together(enhanced, clean, rate: int, other: int, task: _Task) -> tupl
 
 # %% ../../nbs/metrics/scoring.ipynb #b7f59c3e
 _THREADS = ('OMP_NUM_THREADS', 'OPENBLAS_NUM_THREADS', 'MKL_NUM_THREADS')
+_COMPILED = {'pesq', 'visqol'}    # packages that end the process where they fail
 _HANDED_SECONDS, _HANDED_MOST = .05, 16   # work handed to a process at once, and items in it
 _DIED = ('the process that scored this item died (killed, out of memory, or crashed in a '
          'library): score it by itself to see why')
@@ -243,8 +244,8 @@ def worker_count(
     return asked
 
 
-def _stream(parcels: Iterator, task, cards, workers: int) -> Iterator:  # (index, result)
-    if workers > 1:
+def _stream(parcels: Iterator, task, cards, workers: int, apart: bool = False) -> Iterator:  # (index, result)
+    if workers > 1 or apart:
         try:
             pool = _start_pool(workers)
         except BrokenProcessPool:
@@ -262,6 +263,7 @@ def iterate_scores(
     *,
     workers: int | None = None,                # processes; None: by cores and pairs; 1: none
     rules: PairRules | None = None,            # by which a pair is brought together; None: it must fit
+    apart: bool = False,                       # one process at least where a package could end this one
 ) -> Iterator[tuple[int, dict]]:               # (index, row), each row as soon as it is there
     """Yield the rows of `score` in the order in which they are done.
 
@@ -281,7 +283,8 @@ def iterate_scores(
     notes = [*PAIR_COLUMNS, *(c for card in cards for c in card.notes)] if rules else []
     with _one_thread():
         task = _Task(tuple(cards), rules)
-        for k, (values, reasons) in _stream(parcels(), task, cards, worker_count(workers, total)):
+        risky = apart and total != 0 and any({*card.needs} & _COMPILED for card in cards)
+        for k, (values, reasons) in _stream(parcels(), task, cards, worker_count(workers, total), risky):
             yield k, {**ids.pop(k), **{c: values[c] for c in shown}, **{c: values[c] for c in notes if c in values},
                       'reasons': reasons}
 
