@@ -219,6 +219,25 @@ def test_real_pairs(tmp_path):
     assert len(grid) == 3 and len(grid[0]['noisy']) == 3 * RATE
 
 
+def test_real_pairs_are_cut_where_they_speak(tmp_path):
+    rows = []
+    for s in range(3):
+        for u in range(2):
+            clean = torch.zeros(12 * RATE)
+            clean[5 * RATE:6 * RATE] = torch.randn(RATE) * .1
+            save(tmp_path / f'c{s}{u}.wav', clean, RATE)
+            save(tmp_path / f'n{s}{u}.wav', clean + (u > 0) * torch.randn(12 * RATE) * .01, RATE)
+            rows.append(Recording(f'{s}{u}', str(tmp_path / f'n{s}{u}.wav'), 'pair', 'test', f's{s}', 12 * RATE, RATE,
+                                  f'{s}{u}', clean_path=str(tmp_path / f'c{s}{u}.wav')))
+    data = Mixtures(Manifest(rows), 'test', seconds=2., size=20)
+    items = [data[k] for k in range(20)]
+    assert all(i['clean'].abs().max() > .1 and not math.isnan(i['snr']) for i in items)
+    assert {i['snr'] == math.inf for i in items} == {True, False}
+    # a limit is spread over speakers
+    few = Mixtures.grid(Manifest(rows), 'test', limit=3)
+    assert {few[k]['speaker'] for k in range(3)} == {'s0', 's1', 's2'}
+
+
 def test_refusals(corpus):
     quiet = Manifest([r for r in corpus if r.kind == 'speech'], 'x')
     for call, part in ((lambda: Mixtures(Manifest([]), 'train'), 'no speech'),

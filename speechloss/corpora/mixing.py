@@ -81,6 +81,16 @@ def _one(items: Sequence, rng): return items[int(rng.integers(len(items)))]
 def _power(x: np.ndarray) -> float: return float(np.mean(x * x, dtype=np.float64))
 
 
+def _voiced_start(clean: np.ndarray, size: int, rng) -> int:
+    "Return where a cut of a pair begins: one with at least a tenth of the mean power, else the loudest place"
+    enough = .1 * _power(clean)
+    for _ in range(8):
+        start = int(rng.integers(len(clean) - size + 1))
+        if _power(clean[start:start + size]) >= enough: return start
+    energy = np.cumsum(np.r_[0., clean.astype(np.float64) ** 2])
+    return int(np.argmax(energy[size:] - energy[:-size]))
+
+
 def _level(snr, rng) -> float:
     "Uniform in a (low, high) tuple; one of a list"
     if isinstance(snr, tuple) and len(snr) == 2: return float(rng.uniform(*snr))
@@ -262,12 +272,14 @@ class _Items(_Sounds):
         noisy, clean = self.waves.piece(r.path), self.waves.piece(r.clean_path)
         size = min(len(noisy), len(clean))
         if self.samples is not None and size > self.samples:
-            start = int(rng.integers(size - self.samples + 1))
+            start = _voiced_start(clean[:size], self.samples, rng)
             noisy, clean = (x[start:start + self.samples] for x in (noisy, clean))
         elif self.samples is not None:
             noisy, clean = (np.resize(x[:size], self.samples) for x in (noisy, clean))
         noisy, clean = (torch.from_numpy(x[:len(clean)].copy()) for x in (noisy, clean))
-        return self._item(noisy, clean, rms_db(clean) - rms_db(noisy - clean), r, r.noise, k, rng)
+        noise = noisy - clean
+        snr = rms_db(clean) - rms_db(noise) if noise.any() else float('inf')
+        return self._item(noisy, clean, snr, r, r.noise, k, rng)
 
     def _check(self) -> None:
         if not self.speech and not self.pairs:
@@ -348,7 +360,9 @@ class Mixtures(_Items):
         self = cls(manifest, split, seconds=seconds, snr=list(snr), extra_noise=extra_noise,
                    level=level, sample_rate=sample_rate, seed=seed)
         if self.pairs:
-            self.plan = [(r, None, None) for r in self.pairs[:limit]]
+            rng = np.random.default_rng([seed, SPLITS.index(split)])
+            chosen = [r for r, _, _ in _in_turn(_by_speaker(self.pairs), rng)[:limit]]
+            self.plan = [(r, None, None) for r in sorted(chosen, key=lambda r: r.id)]
         else:
             rng = np.random.default_rng([seed, SPLITS.index(split)])
             self.plan = [(r, (2 * t + j + t // len(snr)) % len(self.noises),
