@@ -55,7 +55,7 @@ def test_lengths_at_another_rate(name):
 
 
 def test_one_rate_for_a_sum():
-    spec = dict(a='snr', m='mel', v='vq', c=dict(name='contrastive', features='mel'), p='dac-mel')
+    spec = dict(a='snr', m='mel', v='vq', c=dict(name='contrastive', features='mel'))
     whole = build_objective(dict(terms=spec, sample_rate=48000))
     assert whole.sample_rate == 48000 and {loss.sample_rate for loss in whole.losses.values()} <= {48000, None}
     assert whole.losses['v'].sample_rate == whole.losses['m'].sample_rate == 48000

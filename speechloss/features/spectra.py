@@ -56,7 +56,7 @@ class STFTFeatures(Features):
         return [frame_count(lengths, hop, n_fft) for n_fft, hop in self.resolutions]
 
 # %% ../../nbs/features/spectra.ipynb #25bd32f0
-class MelFeatures(KeepsPrecision, Features):
+class MelFeatures(Features, KeepsPrecision):
     """Look at a wave through its log-mel spectrum, in nepers.
 
     `features(wave)` takes `(B, T)` at `sample_rate` and gives one layer `(B, frames, n_mels)`.
@@ -91,7 +91,7 @@ class MelFeatures(KeepsPrecision, Features):
         return [frame_count(lengths, self.hop_length, self.n_fft)]
 
 
-class GammatoneFeatures(KeepsPrecision, Features):
+class GammatoneFeatures(Features, KeepsPrecision):
     """Look at a wave through the bands of the ear, as the log level of each in nepers.
 
     `features(wave)` takes `(B, T)` at `sample_rate` and gives one layer `(B, frames, n_bands)`: half the logarithm of

@@ -157,7 +157,7 @@ _CLEAN_SHARE = 1e-6
 _LARGEST_MARGIN = 3.
 
 
-class _Contrast(KeepsPrecision, WindowedLoss):
+class _Contrast(WindowedLoss, KeepsPrecision):
     "Make the negatives of a batch, their features and their weights; `seen` gathers by name what there is to log"
     precise = ('weights',)
     features: Features

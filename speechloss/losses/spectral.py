@@ -30,7 +30,7 @@ def _resolutions(resolutions, window: str = 'hann', *, mean: bool = False) -> li
     return [replace(r, weight=r.weight / len(made)) for r in made] if mean else made
 
 
-class SpectralLoss(KeepsPrecision, Loss):
+class SpectralLoss(Loss, KeepsPrecision):
     """Add weighted terms of spectra at several resolutions; 0 at identity.
 
     `loss(enhanced, clean)` takes waves `(T,)`, `(B, T)` or `(B, C, T)` in [-1, 1] and gives a scalar of 0 or more.

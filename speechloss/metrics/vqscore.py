@@ -56,6 +56,10 @@ def _code_pair(net: VQVAE, vectors: Tensor, found: Quantised | None) -> tuple[Te
     return net.codebook.unit(vectors), found.codes.detach()
 
 
+def _for_channels(lengths, wave: Tensor) -> Tensor | None:    # (B,), (B, C, T) -> (B * C,)
+    return None if lengths is None else torch.as_tensor(lengths, device=wave.device).repeat_interleave(wave.shape[1])
+
+
 @dataclass(frozen=True)
 class FrameScores:
     "Hold the scores of a batch and of its frames, from `VQScore.details`"
@@ -119,8 +123,7 @@ class VQScore(nn.Module):
         check_floating('wave', wave)
         if wave.ndim not in (1, 2, 3) or not wave.numel():
             raise ValueError(f'wave has shape {tuple(wave.shape)}: give (T,), (B, T) or (B, C, T), not empty')
-        if lengths is not None and wave.ndim == 3:
-            lengths = torch.as_tensor(lengths, device=wave.device).repeat_interleave(wave.shape[1])
+        if wave.ndim == 3: lengths = _for_channels(lengths, wave)
         found = self.details(wave.reshape(-1, wave.shape[-1]), lengths)
         score, heard = found.score.view(wave.shape[:-1]), ~found.silent.view(wave.shape[:-1])
         if wave.ndim < 3: return score, heard
@@ -138,8 +141,7 @@ class VQScore(nn.Module):
             inside = next(net.parameters()).dtype      # half precision is for the network alone
             wave, silent = at_level(wave.to(torch.promote_types(inside, torch.float32)), lengths, self.level)
             spectrum, mask = net.spectrum(wave, lengths)
-            spectrum = spectrum.to(inside)
-            vectors, found = net.encode(spectrum, mask), None
+            vectors, found = net.encode(spectrum.to(inside), mask), None
             if net.codebook is not None:
                 found = net.codebook(vectors, None if lengths is None else mask.sum(-1), update=False)
             if self.space == 'code': wanted, given = _code_pair(net, vectors, found)

@@ -27,7 +27,7 @@ _CONTAINERS = {
 SUFFIXES = tuple(_CONTAINERS)   # of files that are read
 #: Of files that hold sound, and are not read
 UNREAD_SUFFIXES = ('.m4a', '.aac', '.mp4', '.m4b', '.wma', '.amr', '.3gp', '.webm', '.mka', '.ac3', '.ape', '.wv',
-                   '.tta', '.mpc', '.spx', '.dsf', '.dff', '.ra', '.raw', '.pcm')
+                   '.tta', '.tak', '.ofr', '.mpc', '.spx', '.dsf', '.dff', '.ra', '.raw', '.pcm')
 
 
 def container_of(
@@ -67,6 +67,9 @@ def write_samples(
     for start in range(0, len(samples), 2 ** 15): file.write(samples[start:start + 2 ** 15])
 
 # %% ../../nbs/signal/opening.ipynb #d8748169
+_TAG = 128            # bytes of the oldest kind of tag, at the end of an MP3
+
+
 class _Seen(io.RawIOBase):
     "A file with other bytes at some places, or claimed to be longer than it is"
     def __init__(self, path: Path, patches: dict[int, bytes] | None = None, longer: int = 1):
@@ -98,8 +101,7 @@ class _Seen(io.RawIOBase):
         self.file.close()
         super().close()
 
-
-_TAG = 128            # bytes of the oldest kind of tag, at the end of an MP3
+# %% ../../nbs/signal/opening.ipynb #e6a7674a
 _LONGER = 64          # times: more than the quietest frames of an MP3 are smaller than the loudest
 _TO_THE_END = b'\xff' * 4
 
@@ -204,7 +206,7 @@ def _check_whole(path: Path, file: soundfile.SoundFile) -> None:
         raise AudioError(f'{path} is cut short: it holds {file.frames} of {int(found[1])} samples; fetch or record '
                          'it again')
 
-
+# %% ../../nbs/signal/opening.ipynb #06473cef
 _ABSURD = 2 ** 40     # samples, two years at 16 kHz; libsndfile says 2 ** 63 - 1 where a stream does not say
 
 
