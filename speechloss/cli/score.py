@@ -50,11 +50,13 @@ def score(
     lengths the longer is cut within --tolerance, and a delay is estimated: columns say so.
     """
     from speechloss.common.progress import bar
+    from speechloss.judges.scores import register_judges
     from speechloss.metrics.alignment import PairRules
     from speechloss.metrics.cards import metric_cards
     from speechloss.metrics.files import (
         METRICS_ALONE, METRICS_WITH_CLEAN, check_plot, pair_sentences, plot_scores, score_files, summary_of)
     from speechloss.metrics.jobs import jobs_of
+    register_judges()
     jobs, rules = jobs_of(sources, ref, match=match, speaker=speaker), None if strict else PairRules(tolerance, align)
     names = _names(metrics) or (METRICS_WITH_CLEAN if any(job.clean for job in jobs) else METRICS_ALONE)
     if check: return _check(jobs, ref, rules, names, workers, out, overwrite, as_json, quiet)

@@ -369,7 +369,8 @@ class SpectralEnhancer(CausalSteps, SpectralModel, PyTorchModelHubMixin, library
         self.decoder = SpectralDecoder(bands, channels, layers, causal)
 
     @classmethod
-    def from_pretrained(cls, name, **options): return super().from_pretrained(SHIPPED.get(str(name), name), **options)
+    def from_pretrained(cls, name, **options):   # type: ignore[override]  # the hub's has more names, passed on
+        return super().from_pretrained(SHIPPED.get(str(name), name), **options)
 
     def _band_power(self, real: Tensor, imag: Tensor) -> Tensor:   # (..., bins) each -> (..., bands)
         # a Hann window of n samples has power 3n/8, so unit white noise has unit power in a band
