@@ -10,7 +10,7 @@ from speechloss.reproduce.study import Study
 from speechloss.signal import save
 
 #: The quickest; with SPEECHLOSS_ALL_PAPERS=1 all of them, some minutes each
-PAPERS = sorted(papers()) if os.environ.get('SPEECHLOSS_ALL_PAPERS') else ['codec_loss']
+PAPERS = sorted(papers()) if os.environ.get('SPEECHLOSS_ALL_PAPERS') else ['vqscore']
 
 
 @pytest.fixture(scope='module')

@@ -62,6 +62,7 @@ class KeepsPrecision(nn.Module):
     On a device without float64, such as 'mps', those of float64 become float32.
 
     - `precise`: names of buffers, an attribute of the class
+    - `widens`: whether `.double()` makes them longer, an attribute of the class
 
     >>> class Mean(KeepsPrecision):
     ...     precise = ('mean',)
@@ -72,19 +73,22 @@ class KeepsPrecision(nn.Module):
     torch.float64
     """
     precise: tuple[str, ...] = ()
+    widens = False
 
     def _apply(self, fn, recurse=True):
-        held = {name: self._buffers[name] for name in self.precise if self._buffers.get(name) is not None}
+        held = {name: buffer for name in self.precise if (buffer := self._buffers.get(name)) is not None}
+        made = self.__dict__.setdefault('_made', {name: buffer.dtype for name, buffer in held.items()})
         for name in held: self._buffers[name] = None
         super()._apply(fn, recurse)
-        for name, buffer in held.items(): self._buffers[name] = _moved(cast(Tensor, buffer), fn)
+        for name, buffer in held.items(): self._buffers[name] = _moved(buffer, fn, made[name], self.widens)
         return self
 
 
-def _moved(buffer: Tensor, fn: Callable[[Tensor], Tensor]) -> Tensor:
+def _moved(buffer: Tensor, fn: Callable[[Tensor], Tensor], made: torch.dtype, widens: bool) -> Tensor:
     try: there = fn(buffer)
     except TypeError: return fn(buffer.float())    # a device without float64
-    return there if there.dtype == buffer.dtype else buffer.to(there.device)
+    wanted = torch.promote_types(made, there.dtype) if widens else made
+    return there if there.dtype == wanted else buffer.to(there.device, wanted)
 
 # %% ../../nbs/features/base.ipynb #90ae7735
 class Features(nn.Module):

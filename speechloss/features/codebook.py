@@ -50,7 +50,7 @@ def _broadcast_from_first_process(x: Tensor) -> Tensor:
 # %% ../../nbs/features/codebook.ipynb #fae826de
 class _FollowingCodes(KeepsPrecision):
     "Hold codes that begin by k-means and follow the vectors that they stand for"
-    precise = ('codes', 'sums', 'counts')
+    precise, widens = ('codes', 'sums', 'counts'), True
     codes: Tensor    # (size, dim)
     sums: Tensor     # (size, dim), moving sum of the vectors of each code
     counts: Tensor   # (size,), moving count of them
