@@ -480,7 +480,7 @@ def test_log_and_plot(recipe, first, tmp_path):
     rows = read_log(tmp_path / 'run/log.jsonl')
     assert len(rows) == 12 and all(list(row['observed']) == [
         'extra.margin.earlier', 'extra.weight.noisy', 'extra.weight.earlier', 'extra.distance.clean',
-        'extra.distance.noisy', 'extra.distance.earlier'] for row in rows)
+        'extra.distance.noisy', 'extra.distance.earlier', 'extra.pull'] for row in rows)
     seen = rows[0]['observed']
     # the training goes on from the model that makes the negative: no distance, no margin, not overtaken
     assert seen['extra.distance.earlier'] < 1e-6 and abs(seen['extra.margin.earlier']) < 1e-5

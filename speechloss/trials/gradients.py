@@ -56,7 +56,7 @@ def gradient_cosines(
 def gradient_bands(
     gradients: dict[str, Tensor],   # (B, T) each
 ) -> list[dict]:                    # a row for each loss and band
-    "Return the share of the energy of each gradient that lies in each of `GRADIENT_BANDS`, mean over clips"
+    "Return the share of the energy of each gradient in each of `GRADIENT_BANDS`, mean over clips; 8 kHz is in none"
     rows = []
     for name, gradient in gradients.items():
         power = torch.fft.rfft(gradient).abs().square()
