@@ -272,7 +272,7 @@ def test_enhance_refuses_places(model, tmp_path):
     before = (tmp_path / 'a.wav').read_bytes()
     for source, target, said in (('missing', 'out', 'does not exist'), ('empty', 'out', 'holds no audio'),
                                  ('a.wav', 'a.wav', 'is the source too'), ('a.wav', '.', 'is the source too'),
-                                 ('a.wav', 'a.docx', 'is no audio file'), ('.', '.', 'is the source too')):
+                                 ('a.wav', 'a.docx', 'is no audio format'), ('.', '.', 'is the source too')):
         result = CliRunner().invoke(app, ['enhance', str(tmp_path / source), str(tmp_path / target),
                                           '--model', str(model)])
         assert result.exit_code == 2 and said in result.stderr, (source, target, result.stderr)

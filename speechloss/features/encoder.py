@@ -37,7 +37,7 @@ class RandomFeatures(Features):
     def __init__(self, *, layers: Sequence[tuple[int, int, int]] = ((64, 10, 5), (128, 8, 4), (128, 4, 2), (128, 4, 2)),
                  seed: int = 0, sample_rate: int | None = None):
         super().__init__()
-        self.sample_rate = sample_rate
+        if sample_rate is not None: self.sample_rate = sample_rate   # else that of the class
         self.layers = tuple(map(tuple, layers))
         self.names = tuple(f'conv{i}' for i in range(len(self.layers)))
         generator = torch.Generator().manual_seed(seed)

@@ -39,7 +39,7 @@ class STFTFeatures(Features):
     def __init__(self, *, resolutions: Sequence[tuple[int, int]] = ((512, 128),), kind: str = 'magnitude',
                  power: float = 0.3, sample_rate: int | None = None):
         super().__init__()
-        self.sample_rate = sample_rate
+        if sample_rate is not None: self.sample_rate = sample_rate   # else that of the class
         choose('kind', kind, ('log', 'magnitude', 'complex'))
         self.resolutions, self.kind, self.power = tuple(map(tuple, resolutions)), kind, power
         self.names = tuple(f'{kind}-{n_fft}' for n_fft, _ in self.resolutions)
