@@ -76,8 +76,8 @@ class KeepsPrecision(nn.Module):
     widens = False
 
     def _apply(self, fn, recurse=True):
-        held = {name: self._buffers[name] for name in self.precise if self._buffers.get(name) is not None}
-        made = self.__dict__.setdefault('_made', {name: held[name].dtype for name in held})
+        held = {name: buffer for name, buffer in self._buffers.items() if name in self.precise and buffer is not None}
+        made = self.__dict__.setdefault('_made', {name: buffer.dtype for name, buffer in held.items()})
         for name in held: self._buffers[name] = None
         super()._apply(fn, recurse)
         for name, buffer in held.items(): self._buffers[name] = _moved(buffer, fn, made[name], self.widens)
