@@ -52,27 +52,28 @@ def kernel(report: Path) -> Iterator[str]:
     "A Jupyter kernel of this very interpreter, by name; `report` is where it tells its progress."
     with tempfile.TemporaryDirectory(prefix='speechloss-') as home:
         spec = Path(home) / 'kernels' / KERNEL
-        spec.mkdir(parents=True)
+        runtime = Path(home) / 'runtime'
+        for folder in (spec, runtime): folder.mkdir(parents=True)
         argv = [sys.executable, '-m', 'ipykernel_launcher', '-f', '{connection_file}',
                 '--log-level=ERROR']
         write_json(spec / 'kernel.json', dict(argv=argv, display_name='Python', language='python'))
         paths = os.pathsep.join(filter(None, (home, os.environ.get('JUPYTER_PATH'))))
-        with environ(JUPYTER_PATH=paths, JUPYTER_RUNTIME_DIR=f'{home}/runtime',
+        with environ(JUPYTER_PATH=paths, JUPYTER_RUNTIME_DIR=str(runtime),
                      IPYTHONDIR=f'{home}/ipython', PYDEVD_DISABLE_FILE_VALIDATION='1',
                      **{PROGRESS: str(report.resolve())}):
             yield KERNEL
 
 
 def _kernel_options() -> dict:
-    """Return the options of a kernel that talks through files, where it can.
+    """Return the options of a kernel that talks through files in its runtime folder, where it can.
 
     Over TCP anyone on the machine could listen, and ipykernel says so in each run. The name of a socket file has room
-    for some hundred characters.
+    for some hundred characters. Without a folder of its own it would lie in the working directory, and stay there.
     """
-    room = len(tempfile.gettempdir()) + len('/speechloss-12345678/runtime/kernel-.json-ipc-5') + 36 <= 100
-    if os.name != 'posix' or not room: return {}
+    sockets = os.path.join(os.environ['JUPYTER_RUNTIME_DIR'], 'kernel')
+    if os.name != 'posix' or len(sockets) > 90: return {}
     from traitlets.config import Config
-    return dict(config=Config(dict(KernelManager=dict(transport='ipc'))))
+    return dict(config=Config(dict(KernelManager=dict(transport='ipc', ip=sockets))))
 
 
 @contextlib.contextmanager
