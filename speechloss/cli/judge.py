@@ -49,10 +49,10 @@ def judge(
     from speechloss.trials.experiment import run_trials, trial_clips, trial_table
     from speechloss.trials.scores import Scorer
     torch.set_num_threads(1)
-    manifest = get(corpus, from_dir=corpus_dir)
-    there = trial_clips(manifest, clips)
     net = _open(model)
     wanted = _affordable([*CANDIDATES.values()], net) if every else [candidate_of(name) for name in losses or ()]
+    manifest = get(corpus, from_dir=corpus_dir)     # behind the names: it may fetch much
+    there = trial_clips(manifest, clips)
     if not quiet: complain(_estimate(wanted, there, net, check))
     with bar('judge', hide=quiet) as draw:
         rows = run_trials(wanted, there, out, corpus_hash=manifest.hash, model=net, weights=weights_of(model),

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from torch import nn
 
+from ..common.class_paths import find_class
 from ..common.errors import SpeechLossError
 from ..common.files import sha256
 from ..losses.base import Loss
@@ -110,5 +111,6 @@ def candidate_of(
     if name.startswith('{'):
         try: return Candidate(name, json.loads(name))
         except ValueError: raise SpeechLossError(f'loss {name} is no JSON: give {{"name": ..., options}}') from None
-    if outside_path(name) is None and name not in PRESETS: build(name)      # says what there is
+    if path := outside_path(name): find_class(path, 'loss')     # these two say what there is
+    elif name not in PRESETS: build(name)
     return Candidate(name, dict(name=name))
