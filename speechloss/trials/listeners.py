@@ -73,15 +73,10 @@ def rated_stimuli(
     return stimuli
 
 # %% ../../nbs/trials/listeners.ipynb #8fe88a02
-def _ranks(values: np.ndarray) -> np.ndarray:
-    "Return ranks, the mean of them where values are equal"
-    _, place, counts = np.unique(values, return_inverse=True, return_counts=True)
-    return (np.cumsum(counts) - (counts + 1) / 2)[place]
-
-
 def spearman(a: np.ndarray, b: np.ndarray) -> float:
     "Return the rank correlation of two lists of numbers; NaN where one of them is constant"
-    a, b = _ranks(np.asarray(a)), _ranks(np.asarray(b))
+    from scipy.stats import rankdata
+    a, b = rankdata(a), rankdata(b)
     spread = a.std() * b.std()
     return float(((a - a.mean()) * (b - b.mean())).mean() / spread) if spread > 0 else float('nan')
 
