@@ -9,6 +9,7 @@ __all__ = ['Source', 'survey', 'survey_pairs', 'speaker_finder', 'name_speakers'
 
 # %% ../../nbs/corpora/folders.ipynb #15b744d5
 import hashlib
+import os
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
@@ -20,7 +21,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from ..common.errors import AudioError, CorpusError, SpeechLossError, choose
-from ..common.files import sha256, walk_files
+from ..common.files import is_broken_link, sha256, walk_files
 from .download import notify
 from .layouts import FileRole, Recognised, doubt_speakers, is_noise, plain, recognise, split_word
 from .manifest import RECORDING_KINDS, SPLITS, Manifest, Recording
@@ -81,8 +82,13 @@ def _audio_below(folder: Path) -> tuple[dict[str, Path], dict[str, str]]:
     files = [p for p in walk_files(folder) if not p.name.startswith('.')]
     found = {p.relative_to(folder).as_posix(): p for p in files if p.suffix.lower() in SUFFIXES}
     if not found: raise CorpusError(f'{folder} holds no audio: put {", ".join(SUFFIXES[:5])} files in it')
-    return found, {p.relative_to(folder).as_posix(): f'{p.suffix.lower()} is not read: convert it to .wav or .flac'
-                   for p in files if p.suffix.lower() in UNREAD_SUFFIXES}
+    return found, {p.relative_to(folder).as_posix(): why for p in files if (why := _why_unread(p))}
+
+
+def _why_unread(path: Path) -> str | None:
+    "Return why what may be sound, or a folder of it, is left out; None where it is read or no sound"
+    if path.suffix.lower() in UNREAD_SUFFIXES: return f'{path.suffix.lower()} is not read: convert it to .wav or .flac'
+    return f'is a link to {os.readlink(path)}, which is not there' if not path.suffix and is_broken_link(path) else None
 
 # %% ../../nbs/corpora/folders.ipynb #f72baa94
 def speaker_finder(

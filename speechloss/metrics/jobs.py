@@ -15,6 +15,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from ..common.errors import AudioError, SpeechLossError
+from ..common.files import is_broken_link
 from ..common.tables import FORMATS, read_table
 from .alignment import PAIR_COLUMNS
 from .partners import CleanFiles, compile_pattern, found_by
@@ -86,7 +87,8 @@ def jobs_of(
     each: dict = {}
     for source in sources:
         for job in _with_speakers(_jobs(str(source), clean), who):
-            each.setdefault((*map(os.path.realpath, job.files), job.key if job.more else ''), job)
+            named = job.key if job.more or is_broken_link(job.enhanced) else ''
+            each.setdefault((*map(os.path.realpath, job.files), named), job)
     return list(each.values())
 
 # %% ../../nbs/metrics/jobs.ipynb #6de05a32
@@ -105,7 +107,7 @@ def _jobs(source: str, clean: CleanFiles) -> list[_Named]:
 
 
 def _matched(pattern: str, path: Path, clean: CleanFiles) -> list[_Named]:
-    found = sorted(p for p in map(Path, glob.glob(pattern, recursive=True)) if p.is_file())
+    found = sorted(p for p in map(Path, glob.glob(pattern, recursive=True)) if p.is_file() or is_broken_link(p))
     base = Path(*path.parts[:next(k for k, part in enumerate(path.parts) if glob.has_magic(part))])
     audio = [(p.relative_to(base), Job(path_text(p), p)) for p in found if p.suffix.lower() in _SOUND]
     jobs = _with_partners(audio, clean)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ..common.errors import AudioError
-from ..common.files import atomic, walk_files
+from ..common.files import atomic, is_broken_link, walk_files
 from ..common.libraries import extra
 from .opening import SUFFIXES, UNREAD_SUFFIXES, container_of
 from .opening import go_to, known_frames, open_audio, read_samples, true_frames, write_samples
@@ -132,11 +132,15 @@ def scan(
     *,
     unread: bool = False,   # with the files that hold sound and are not read, such as .m4a: they are errors later
 ) -> list[Path]:
-    "Return the audio files below `folder`, sorted, linked folders too; `AudioError` when it is missing or has none"
+    """Return the audio files below `folder`, sorted, linked folders too; `AudioError` when it is missing or has none.
+
+    With `unread`, a link to what is not there is among them too: it may have been a folder.
+    """
     folder, kinds = Path(folder), (*SUFFIXES, *(UNREAD_SUFFIXES if unread else ()))
     if not folder.is_dir():
         raise AudioError(f'{folder} is not a folder: give a folder of audio files')
-    found = [p for p in walk_files(folder) if p.suffix.lower() in kinds and not p.name.startswith('.')]
+    found = [p for p in walk_files(folder) if not p.name.startswith('.') and
+             (p.suffix.lower() in kinds or unread and not p.suffix and is_broken_link(p))]
     if not found:
         raise AudioError(f'{folder} holds no audio: put {", ".join(SUFFIXES[:5])} files in it')
     return found

@@ -8,6 +8,7 @@ __all__ = ['SUFFIXES', 'UNREAD_SUFFIXES', 'container_of', 'coding_for', 'write_s
 
 # %% ../../nbs/signal/opening.ipynb #7c91585d
 import io
+import os
 import re
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
@@ -17,6 +18,7 @@ import numpy as np
 import soundfile
 
 from ..common.errors import AudioError
+from ..common.files import is_broken_link
 
 # %% ../../nbs/signal/opening.ipynb #06dcc4a1
 _CONTAINERS = {
@@ -171,6 +173,8 @@ def open_audio(
 ) -> Iterator[soundfile.SoundFile]:      # at its first sample
     "Open an audio file to read; `AudioError` when that fails, then or while it is read, and when it is cut short"
     path = Path(path)
+    if is_broken_link(path):
+        raise AudioError(f'{path} is a link to {os.readlink(path)}, which is not there: mount or fetch it')
     if not path.is_file():
         raise AudioError(f'{path} is not a file: give the path of an audio file')
     source = None
