@@ -1,6 +1,5 @@
 """`speechloss score` and `compare` on folders as they are: rates, lengths, delays, names, and what is broken."""
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -98,21 +97,62 @@ def test_aligned_and_strict(place):
     assert wide['p0_06']['cut_ms'] == -500 and abs(wide['p0_06']['si_sdr'] - 20) < 1
 
 
-def test_killed_and_resumed_it_is_the_undisturbed_table(place):
-    options = ['--ref', str(place/'clean'), '--metrics', 'vqscore,si_sdr,estoi', '--workers', '1', '-q']
-    run('score', place/'enhanced', *options, '--out', place/'calm.csv')
-    out, part = place/'s.csv', place/'s.csv.part'
-    command = [sys.executable, '-m', 'speechloss', 'score', str(place/'enhanced'), *options, '--out', str(out),
-               '--resume']
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
-    while process.poll() is None and not (part.exists() and part.read_bytes().count(b'\n') > 4): time.sleep(.01)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
-    kept = part.exists()
-    code, _, _ = run('score', place/'enhanced', *options, '--out', out, '--resume')
-    assert code == 1 and kept and not part.exists() and out.read_bytes() == (place/'calm.csv').read_bytes()
-    assert run('score', place/'enhanced', *options, '--out', out, '--resume', '--align')[0] == 1      # other rules
-    assert by_name(read_table(out))['p2_05']['si_sdr'] != by_name(read_table(place/'calm.csv'))['p2_05']['si_sdr']
+CRASHING = """
+import ctypes
+class NoUtterancesError(Exception): pass
+PesqError = NoUtterancesError
+def pesq(rate, clean, enhanced, *args, **kwargs):
+    if len(clean) < 5000: ctypes.string_at(0)
+    return 1 + float(abs(clean - enhanced).mean())
+"""
+
+
+@pytest.fixture
+def forty(tmp_path, monkeypatch):
+    "40 pairs: 3 broken, one that ends the process, some at 48 kHz, some 100 samples short; and a PESQ that crashes"
+    for k in range(40):
+        clean = wave(k, .25 if k == 20 else .5 + k / 1000)       # the largest come first, so it is the last
+        enhanced = clean + .1 * wave(k + 50, len(clean) / RATE)
+        put(tmp_path/f'clean/s{k % 4}/{k:02}.wav', *((at_48k(clean), 48_000) if k % 20 == 1 else (clean,)))
+        short = enhanced[:-100] if k % 10 == 3 else enhanced
+        put(tmp_path/f'enh/s{k % 4}/{k:02}_enh.wav', *((at_48k(short), 48_000) if k % 20 == 2 else (short,)))
+    (tmp_path/'enh/s3/07_enh.wav').write_bytes(b'RIFF')
+    (tmp_path/'enh/s1/17_enh.wav').unlink()
+    (tmp_path/'enh/s1/17_enh.wav').symlink_to(tmp_path/'unmounted/17.wav')
+    (tmp_path/'enh/s9').symlink_to(tmp_path/'unmounted/s9')
+    (tmp_path/'packages').mkdir()
+    (tmp_path/'packages/pesq.py').write_text(CRASHING)
+    monkeypatch.setenv('PYTHONPATH', str(tmp_path/'packages'))     # of the command that is killed
+    monkeypatch.syspath_prepend(tmp_path/'packages')               # of the processes that this one starts
+    return tmp_path
+
+
+def test_killed_twice_and_resumed_it_is_the_undisturbed_table(forty):
+    options = ['--ref', str(forty/'clean'), '--metrics', 'pesq,si_sdr', '--workers', '1', '-q']
+    code, _, err = run('score', forty/'enh', *options, '--out', forty/'calm.csv')
+    rows = {Path(row['file']).stem: row for row in read_table(forty/'calm.csv')}
+    assert code == 1 and len(rows) == 41 and '4 of 41 files have an error' in err
+    crashed = rows['20_enh']
+    assert crashed['error'].startswith('pesq: the process') and not crashed['pesq'] and float(crashed['si_sdr']) > 15
+    for name in ('17_enh', 's9'): assert 'which is not there: mount or fetch it' in rows[name]['error']
+    out, part = forty/'s.csv', forty/'s.csv.part'
+    command = [sys.executable, '-m', 'speechloss', 'score', str(forty/'enh'), *options, '--out', str(out), '--resume']
+    for mark in (6, 20):
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        while process.poll() is None and not (part.exists() and part.read_bytes().count(b'\n') > mark):
+            time.sleep(.005)
+        process.kill()
+        assert process.wait() == -signal.SIGKILL and part.exists()
+    assert run('score', forty/'enh', *options, '--out', out, '--resume')[0] == 1
+    assert not part.exists() and out.read_bytes() == (forty/'calm.csv').read_bytes()
+
+
+def test_other_rules_for_pairs_are_scored_anew(place):
+    options, out = ['--ref', place/'clean', '--metrics', 'si_sdr', '--workers', '1', '-q'], place/'s.csv'
+    assert run('score', place/'enhanced', *options, '--out', out)[0] == 1
+    before = by_name(read_table(out))['p2_05']['si_sdr']
+    assert run('score', place/'enhanced', *options, '--out', out, '--resume', '--align')[0] == 1
+    assert by_name(read_table(out))['p2_05']['si_sdr'] != before
 
 
 @pytest.mark.parametrize('suffix', ['csv', 'jsonl', 'parquet'])

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Sized
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 
@@ -176,15 +176,27 @@ def _result(future: Future, cards) -> tuple[dict, dict]:
     return empty_score(cards, explain_error(error)) if error else future.result()
 
 # %% ../../nbs/metrics/scoring.ipynb #01f97d3f
-def _run_one_by_one(suspects: dict, task, cards) -> Iterator:  # (index, result)
+def _with_fewer(task: _Task) -> list[_Task]:
+    "Return the task, and then what is left of it without the packages that may have ended the process"
+    safe = tuple(card for card in task.cards if not {*card.needs} & _COMPILED)
+    return [task, replace(task, cards=safe)] if 0 < len(safe) < len(task.cards) else [task]
+
+
+def _run_one_by_one(suspects: dict, task: _Task, cards) -> Iterator:  # (index, result)
     pool = _executor(1)
     try:
         for k, parcel in suspects.items():
-            future = pool.submit(_score_parcel, parcel, task)
-            if died := isinstance(future.exception(), BrokenProcessPool):
-                pool.shutdown()
-                pool = _executor(1)
-            yield k, empty_score(cards, _DIED) if died else _result(future, cards)
+            values, reasons = empty_score(cards, _DIED)
+            for part in _with_fewer(task):
+                future = pool.submit(_score_parcel, parcel, part)
+                if isinstance(future.exception(), BrokenProcessPool):
+                    pool.shutdown()
+                    pool = _executor(1)
+                    continue
+                found, why = _result(future, part.cards)
+                values, reasons = values | found, {c: w for c, w in reasons.items() if c not in found} | why
+                break
+            yield k, (values, reasons)
     finally:
         pool.shutdown(cancel_futures=True)
 
