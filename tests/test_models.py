@@ -20,12 +20,14 @@ from speechloss.signal import info, load
 
 KINDS = {'both ways': dict(causal=False), 'causal': dict(causal=True),
          'deep': dict(layers=2, kernel=2), 'hop 1/4': dict(n_fft=128, hop_length=32, causal=True),
-         'odd hop': dict(n_fft=128, hop_length=50)}
+         'odd hop': dict(n_fft=128, hop_length=50),
+         'bands': dict(kind='band_split', n_fft=128, hop_length=64, channels=8, blocks=2),
+         'bands, causal': dict(kind='band_split', n_fft=256, hop_length=64, channels=8, blocks=3, causal=True)}
 
 
 @pytest.fixture(params=KINDS.values(), ids=KINDS)
 def net(request):
-    return SpectralEnhancer(**{**models.MODEL_PRESETS['tiny'], **request.param}).eval()
+    return enhancer(request.param if 'kind' in request.param else dict(preset='tiny') | request.param).eval()
 
 
 @pytest.mark.parametrize('size', [1, 2, 63, 64, 65, 127, 128, 129, 7919])
@@ -107,8 +109,10 @@ def test_forward_is_decode_of_encode(net):
     "The parameters that `encode` uses are those of the encoder, and the others the decoder's"
     names = {name for name, _ in net.named_parameters()}
     used = set(encoder_parameters(net))
-    assert used == {name for name in names if name.startswith('encoder.')} != names
-    assert encoder_modules(net) == [m for m in net.encoder.modules() if not list(m.children())]
+    encoder = [net.encoder] if hasattr(net, 'encoder') else [net.split, *net.blocks[:len(net.blocks) // 2]]
+    ours = {id(p) for part in encoder for p in part.parameters()}
+    assert used == {name for name, p in net.named_parameters() if id(p) in ours} != names
+    assert encoder_modules(net) == [m for part in encoder for m in part.modules() if not list(m.children())]
 
 
 def test_small_is_small():

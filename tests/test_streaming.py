@@ -14,14 +14,15 @@ from typer.testing import CliRunner
 
 from speechloss.cli.app import app
 from speechloss.common.errors import SpeechLossError
-from speechloss.models import SpectralAutoencoder, SpectralEnhancer, Stream, enhancer, export_onnx
+from speechloss.models import BandSplitEnhancer, SpectralAutoencoder, SpectralEnhancer, Stream, enhancer, export_onnx
 from speechloss.models.catalogue import MODEL_PRESETS
 from speechloss.models.mask_network import add_to_mean, mean_so_far
 from speechloss.models.streaming import hop_tables
 
 KINDS = {'preset': {}, 'deep': dict(layers=2, kernel=2), 'hop 1/4': dict(n_fft=128, hop_length=32),
          'hop 1/8': dict(n_fft=256, hop_length=32, kernel=1), 'odd hop': dict(n_fft=128, hop_length=50),
-         'half is odd': dict(n_fft=250, hop_length=100), 'forgets': dict(memory=.3)}
+         'half is odd': dict(n_fft=250, hop_length=100), 'forgets': dict(memory=.3),
+         'bands': dict(kind='band_split', n_fft=128, hop_length=32, channels=8, blocks=2, memory=.3)}
 WAVES = {
     'noise': lambda size: torch.randn(2, size) / 10,
     'silence first': lambda size: torch.cat([torch.zeros(2, size // 2), torch.randn(2, size - size // 2)], -1),
@@ -34,9 +35,10 @@ WAVES = {
 }
 
 
-def causal(**options) -> SpectralEnhancer:
+def causal(**options) -> SpectralEnhancer | BandSplitEnhancer:
     torch.manual_seed(0)
-    return SpectralEnhancer(**{**MODEL_PRESETS['tiny'], 'causal': True, **options}).eval()
+    if 'kind' not in options: options = dict(preset='tiny') | options
+    return enhancer(dict(causal=True) | options).eval()
 
 
 @pytest.fixture(params=KINDS.values(), ids=KINDS)
@@ -222,8 +224,9 @@ def session_of(path):
     return runtime.InferenceSession(str(path), options, providers=['CPUExecutionProvider'])
 
 
-@pytest.mark.parametrize('options', [dict(MODEL_PRESETS['small']), dict(hop_length=32, layers=2, kernel=1, memory=2.)],
-                         ids=['small', 'deep, hop 1/8'])
+@pytest.mark.parametrize('options', [dict(MODEL_PRESETS['small']), dict(hop_length=32, layers=2, kernel=1, memory=2.),
+                                     dict(kind='band_split', channels=8, blocks=2, memory=2.)],
+                         ids=['small', 'deep, hop 1/8', 'bands'])
 @torch.no_grad()
 def test_onnx_is_the_step(options, tmp_path):
     "200 hops of two streams to 1e-4, names and metadata; the sums keep what rounding took from them"

@@ -17,6 +17,7 @@ from ..common.class_paths import find_class, is_class_path
 from ..common.errors import CheckpointError, SpeechLossError, choose
 from ..common.weights import folder_of, load_tensors
 from .autoencoder import SpectralAutoencoder
+from .band_split import BandSplitEnhancer
 from .mask_network import SpectralEnhancer
 from .vq_enhancer import VQEnhancer
 
@@ -26,7 +27,8 @@ MODEL_PRESETS = {
     'small': dict(n_fft=512, hop_length=256, bands=64, channels=160),
     'base': dict(n_fft=512, hop_length=128, bands=64, channels=448),
 }
-MODEL_KINDS = dict(enhancer=SpectralEnhancer, autoencoder=SpectralAutoencoder, vq=VQEnhancer)
+MODEL_KINDS = dict(enhancer=SpectralEnhancer, band_split=BandSplitEnhancer, autoencoder=SpectralAutoencoder,
+                   vq=VQEnhancer)
 
 
 def enhancer(
@@ -35,8 +37,9 @@ def enhancer(
 ) -> nn.Module:                   # with its weights drawn from torch's global generator
     """Build a new enhancer, or a model of another of `MODEL_KINDS`.
 
-    Presets are 'tiny', 'small' and 'base'; kinds are 'enhancer', 'autoencoder' and 'vq', or the path of a class,
-    `module:Class`. `SpeechLossError` for an unknown kind, preset or argument, and for a class that is no enhancer.
+    Presets are 'tiny', 'small' and 'base'; kinds are 'enhancer', 'band_split', 'autoencoder' and 'vq', or the path of
+    a class, `module:Class`. `SpeechLossError` for an unknown kind, preset or argument, and for a class that is no
+    enhancer.
 
     >>> import torch
     >>> enhancer({'preset': 'tiny', 'causal': True})(torch.zeros(1, 4000)).shape

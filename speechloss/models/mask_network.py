@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['LEAST_POWER', 'erb_bands', 'spectrum', 'frame_total', 'mean_so_far', 'frames_counted', 'add_to_mean', 'in_training',
-           'Recurrent', 'SpectralEncoder', 'SpectralDecoder', 'check_frame', 'check_waves', 'SpectralModel',
-           'apply_mask', 'SpectralEnhancer']
+           'Recurrent', 'SpectralEncoder', 'SpectralDecoder', 'bounded_mask', 'check_frame', 'check_waves',
+           'check_memory', 'SpectralModel', 'apply_mask', 'SpectralSteps', 'SpectralEnhancer']
 
 # %% ../../nbs/models/mask_network.ipynb #1b92d48c
 import math
@@ -249,11 +249,18 @@ class SpectralDecoder(nn.Module):
         return self._mask(x + found), state
 
     def _mask(self, x: Tensor) -> Tensor:
-        real, imag = self.linear(x).chunk(2, -1)
-        real = real + 1.5                                            # tanh(1.5) = 0.91
-        size = (real.square() + imag.square() + 1e-8).sqrt()
-        bound = size.tanh() / size
-        return torch.cat([real * bound, imag * bound], -1)
+        return torch.cat(bounded_mask(*self.linear(x).chunk(2, -1)), -1)
+
+
+def bounded_mask(
+    real: Tensor,                # any shape, near zero at first
+    imag: Tensor,                # same
+) -> tuple[Tensor, Tensor]:      # same
+    "Return real and imaginary part of a mask that cannot amplify, and is near one where both are zero"
+    real = real + 1.5                                            # tanh(1.5) = 0.91
+    size = (real.square() + imag.square() + 1e-8).sqrt()
+    bound = size.tanh() / size
+    return real * bound, imag * bound
 
 # %% ../../nbs/models/mask_network.ipynb #eed7ec10
 def check_frame(n_fft: int, hop_length: int) -> None:
@@ -274,10 +281,14 @@ def check_waves(wave: Tensor, lengths: Tensor | None) -> None:
                               f'{len(wave)} waves, in 1..{wave.shape[-1]} samples')
 
 
-def _check_network(channels: int, layers: int, kernel: int, causal: bool, memory: float | None) -> None:
+def _check_network(channels: int, layers: int, kernel: int) -> None:
     if channels < 2 or channels % 2 or layers < 1 or kernel < 1:
         raise SpeechLossError(f'channels is {channels}, layers {layers}, kernel {kernel}: '
                               'give an even number of channels and at least one of the others')
+
+
+def check_memory(memory: float | None, causal: bool) -> None:
+    "Raise `SpeechLossError` unless `memory` is None, or seconds above 0 of a causal model"
     if memory is not None and (memory <= 0 or not causal):
         raise SpeechLossError(f'memory is {memory} and causal {causal}: give seconds above 0 to a causal model, or '
                               'None')
@@ -325,8 +336,41 @@ def apply_mask(
         real, imag = (part @ bands.mT for part in mask.chunk(2, -1))
     return istft(spec * torch.complex(real, imag), n_fft, hop_length, length=length)
 
+# %% ../../nbs/models/mask_network.ipynb #ef0bd457
+class SpectralSteps(CausalSteps):
+    "Mask one frame after the other: the half of `SpectralEnhancer` that streams"
+    bands: Tensor        # (bins, bands)
+    encoder: SpectralEncoder
+    decoder: SpectralDecoder
+
+    def _band_power(self, real: Tensor, imag: Tensor) -> Tensor:   # (..., bins) each -> (..., bands)
+        # a Hann window of n samples has power 3n/8, so unit white noise has unit power in a band
+        power = (real.square() + imag.square()) / (.375 * self.n_fft)
+        with torch.autocast(power.device.type, enabled=False):  # powers span more than half floats
+            return power @ (self.bands / self.bands.sum(0)).to(power.dtype)
+
+    def state_shapes(self) -> dict[str, tuple[int, int]]:
+        "Return the shape of each tensor that the network remembers, without the batch"
+        layers, channels = self.encoder.gru.num_layers, self.encoder.gru.hidden_size
+        return dict(level=(2, 1), means=(2, self.bands.shape[1]),                 # sums so far, their rounding errors
+                    history=(self.encoder.conv.kernel_size[0] - 1, channels),     # frames before the convolution
+                    encoder=(layers, channels), decoder=(layers, channels))       # recurrent states
+
+    def mask_step(
+        self,
+        real: Tensor,                # (B, 1, bins), of the spectrum of a frame
+        imag: Tensor,                # same
+        state: dict[str, Tensor],    # as of `state_shapes`, each (B, ...)
+        place: Tensor,               # (B, 1, 1) frames so far, with this one
+    ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:   # real and imaginary part of the mask, (B, 1, bins); new state
+        "Return the mask of one frame, and what the network remembers after it"
+        (shallow, bottleneck), after = self.encoder.step(self._band_power(real, imag), state, place)
+        mask, after['decoder'] = self.decoder.step(shallow, bottleneck, state['decoder'])
+        re, im = (part @ self.bands.mT for part in mask.chunk(2, -1))
+        return re, im, after
+
 # %% ../../nbs/models/mask_network.ipynb #bb478561
-class SpectralEnhancer(CausalSteps, SpectralModel, PyTorchModelHubMixin, library_name='speechloss',
+class SpectralEnhancer(SpectralSteps, SpectralModel, PyTorchModelHubMixin, library_name='speechloss',
                        tags=['speech-enhancement'], license='apache-2.0'):
     """Enhance speech by a complex mask on its STFT, from an encoder and a decoder.
 
@@ -362,7 +406,8 @@ class SpectralEnhancer(CausalSteps, SpectralModel, PyTorchModelHubMixin, library
         sample_rate: int = SAMPLE_RATE,
     ):
         super().__init__(n_fft, hop_length, sample_rate)
-        _check_network(channels, layers, kernel, causal, memory)
+        _check_network(channels, layers, kernel)
+        check_memory(memory, causal)
         self.causal, decay = causal, 1. if memory is None else math.exp(-hop_length / sample_rate / memory)
         self.register_buffer('bands', erb_bands(bands, n_fft, sample_rate), persistent=False)
         self.encoder = SpectralEncoder(bands, channels, layers, kernel, floor_db, causal, decay)
@@ -371,12 +416,6 @@ class SpectralEnhancer(CausalSteps, SpectralModel, PyTorchModelHubMixin, library
     @classmethod
     def from_pretrained(cls, name, **options):   # type: ignore[override]  # the hub's has more names, passed on
         return super().from_pretrained(SHIPPED.get(str(name), name), **options)
-
-    def _band_power(self, real: Tensor, imag: Tensor) -> Tensor:   # (..., bins) each -> (..., bands)
-        # a Hann window of n samples has power 3n/8, so unit white noise has unit power in a band
-        power = (real.square() + imag.square()) / (.375 * self.n_fft)
-        with torch.autocast(power.device.type, enabled=False):  # powers span more than half floats
-            return power @ (self.bands / self.bands.sum(0)).to(power.dtype)
 
     def _encode(self, spec: Tensor, frames: Tensor | None) -> list[Tensor]:
         return self.encoder(self._band_power(spec.real, spec.imag), frames)
