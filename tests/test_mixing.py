@@ -337,7 +337,7 @@ def test_mini_is_real_speech():
 
 # ------------------------------------------------------------------------------ augmentation
 
-HARD = dict(noises=(1, 3), equalize=.5, band_limit=.3, clip=.3, code=.4, peak_db=(-35., 0.))
+HARD = dict(noises=(1, 3), noise_speed=(.5, 2.), equalize=.5, band_limit=.3, clip=.3, code=.4, peak_db=(-35., 0.))
 
 
 @pytest.mark.parametrize('workers', [0, 2])
@@ -425,7 +425,8 @@ def test_generated_noise_has_unit_level(kind, size, seed):
     assert size < 50 or abs(np.mean(x.astype(float) ** 2) - 1) < 1e-3
 
 
-@pytest.mark.parametrize('wrong', [dict(clip=-1), dict(peak_db=(0., -3.)), dict(noises=(2, 1)), dict(echoes=1)])
+@pytest.mark.parametrize('wrong', [dict(clip=-1), dict(peak_db=(0., -3.)), dict(noises=(2, 1)),
+                                   dict(noise_speed=(2., 1.)), dict(noise_speed=[0., 1.]), dict(echoes=1)])
 def test_a_wrong_augmentation_is_told(corpus, wrong):
     with pytest.raises(CorpusError, match=list(wrong)[0]): Mixtures(corpus, 'train', augment=wrong)
 

@@ -17,7 +17,7 @@ from torch.utils.data import Dataset
 
 from ..common.errors import AudioError, CorpusError, choose
 from .acoustics import NOISE_KINDS, convolve, generated, looped, recorded_room, room
-from .augmentation import Augmentation, augment, coloured_by_microphones
+from .augmentation import Augmentation, augment, coloured_by_microphones, respeeded
 from .manifest import SPLITS, Manifest, Recording
 from ..signal.audio import SAMPLE_RATE, info, load
 from ..signal.levels import mix, rms_db
@@ -249,6 +249,7 @@ class _Items(_Sounds):
         if noise is not None:
             count = int(rng.integers(*self.augment.noises, endpoint=True))
             name, noise = self._more_noise(name, noise, record, count, rng)
+            noise = respeeded(noise, self.augment, rng, self.sample_rate)
         heard, clean, noise = coloured_by_microphones(heard, clean, noise, self.augment, rng)
         noisy = self._mixed(heard, noise, snr, record, name)
         return name, *augment(noisy, clean, self.augment, rng, self.sample_rate)
