@@ -24,7 +24,8 @@ import torch
 from typer.testing import CliRunner
 
 from speechloss.__main__ import main
-from speechloss.cli.app import app
+from speechloss.cli.app import app, cards_in_code
+from speechloss.common.weights import DATA
 
 RATE = 16000
 
@@ -520,3 +521,29 @@ def test_train_refuses_a_corpus_without_speech(recipe, tmp_path):
 def test_train_into_a_place_that_is_a_file(recipe, tmp_path):
     (tmp_path / 'out').touch()
     assert 'out' in refused('train', recipe, '--out', tmp_path / 'out')
+
+
+# ---- what only prints text
+
+def test_tables_of_cards_are_those_of_the_code():
+    kept = json.loads((DATA / 'cards.json').read_text(encoding='utf-8'))
+    assert kept == cards_in_code(), 'run python -c "from speechloss.cli.app import write_cards; write_cards()"'
+    assert {'name', 'range', 'better', 'needs', 'extra'} <= kept['metrics'][0].keys() and len(kept['metrics']) > 20
+
+
+def test_metrics_say_what_they_need():
+    rows = {row['name']: row for row in json.loads(speechloss('metrics', '--json').stdout)}
+    assert rows['pesq']['needs'] == 'pesq' and rows['pesq']['reference'] == 'clean' and rows['lsd']['better'] == 'lower'
+    assert rows['vqscore']['reference'] == 'none' and rows['distillmos']['extra'] == 'mos'
+    assert rows['dnsmos']['columns'].startswith('dnsmos_ovrl') and set(row['here'] for row in rows.values()) <= {
+        'yes', 'no'}
+
+
+@pytest.mark.parametrize('args', [['-h'], ['losses'], ['metrics'], ['doctor', '-h'], ['score', '-h'], ['train', '-h'],
+                                  ['data', 'make', '-h']])
+def test_text_is_printed_without_torch(args):
+    code = ("import sys; sys.argv = ['speechloss', *sys.argv[1:]]\nfrom speechloss.__main__ import main\n"
+            "try: main()\nexcept SystemExit as end: assert not end.code\n"
+            "assert not {'torch', 'numpy', 'scipy'} & set(sys.modules)")
+    done = subprocess.run([sys.executable, '-c', code, *args], capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout, done.stderr

@@ -67,7 +67,7 @@ def data_make(
     quiet: Quiet = False,
 ):
     "Make a corpus of folders of your own, recognised by their layout, with no speaker in two splits."
-    from speechloss.common.progress import bar
+    from speechloss.common.progress import bar, forecast
     from speechloss.corpora.download import notify
     from speechloss.corpora.folders import (
         make_manifest, missing_parts, name_speakers, refuse_doubtful_speakers, speaker_finder, split_rows)
@@ -81,7 +81,7 @@ def data_make(
     for source in sources: notify(f'{source.folder}: {source.found.layout}, {source.found.why}')
     for text in doubts: complain(text)
     with bar('make', hide=quiet) as draw:
-        made = make_manifest(sources, split=split, progress=draw)
+        made = make_manifest(sources, split=split, progress=draw if quiet else forecast(draw, complain, 'files'))
     _report_left_out(made.skipped)
     with contextlib.redirect_stdout(sys.stderr):
         show(split_rows(made), ('split', 'kind', 'files', 'hours', 'speakers', 'recordings'))
@@ -153,11 +153,11 @@ def data_check(
     Exits with 2 when something is; warnings alone do not count.
     """
     from speechloss.common.errors import SpeechLossError
-    from speechloss.common.progress import bar
+    from speechloss.common.progress import bar, forecast
     from speechloss.corpora.audit import audit, audit_rows
     manifest = _local_manifest(name)
     with bar(f'check {name}', hide=quiet) as draw:
-        found = audit(manifest, draw)
+        found = audit(manifest, draw if quiet else forecast(draw, complain, 'files'))
     show(audit_rows(found), ('check', 'verdict', 'found', 'detail'), as_json)
     for finding in found[:20]: complain(f'{finding.check}: {finding.text}')
     if len(found) > 20: complain(f'{len(found) - 20} more of these')

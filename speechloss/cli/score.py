@@ -49,7 +49,7 @@ def score(
     that most files carry (p232_001_enhanced.wav), or what --match finds. Of two rates the higher is resampled, of two
     lengths the longer is cut within --tolerance, and a delay is estimated: columns say so.
     """
-    from speechloss.common.progress import bar
+    from speechloss.common.progress import bar, forecast
     from speechloss.judges.scores import register_judges
     from speechloss.metrics.alignment import PairRules
     from speechloss.metrics.cards import metric_cards
@@ -62,10 +62,10 @@ def score(
     if check: return _check(jobs, ref, rules, names, workers, out, overwrite, as_json, quiet)
     drawn = _names(columns) or [metric_cards(names)[0].columns[0]]
     if plot: check_plot(plot, drawn, names)
-    if not quiet: _announce(jobs, names, workers)
+    known = quiet or _announce(jobs, names, workers)
     with bar('score', hide=quiet) as draw:
         rows = score_files(jobs, names, out, resume=resume, overwrite=overwrite, workers=workers, rules=rules,
-                           apart=True, progress=draw)
+                           apart=True, progress=draw if known else forecast(draw, complain, 'files'))
     _report(rows, summary_of(rows, names), out, as_json, quiet)
     if not quiet:
         for said in pair_sentences(rows, align): complain(said)
@@ -80,8 +80,8 @@ def score(
 def _names(text: str | None) -> list[str]: return [n for n in map(str.strip, (text or '').split(',')) if n]
 
 # %% ../../nbs/cli/score.ipynb #c0e98306
-def _announce(jobs: list, names: Iterable[str], workers: int | None) -> None:
-    "Say on stderr how long it will take, where that is more than a moment"
+def _announce(jobs: list, names: Iterable[str], workers: int | None) -> bool:
+    "Say on stderr how long it will take, where that is more than a moment; return whether that is known"
     from speechloss.common.progress import duration_text
     from speechloss.metrics.checks import expected_seconds
     from speechloss.metrics.scoring import worker_count
@@ -90,18 +90,21 @@ def _announce(jobs: list, names: Iterable[str], workers: int | None) -> None:
     if expected and expected > 30:
         complain(f'{len(jobs)} files will take about {duration_text(expected)} with {count} '
                  f'process{"es" * (count > 1)}, by the speeds of a server')
+    return expected is not None
 
 
 def _check(jobs: list, ref, rules, names, workers, out: Path | None, overwrite: bool, as_json: bool,
            quiet: bool) -> None:
     "Print what is wrong with files; exit with 1 where some would have no score"
     from speechloss.common.errors import SpeechLossError
-    from speechloss.common.progress import bar
+    from speechloss.common.progress import bar, forecast
     from speechloss.common.tables import write_table
     from speechloss.metrics.checks import check_files
     if out and out.exists() and not overwrite:
         raise SpeechLossError(f'{out} is there: choose another name, or --overwrite it')
-    with bar('check', hide=quiet) as draw: checked = check_files(jobs, ref, rules=rules, progress=draw)
+    with bar('check', hide=quiet) as draw:
+        report = draw if quiet else forecast(draw, complain, 'files')
+        checked = check_files(jobs, ref, rules=rules, progress=report)
     if out: write_table(checked.rows, out)
     show([finding.row() for finding in checked.findings], ('finding', 'files', 'example', 'cure'), as_json)
     fatal = {name for finding in checked.findings if finding.fatal for name in finding.files}

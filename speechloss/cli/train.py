@@ -12,7 +12,7 @@ from typing import Annotated, Any
 
 import typer
 
-from .console import Quiet, show
+from .console import Quiet, complain, show
 from ..common.errors import choose
 
 # %% ../../nbs/cli/train.ipynb #c81c058e
@@ -38,11 +38,12 @@ def train(
     Fields of the recipe can be given after it as options: --steps 500 --lr 1e-3.
     """
     options = overrides(ctx.args)
-    from speechloss.common.progress import bar
+    from speechloss.common.progress import bar, forecast
     from speechloss.training import enhancer as training
     chosen = build_recipe(training.Recipe, read_recipe(recipe), options)
     with bar('train', hide=quiet) as draw:
-        print(training.train(chosen, out, progress=draw, tensorboard=tensorboard))
+        report = draw if quiet else forecast(draw, complain)
+        print(training.train(chosen, out, progress=report, tensorboard=tensorboard))
 
 # %% ../../nbs/cli/train.ipynb #4a1ac091
 def read_recipe(path: Path) -> dict:
