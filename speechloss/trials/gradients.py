@@ -56,13 +56,14 @@ def gradient_cosines(
 def gradient_bands(
     gradients: dict[str, Tensor],   # (B, T) each
 ) -> list[dict]:                    # a row for each loss and band
-    "Return the share of the energy of each gradient in each of `GRADIENT_BANDS`, mean over clips; 8 kHz is in none"
+    "Return the share of the energy of each gradient in each of `GRADIENT_BANDS`, mean over clips"
     rows = []
     for name, gradient in gradients.items():
         power = torch.fft.rfft(gradient).abs().square()
         hertz = torch.linspace(0, SAMPLE_RATE / 2, power.shape[-1])
         share = power / power.sum(-1, keepdim=True).clamp_min(_LEAST)
         rows += [dict(loss=name, low=low, high=high,
-                      share=float(share[:, (hertz >= low) & (hertz < high)].sum(-1).mean()))
+                      share=float(share[:, (hertz >= low) & ((hertz < high) | (high == GRADIENT_BANDS[-1]))]
+                                  .sum(-1).mean()))
                  for low, high in zip(GRADIENT_BANDS, GRADIENT_BANDS[1:])]
     return rows

@@ -6,9 +6,12 @@
 __all__ = ['GAIN_BANDS', 'LARGEST_GAIN', 'BandMask', 'ideal_ratio', 'phase_sensitive']
 
 # %% ../../nbs/trials/masks.ipynb #1faaba07
+import math
+
 import torch
 from torch import Tensor
 
+from ..common.errors import SpeechLossError
 from ..models.mask_network import erb_bands
 from ..signal.audio import SAMPLE_RATE
 from ..signal.spectra import istft, stft
@@ -33,9 +36,11 @@ class BandMask:
         self.noisy, self.spectrum = noisy, stft(noisy, _N_FFT, _HOP)     # (B, T), (B, frames, bins)
         self.bank = erb_bands(GAIN_BANDS, _N_FFT, SAMPLE_RATE)           # (bins, bands), rows sum to one
 
-    def start(self) -> Tensor:
-        "Return the logits `(B, frames, bands)` that leave the noisy waves as they are"
-        return torch.zeros(*self.spectrum.shape[:2], GAIN_BANDS)
+    def start(self, level: float = 1.) -> Tensor:   # in (0, LARGEST_GAIN)
+        "Return the logits `(B, frames, bands)` that leave the noisy waves as they are, but for their level"
+        if not 0 < level < LARGEST_GAIN:
+            raise SpeechLossError(f'level is {level}: give a gain above 0 and below {LARGEST_GAIN:g}')
+        return torch.full((*self.spectrum.shape[:2], GAIN_BANDS), math.log(level / (LARGEST_GAIN - level)))
 
     def gains(self, logits: Tensor) -> Tensor:
         "Return gains in `[0, LARGEST_GAIN]`, of the shape of `logits`"

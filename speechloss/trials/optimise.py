@@ -59,11 +59,12 @@ def optimise(
     negatives: dict[str, Tensor] | None = None,   # (B, T) each, of use to contrastive losses
     steps: int = STEPS,                           # of Adam
     rate: float = RATE,                           # of its first half; then it falls to zero
+    level: float = 1.,                            # gain of every band at the start, in (0, LARGEST_GAIN)
     progress: Callable[[str, int, int | None], None] | None = None,   # called with ('optimising', done, steps)
 ) -> Optimised:
     "Return the masked waves at which a loss is least; `SpeechLossError` where its gradient is not finite"
     mask = BandMask(noisy)
-    logits = mask.start().requires_grad_()
+    logits = mask.start(level).requires_grad_()
     optimizer = torch.optim.Adam([logits], rate, betas=(.9, .99))
     loss = loss.eval()         # no random windows, no running statistics that move
     scale = start = None
@@ -93,7 +94,8 @@ def convergence(
     *,
     negatives: dict[str, Tensor] | None = None,   # as there
     steps: int = STEPS,                           # as there
+    level: float = 1.,                            # as there
 ) -> Tensor:                                      # (B,) share of the fall
     "Return by how much twice the steps would change the loss, as a share of its fall from the noisy wave"
-    longer = optimise(loss, noisy, clean, negatives=negatives, steps=2 * steps)
+    longer = optimise(loss, noisy, clean, negatives=negatives, steps=2 * steps, level=level)
     return (found.end - longer.end).abs() / (found.start - longer.end).abs().clamp_min(1e-12)
