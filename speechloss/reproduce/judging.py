@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['interval_of', 'restated', 'outcome_of', 'number_verdict', 'number_text', 'gate_reading', 'holm', 'q_values',
-           'Verdict', 'verdict_on', 'Verdicts', 'verdicts_of', 'failures']
+           'Verdict', 'verdict_on', 'Verdicts', 'judge_claims', 'verdicts_of', 'failures']
 
 # %% ../../nbs/reproduce/judging.ipynb #c6054a8c
 import html
@@ -286,6 +286,16 @@ class Verdicts(list):
         return f'{remark}<table><thead>{cells("th", self.columns)}</thead><tbody>{body}</tbody></table>'
 
 
+def judge_claims(
+    claims: Sequence[Claim],              # of one study
+    numbers: Mapping[str, Mapping],       # by name, as in results.json
+    scale: str,
+    gates: Mapping[str, Gate],            # by id, all that the claims require
+) -> Verdicts:
+    "Return the verdicts on the claims of a study by its numbers, corrected for each other"
+    return Verdicts(_corrected([verdict_on(c, numbers, scale, gates) for c in claims]))
+
+
 def verdicts_of(
     paper: str,
     numbers: Mapping[str, Mapping],       # the numbers of results.json by name
@@ -294,8 +304,7 @@ def verdicts_of(
     registry_file: Path | None = None,    # another claims.toml
 ) -> Verdicts:
     "Return the verdicts on every claim of a paper by the numbers of one run, corrected for each other"
-    gates = load_gates(registry_file)
-    return Verdicts(_corrected([verdict_on(c, numbers, scale, gates) for c in load_claims(paper, registry_file)]))
+    return judge_claims(load_claims(paper, registry_file), numbers, scale, load_gates(registry_file))
 
 
 def failures(
