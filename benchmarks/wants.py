@@ -19,6 +19,7 @@ for name in ('OMP_NUM_THREADS', 'OPENBLAS_NUM_THREADS', 'MKL_NUM_THREADS'):
 import argparse
 import gzip
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -38,6 +39,9 @@ FOLDER = ROOT / 'benchmarks'
 CLIPS = 20    # on which gradients are compared
 OUTSIDE = [Candidate('envelope', dict(name='benchmarks.envelope:Envelope')),      # compared with listeners too
            Candidate('envelope, floor 1e-3', dict(name='benchmarks.envelope:Envelope', floor=1e-3))]
+OPINIONS = [Candidate(f'{label}{mark}', dict(name=f'benchmarks.opinion:{kind}', **seed))    # with DistillMOS
+            for label, kind in (('opinion', 'Opinion'), ('opinion distance', 'OpinionDistance'))
+            for mark, seed in (('', {}), (', random', dict(random_seed=0)))]
 
 
 def short(row: dict) -> dict:
@@ -83,7 +87,7 @@ def main() -> None:
         if given.listeners:
             rows = compare_with_listeners(given.listeners, model=model,
                                           progress=lambda name, done, total: print(name, flush=True))
-            rows += compare_with_listeners(given.listeners, OUTSIDE)
+            rows += compare_with_listeners(given.listeners, OUTSIDE + (OPINIONS if find_spec('distillmos') else []))
             rows.sort(key=lambda row: -row['by_stimulus'])
             write_table([short(row) for row in rows], FOLDER / 'listeners.csv')
     except SpeechLossError as error:

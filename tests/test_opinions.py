@@ -24,7 +24,7 @@ def wave(seconds: float) -> torch.Tensor:
 
 def test_distillmos_is_that_of_its_package():
     if importlib.util.find_spec('distillmos') is None: pytest.skip('distillmos is not installed')
-    opinions._distillmos()                       # torchaudio is opened the way that always works
+    opinions.distillmos_network()                       # torchaudio is opened the way that always works
     from distillmos import ConvTransformerSQAModel
     with contextlib.redirect_stdout(io.StringIO()): net = ConvTransformerSQAModel().eval()
     for seconds in (1., 9.3):
@@ -53,6 +53,36 @@ def test_nisqa_is_never_fetched(tmp_path, monkeypatch):
     with pytest.raises(SpeechLossError, match='CC BY-NC-SA'): metric_cards('nisqa')
     with pytest.raises(SpeechLossError, match='CC BY-NC-SA'): opinions.nisqa(wave(1.), RATE)
     assert not list(tmp_path.iterdir())
+
+
+# what the published weights carry, but for the sizes of the network
+ARGUMENTS = dict(
+    ms_fmax=20_000, ms_hop_length=.01, ms_max_segments=1300, ms_n_fft=4096, ms_n_mels=48, ms_seg_hop_length=4,
+    ms_seg_length=15, ms_win_length=.02, cnn_c_out_1=2, cnn_c_out_2=2, cnn_c_out_3=2, cnn_dropout=.2,
+    cnn_kernel_size=[3, 3], cnn_pool_1=[24, 7], cnn_pool_2=[12, 5], cnn_pool_3=[6, 3], pool_att_dropout=.1,
+    pool_att_h=4, td_sa_d_model=4, td_sa_dropout=.1, td_sa_h=4, td_sa_num_layers=1)
+
+
+def test_nisqa_is_that_of_torchmetrics(tmp_path, monkeypatch):
+    """With weights of chance in a file of the published form, as it is for who has the real ones."""
+    for package in ('requests', 'librosa'): pytest.importorskip(package)
+    import torchmetrics.functional.audio.nisqa as theirs
+    monkeypatch.setenv('HOME', str(tmp_path))
+    torch.manual_seed(0)
+    arguments = ARGUMENTS | dict(td_sa_nhead=1, td_sa_pos_enc=False)
+    net = theirs._NISQADIM(arguments)
+    (tmp_path/'.torchmetrics/NISQA').mkdir(parents=True)
+    torch.save(dict(args=arguments, model_state_dict=net.state_dict()), tmp_path/'.torchmetrics/NISQA/nisqa.tar')
+    theirs._load_nisqa_model.cache_clear()
+    try:
+        for rate in (RATE, 48_000):
+            values, reasons = score_one(wave(1.), None, 'nisqa', rate)
+            want = theirs.non_intrusive_speech_quality_assessment(wave(1.), rate).tolist()
+            assert not reasons and [values[c] for c in opinions.NISQA_COLUMNS] == pytest.approx(want, abs=1e-4)
+        for seconds, words in ((.1, 'too short.: score longer clips'), (60., 'cut it into pieces')):
+            with pytest.raises(SpeechLossError, match=words): opinions.nisqa(wave(seconds), RATE)
+    finally:
+        theirs._load_nisqa_model.cache_clear()
 
 
 @pytest.mark.slow

@@ -148,13 +148,15 @@ def compare_with_listeners(
     losses: Iterable[str | Candidate] | None = None,   # names as `candidate_of` takes them; None: all, and metrics
     *,
     model: nn.Module | None = None,           # an enhancer, for losses that look through one
+    metrics: Sequence[str] | None = None,     # beside the losses; None: all where no losses are given, else none
     progress: Callable[[str, int, int | None], None] | None = None,   # called with (name, done, total)
 ) -> list[dict]:                              # a row for each: correlations with intervals, the best first
     "Return how well losses and metrics rank stimuli as people do; what cannot be had here is left out"
     stimuli = rated_stimuli(folder)
     ratings = _grid(stimuli, [s.rating for s in stimuli])
     jobs: dict[str, Callable] = {}
-    if losses is None: jobs |= {name: partial(metric_scores, name, stimuli) for name in LISTENER_METRICS}
+    if metrics is None: metrics = LISTENER_METRICS if losses is None else ()
+    jobs |= {name: partial(metric_scores, name, stimuli) for name in metrics}
     for one in CANDIDATES.values() if losses is None else losses:
         one = one if isinstance(one, Candidate) else candidate_of(one)
         if one.spec.get('name') == 'contrastive': continue       # pushes from a noisy wave, and there is none
@@ -164,8 +166,8 @@ def compare_with_listeners(
         if progress: progress(name, done, len(jobs))
         try: found = values()
         except SpeechLossError:
-            if losses is not None: raise
+            if losses is not None and name not in metrics: raise
             continue
-        kind = 'metric' if name in LISTENER_METRICS and losses is None else 'loss'
+        kind = 'metric' if name in metrics else 'loss'
         rows.append(dict(name=name, kind=kind, **agreement(ratings, _grid(stimuli, found))))
     return sorted(rows, key=lambda row: -row['by_stimulus'])
