@@ -454,7 +454,7 @@ def test_train_then_again_then_enhance(recipe, tmp_path):
     out = tmp_path / 'out'
     done = speechloss('train', recipe, '--steps', 6, '--objective.weights.wave=0.2', '--out', out)
     assert done.returncode == 0 and done.stdout.strip() == str(out / 'final'), done.stderr
-    assert done.stderr.startswith('train: reading the corpus (0/6)')
+    assert done.stderr.startswith('train: reading the corpus\n')
     rows = [json.loads(line) for line in (out / 'log.jsonl').read_text().splitlines()]
     assert [row['step'] for row in rows] == list(range(1, 7))
     assert json.loads((out / 'recipe.json').read_text())['recipe']['objective']['weights']['wave'] == .2

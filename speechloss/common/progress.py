@@ -13,6 +13,7 @@ import os
 import sys
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -98,22 +99,23 @@ def duration_text(
 
 
 class Pace:
-    "How fast a count grows, and when it will reach its total"
+    "How fast a count grows, by the latter half of its time, and when it will reach its total"
     def __init__(self, clock: Callable[[], float] = time.monotonic):
-        self.clock, self.total = clock, None
-        self.first = self.done = -1
-        self.began = self.now = 0.
+        self.clock, self.total, self.done, self.now = clock, None, -1, 0.
+        self.marks: deque[tuple[float, int]] = deque()    # when and how far: some 30 over the latter half
 
     def count(self, done: int, total: int | None) -> None:
         "Take note of a count; one that is smaller, or of another total, begins anew"
-        self.now = self.clock()
-        if done < self.done or total != self.total or self.first < 0: self.first, self.began = done, self.now
-        self.done, self.total = done, total
+        now = self.now = self.clock()
+        if done < self.done or total != self.total or not self.marks: self.marks, self.began = deque([(now, done)]), now
+        self.done, self.total, age = done, total, now - self.began
+        if now - self.marks[-1][0] >= age / 64: self.marks.append((now, done))
+        while len(self.marks) > 1 and self.marks[1][0] <= now - age / 2: self.marks.popleft()
 
     @property
     def rate(self) -> float | None:
         "Items a second; None: not known yet"
-        took, new = self.now - self.began, self.done - self.first
+        took, new = self.now - self.marks[0][0], self.done - self.marks[0][1]
         return new / took if new > 0 and took > 0 else None
 
     @property
@@ -156,8 +158,9 @@ class _Lines:
 
     def _say(self, label: str, done: int, total: int | None, pace: str) -> None:
         self.told = self.clock()
-        of = '' if total is None else f'/{total}'
-        print(f'{self.title}: {label} ({done}{of}{", " * bool(pace)}{pace})', file=sys.stderr, flush=True)
+        count = '' if total is None and not done else f'{done}' if total is None else f'{done}/{total}'
+        known = ', '.join(part for part in (count, pace) if part)
+        print(f'{self.title}: {label}' + f' ({known})' * bool(known), file=sys.stderr, flush=True)
 
 
 @contextlib.contextmanager

@@ -58,7 +58,7 @@ def train(
     A finished run takes no steps; a folder with another run is a `TrainingError`.
     """
     if isinstance(recipe, dict): recipe = Recipe.from_dict(recipe)
-    if progress: progress('reading the corpus', 0, recipe.steps)
+    if progress: progress('reading the corpus', 0, None)
     train_data, valid_data, manifest = data_of(recipe)
 
     def make() -> Parts:
