@@ -316,3 +316,17 @@ def test_citation_and_version_agree():
     version = re.search(r'^version: (\S+)', cff, re.M)[1]
     assert version == speechloss.__version__ == metadata.version('speechloss')
     assert f'## {version}' in (ROOT/'CHANGELOG.md').read_text()
+
+
+def test_rows_of_a_users_machine_go_to_a_table_that_git_ignores(tmp_path, monkeypatch):
+    """The pages are drawn from the committed table: whoever times a machine must be able to run the tests after."""
+    monkeypatch.syspath_prepend(ROOT)
+    from benchmarks import run as benchmark
+    assert command('git', 'check-ignore', benchmark.OWN_TABLE).stdout and '--own' in (ROOT/'Makefile').read_text()
+    row = dict.fromkeys(benchmark.COLUMNS, 1.)
+    monkeypatch.setattr(benchmark, 'measure', lambda module, repeats: [row])
+    for name in ('TABLE', 'OWN_TABLE'): monkeypatch.setattr(benchmark, name, tmp_path/f'{name}.csv')
+    monkeypatch.setattr(sys, 'argv', ['run', 'stft', '--own'])
+    benchmark.main()
+    assert [p.name for p in tmp_path.iterdir()] == ['OWN_TABLE.csv']
+    assert len((tmp_path/'OWN_TABLE.csv').read_text().splitlines()) == 2

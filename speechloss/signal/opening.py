@@ -29,7 +29,7 @@ _CONTAINERS = {
 SUFFIXES = tuple(_CONTAINERS)   # of files that are read
 #: Of files that hold sound, and are not read
 UNREAD_SUFFIXES = ('.m4a', '.aac', '.mp4', '.m4b', '.wma', '.amr', '.3gp', '.webm', '.mka', '.ac3', '.ape', '.wv',
-                   '.tta', '.tak', '.ofr', '.mpc', '.spx', '.dsf', '.dff', '.ra', '.raw', '.pcm')
+                   '.tta', '.tak', '.ofr', '.ofs', '.mpc', '.spx', '.dsf', '.dff', '.ra', '.raw', '.pcm')
 
 
 def container_of(
@@ -183,8 +183,10 @@ def open_audio(
         file = _InOrder(source)
     except Exception as error:
         if source is not None and not isinstance(source, str): source.close()
-        raise AudioError(f'{path} cannot be read as audio ({_reason(error)}): '
-                         'convert it to wav or flac, or remove it') from None
+        cure = 'convert it to wav or flac, or remove it'
+        if path.suffix.lower() in UNREAD_SUFFIXES:
+            cure = f'convert it, such as by ffmpeg -i {path.name} {path.stem}.wav'
+        raise AudioError(f'{path} cannot be read as audio ({_reason(error)}): {cure}') from None
     try:
         with file if isinstance(source, str) else closing(source), file:
             _check_whole(path, file)
