@@ -196,7 +196,7 @@ def _ask_bench(judged, wanted: list, there: _Asked, scale: str, seeds: int, work
             errors[one.name] = str(error)
             continue
         judged.benches[one.name] = dict(scale=scale, seeds=seeds, claims=found.verdicts.rows(), means=found.means,
-                                        heard=found.heard)
+                                        heard=found.heard, counts=found.counts)
 
 
 def _bench_text(one, control: dict | None, hours: float, scale: str) -> str:

@@ -132,12 +132,14 @@ class BenchResult:
     - `means`: a row an arm: its mean of each metric over clips and seeds
     - `heard`: a test clip (noisy, base, loss and clean) by name, `(T,)`
     - `protocol`: of the run
+    - `counts`: clips, speakers and noise recordings of the test
     """
     verdicts: Verdicts
     numbers: dict[str, dict]
     means: list[dict]
     heard: dict[str, torch.Tensor]
     protocol: Protocol
+    counts: dict[str, int]
 
 
 def _number(a, b, clips: list[dict], seeds: int) -> dict:
@@ -186,7 +188,8 @@ def run_bench(
     verdicts = judge_claims(bench_claims(list(arms), columns, protocol.scale), numbers, protocol.scale, BENCH_GATES)
     means = [dict(arm=arm, seeds=len(runs)) | {c: float(score_array(runs, c).mean()) for c in columns}
              for arm, runs in rows.items()]
-    result = BenchResult(verdicts, numbers, means, _heard(clips[0], folders), protocol)
+    counts = dict(clips=len(clips)) | {f'{kind}s': len({clip[kind] for clip in clips}) for kind in ('speaker', 'noise')}
+    result = BenchResult(verdicts, numbers, means, _heard(clips[0], folders), protocol, counts)
     if out is not None: _write(result, rows, Path(out))
     return result
 
@@ -198,7 +201,7 @@ def _heard(clip: dict, folders: Mapping[str, Path]) -> dict[str, torch.Tensor]:
 
 def _write(result: BenchResult, rows: Mapping[str, list[list[dict]]], out: Path) -> None:
     out.mkdir(parents=True, exist_ok=True)
-    write_json(out / 'bench.json', dict(scale=result.protocol.scale, seeds=result.protocol.seeds,
+    write_json(out / 'bench.json', dict(scale=result.protocol.scale, seeds=result.protocol.seeds, counts=result.counts,
                                         claims=result.verdicts.rows(), numbers=result.numbers, means=result.means))
     write_table([dict(arm=arm, seed=seed) | row for arm, runs in rows.items() for seed, run in enumerate(runs)
                  for row in run], out / 'bench_scores.csv')

@@ -33,7 +33,8 @@ class Judged:
     - `rows`: of `run_trials`
     - `heard`: by loss, titles such as 'best: c3' and the waves `(T,)` below each, by name
     - `listeners`: rows of `compare_with_listeners`, other metrics among them
-    - `benches`: by loss, `scale`, `claims` (rows of verdicts), `means` (a row an arm) and `heard` (waves)
+    - `benches`: by loss, `scale`, `seeds`, `claims` (rows of verdicts), `means` (a row an arm), and, if known, `counts`
+      (of clips, speakers and noises) and `heard` (waves)
     - `remarks`: sentences
 
     >>> Judged().losses
@@ -177,6 +178,9 @@ def _training(judged: Judged) -> str:
         if 'control' not in {row['arm'] for row in bench['means']}:
             why += '<p>There is no arm with random weights: this loss has no <code>random_seed</code>.</p>'
         means = [{k: v for k, v in row.items() if k != 'seeds'} for row in bench['means']]
+        if (counts := bench.get('counts')):
+            why += (f'<p>Tested on {counts["clips"]} clips of {counts["speakers"]} speakers with {counts["noises"]} '
+                    'noise recordings. Noises are no random factor here: what is said holds for these.</p>')
         sound = f'<h3>One test clip, seed 0</h3>{_players(bench["heard"])}' if bench.get('heard') else ''
         parts.append(f'<section><h2>Trained with {html.escape(loss)}</h2><p>Scale {bench["scale"]}, {bench["seeds"]} '
                      'seeds, each arm from the same shared enhancer. The rules were written before the training; '
@@ -199,7 +203,7 @@ _ASK = {'contracts': '', 'rows': 'What it wants was not asked: leave out --parts
 
 
 def write_judged(
-    judged: Judged,
+    judged: Judged,     # what was found out; parts may be missing
     path: str | Path,   # page to write, .html
 ) -> Path:              # `path`
     "Write what is known about losses as one page with players and spectrograms, which needs no network"
@@ -217,7 +221,7 @@ def write_judged(
 
 # %% ../../nbs/trials/page.ipynb #3567a59d
 def leaderboard_rows(
-    judged: Judged,
+    judged: Judged,                             # what was found out
     sources: Mapping[str, str] | None = None,   # by loss: where it is from
 ) -> list[dict]:    # a row a loss: promises kept, cost, gains with intervals, correlations, the primary verdicts
     "Return what is known about each loss as one flat row; numbers have four digits"
