@@ -1,12 +1,15 @@
 """Tables of the guide about what losses want, from trials that are there, and from gradients and a listening test.
 
-    python -m benchmarks.wants [--judged FOLDER] [--gradients CORPUS] [--listeners FOLDER] [--model FOLDER]
+    python -m benchmarks.wants [--judged FOLDER] [--gradients CORPUS] [--listeners FOLDER] [--pleased CORPUS]
+        [--model FOLDER]
 
 --judged: folder of `speechloss judge --all --out FOLDER`; its rows become benchmarks/wants.csv (means and gains) and
     benchmarks/wants_clips.csv.gz (each loss and clip).
 --gradients: cosines between the gradients of all losses at the noisy clips of a corpus, in benchmarks/gradients.csv,
     and the shares of their energy by frequency in benchmarks/gradient_bands.csv.
 --listeners: rank correlations of losses and metrics with a listening test, in benchmarks/listeners.csv.
+--pleased: what masks become that please DistillMOS on two clips of a corpus, in forty steps, in
+    benchmarks/opinion_masks.csv; half an hour of one core at most.
 --model: a trained enhancer, for losses that look through one.
 
 One thread. What is not asked for stays as it is.
@@ -29,8 +32,8 @@ from speechloss.common.tables import write_table
 from speechloss.corpora import get
 from speechloss.models import load_enhancer
 from speechloss.trials import (
-    CANDIDATES, Candidate, compare_with_listeners, gradient_bands, gradient_cosines, trial_clips, trial_table,
-    wave_gradient)
+    CANDIDATES, JUDGES, Candidate, Scorer, compare_with_listeners, gradient_bands, gradient_cosines, optimise,
+    trial_clips, trial_table, wave_gradient)
 from speechloss.trials.experiment import rows_of
 
 from .common import ROOT
@@ -72,11 +75,22 @@ def write_gradients(corpus: str, model) -> None:
     write_table([short(row) for row in gradient_bands(gradients)], FOLDER / 'gradient_bands.csv')
 
 
+def write_pleased(corpus: str) -> None:
+    clips = trial_clips(get(corpus), 2)
+    noisy, clean = (torch.stack([clip[name] for clip in clips]) for name in ('noisy', 'clean'))
+    masked = optimise(OPINIONS[0].make(), noisy, clean, steps=40).waves
+    scorer = Scorer([name for name in JUDGES if name != 'wer'])
+    heard = dict(noisy=noisy, clean=clean, opinion=masked)
+    write_table([dict(wave=name, id=clip['id']) | short(row) for name, waves in heard.items()
+                 for clip, row in zip(clips, scorer(waves, clean, scorer.names))], FOLDER / 'opinion_masks.csv')
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--judged', type=Path, metavar='FOLDER')
     parser.add_argument('--gradients', metavar='CORPUS')
     parser.add_argument('--listeners', type=Path, metavar='FOLDER')
+    parser.add_argument('--pleased', metavar='CORPUS')
     parser.add_argument('--model', type=Path, metavar='FOLDER')
     given = parser.parse_args()
     torch.set_num_threads(1)
@@ -84,6 +98,7 @@ def main() -> None:
     try:
         if given.judged: write_judged(given.judged)
         if given.gradients: write_gradients(given.gradients, model)
+        if given.pleased: write_pleased(given.pleased)
         if given.listeners:
             rows = compare_with_listeners(given.listeners, model=model,
                                           progress=lambda name, done, total: print(name, flush=True))
