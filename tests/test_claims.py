@@ -353,3 +353,60 @@ def test_results_hold_what_the_interval_held(tmp_path):
     assert results['numbers']['nan']['low'] is None
     assert results['claims'][0]['verdict'] == 'not measured' and len(results['failures']) == 1
     assert results['environment']['packages']['torch'] and results['seed'] == 3
+
+
+# --- what the pages may say, and what a design may ask ---
+
+PAGES = ('model_as_loss', 'ssl_representation', 'codec_loss', 'vqscore', 'curricular_contrastive')
+
+
+def page(paper: str, kind: str) -> str:
+    "The text or the code of the chapter of a paper"
+    cells = json.loads((papers_folder() / f'{paper}.ipynb').read_text(encoding='utf-8'))['cells']
+    return '\n'.join(''.join(cell['source']) for cell in cells if cell['cell_type'] == kind)
+
+
+@pytest.mark.parametrize('paper, words', [
+    ('model_as_loss', 'with these exceptions'), ('model_as_loss', 'encoder moves'),
+    ('vqscore', 'with these exceptions'), ('vqscore', 'undecided, for every choice'),
+    ('codec_loss', 'We had only the abstract'), ('ssl_representation', 'We had only the abstract'),
+    ('curricular_contrastive', 'We had only the abstract')])
+def test_pages_say_what_they_rest_on(paper, words):
+    assert words in page(paper, 'markdown').replace('\n', ' ')
+
+
+def test_pages_claim_no_more_than_their_numbers(root):
+    "No interval is 'clear of zero', nothing is a tie because it is not shown to differ"
+    forbidden = ('clear of zero', 'tie everywhere', 'The abstract is all', 'no result table is known', 'wins more',
+                 'reproduce their papers')
+    texts = {paper: page(paper, 'markdown') for paper in PAGES}
+    texts |= {name: (root / name).read_text(encoding='utf-8') for name in ('README.md', 'CITATION.cff',
+                                                                           'settings.ini')}
+    texts |= {path.name: path.read_text(encoding='utf-8') for path in (root / 'nbs/guides').glob('*.ipynb')}
+    flat = {name: text.replace('\n', ' ') for name, text in texts.items()}
+    assert not [(name, words) for name, text in flat.items() for words in forbidden if words in text]
+
+
+def test_no_paper_makes_an_interval_by_hand():
+    "All are of `speechloss.metrics`, whose coverage is tested"
+    made = [(paper, word) for paper in PAGES for word in (' Interval(', 'nanquantile(draws', 'rng.choice(groups')
+            if word in page(paper, 'code')]
+    assert not made
+
+
+def test_what_a_small_design_cannot_ask_has_a_gate():
+    gates = dict.fromkeys(('ccr-switch', 'ccr-behind'), 'ccr-start') | dict.fromkeys(
+        ('vq-enhancer-low', 'vq-attack-codes'), 'codes') | {'mal-refresh': 'encoder-moves'}
+    found = {claim.id: claim.requires for claim in load_claims()}
+    assert all(gate in found[claim] for claim, gate in gates.items())
+    kept = {row['id']: row['verdict'] for paper in PAGES
+            for row in judge_anew(load_results(papers_folder() / 'results' / paper))['claims']}
+    assert {kept[claim] for claim in gates if claim != 'mal-refresh'} == {'inadequate'}
+    assert kept['mal-agreement-frozen-fe'] == kept['ssl-agreement'] == 'undecided'
+
+
+def test_scale_paper_can_be_had_and_the_headline_is_asked_below_it():
+    from speechloss.corpora.corpus import CORPORA
+    from speechloss.reproduce.study import CORPUS_OF
+    assert CORPUS_OF['paper'] in CORPORA
+    assert 'laptop' in next(claim for claim in load_claims() if claim.id == 'mal-dnsmos').scales
