@@ -267,3 +267,28 @@ def test_compare_reads_what_score_writes(tables):
     assert code == 2 and err.startswith('speechloss: table')
     code, _, err = run('compare', *paths[:2], '--html', tables/'r.txt')
     assert code == 2 and 'end its name in .html' in err
+
+
+# ---- words
+
+def test_words_are_counted_against_the_texts_of_a_manifest(tmp_path, monkeypatch):
+    """Where a row has a text no clean file is needed; another text is another score."""
+    from speechloss.judges import scores
+    from speechloss.metrics.cards import metric_cards
+    scores.register_judges()
+    try: metric_cards('wer_pocketsphinx')
+    except SpeechLossError as error: pytest.skip(str(error))
+    monkeypatch.setattr(scores, '_recogniser', lambda name: lambda waves: ['the cat sat'] * len(waves))
+    for name in 'abc': put(tmp_path/f'{name}.wav', wave(1))
+
+    def rows(first: str, **options):
+        (tmp_path/'m.jsonl').write_text('\n'.join(json.dumps(row) for row in (
+            dict(file='a.wav', text=first), dict(file='b.wav', text='(laughter)'), dict(file='c.wav'))))
+        return score_files(jobs_of([tmp_path/'m.jsonl']), ['wer_pocketsphinx'], tmp_path/'s.csv', workers=1, **options)
+    right, empty, none = rows('The cat sat.')
+    assert right['wer_pocketsphinx'] == right['cer_pocketsphinx'] == 0 and right['words_pocketsphinx'] == 3
+    assert 'column text' in right['variants'] and 'has no word' in empty['error'] and 'clean wave' in none['error']
+    assert rows('The bat sat.', resume=True)[0]['wer_pocketsphinx'] == pytest.approx(1 / 3)
+    put(tmp_path/'clean/c.wav', wave(1))
+    jobs = jobs_of([tmp_path/'c.wav'], tmp_path/'clean')
+    assert score_files(jobs, ['wer_pocketsphinx'], workers=1)[0]['wer_pocketsphinx'] == 0      # what it hears there

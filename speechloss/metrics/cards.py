@@ -52,6 +52,7 @@ class Metric:
     optimised_by: tuple[str, ...] = ()       # losses that are this metric, or nearly
     notes: tuple[str, ...] = ()  # further columns that say how it was computed, no scores
     variant: str = ''            # which of several of its name this is: band, mode, network
+    by_text: Callable | None = None  # f(enhanced, sample_rate, text=...), in its place where it is known what was said
     check: Callable[[], None] | None = None  # raises `SpeechLossError` where its weights are not here
 
 # %% ../../nbs/metrics/cards.ipynb #ffb35ed4
@@ -120,7 +121,8 @@ def register_metric(
     `SpeechLossError` where another metric has its name or a column of it.
     """
     known = METRICS.get(card.name)
-    if known and replace(card, function=known.function) == known: return       # a partial equals only itself
+    # a partial equals only itself
+    if known and replace(card, function=known.function, by_text=known.by_text) == known: return
     if taken := [name for name in (card.name, *card.columns, *card.notes) if name in METRICS or name in COLUMNS]:
         raise SpeechLossError(f'{taken[0]!r} is taken by another metric: choose another name')
     METRICS[card.name] = card

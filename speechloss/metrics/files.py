@@ -21,7 +21,7 @@ from ..common.files import atomic, sha256
 from ..common.tables import Journal, read_table, write_table
 from ..common.weights import folder_of
 from .alignment import PAIR_COLUMNS, PairRules
-from .cards import Metric, metric_cards, variants_of
+from .cards import METRICS, Metric, metric_cards, variants_of
 from .jobs import Job, jobs_of, path_text
 from .scoring import iterate_scores
 from .stats import paired_interval
@@ -62,8 +62,9 @@ def _fingerprint(job: Job, names: Iterable[str], rules: PairRules | None) -> str
     The sizes and times of its files, our version, the weights of VQScore, and the rules for a pair.
     """
     stats = [path.stat() for path in job.files if os.path.exists(path)]
-    made = ([[s.st_size, s.st_mtime_ns] for s in stats], __version__, _weights() if 'vqscore' in names else '',
+    made: tuple = ([[s.st_size, s.st_mtime_ns] for s in stats], __version__, _weights() if 'vqscore' in names else '',
             rules and asdict(rules), job.why)
+    if job.text and any(METRICS[name].by_text for name in names): made += (job.text,)
     return hashlib.sha256(json.dumps(made).encode()).hexdigest()[:12]
 
 
@@ -97,8 +98,8 @@ def _read_number(value) -> float | None: return None if value in (None, '') else
 
 # %% ../../nbs/metrics/files.ipynb #bd6ff45d
 def _pair_of(job: Job) -> dict:
-    if job.clean is None: return dict(enhanced=job.enhanced)
-    return dict(enhanced=job.enhanced, clean=SpeechLossError(job.why) if job.why else job.clean)
+    pair: dict = dict(enhanced=job.enhanced, text=job.text)
+    return pair if job.clean is None else pair | dict(clean=SpeechLossError(job.why) if job.why else job.clean)
 
 
 @dataclass(frozen=True)
@@ -191,7 +192,9 @@ def score_files(
     ['file', 'seconds', 'sample_rate', 'vqscore', 'error', 'variants', 'fingerprint']
     """
     cards = metric_cards(tuple(dict.fromkeys(metrics)))
-    if (wanting := [card.name for card in cards if card.reference]) and not any(job.clean for job in jobs):
+    told = any(job.text for job in jobs)
+    if (wanting := [card.name for card in cards if card.reference and not (told and card.by_text)]) and not any(
+            job.clean for job in jobs):
         raise SpeechLossError(f'metric {wanting[0]!r} compares with clean speech, and no clean file is named: give a '
                               'reference (--ref), or a column clean')
     names = [card.name for card in cards]

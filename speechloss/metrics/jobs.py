@@ -56,6 +56,11 @@ class Job:
         return [path for path in (self.enhanced, self.clean) if path]
 
     @property
+    def text(self) -> str:
+        "What is said in the file, by the column text of a manifest; else empty"
+        return str(self.more.get('text') or '').strip()
+
+    @property
     def key(self) -> str:
         "What a journal knows the file by"
         return json.dumps([self.file, *(path_text(p) for p in self.files[1:]), self.more], sort_keys=True, default=str)
@@ -71,9 +76,9 @@ def jobs_of(
     """Return what there is to score, each file (of a manifest: each row) once.
 
     A manifest has a column `enhanced` (or `file` or `path`) and perhaps `clean`, both relative to it. Its other columns
-    come back in the table, unless the table has one of that name. `CleanFiles` says how files find their clean ones in
-    `reference`; one that finds none says why. `SpeechLossError` when a source holds nothing, `reference` is not there,
-    or `speaker` finds nothing in a name.
+    come back in the table, unless the table has one of that name; `text` is what errors of words are counted against.
+    `CleanFiles` says how files find their clean ones in `reference`; one that finds none says why. `SpeechLossError`
+    when a source holds nothing, `reference` is not there, or `speaker` finds nothing in a name.
 
     >>> import tempfile
     >>> from speechloss.signal.audio import save

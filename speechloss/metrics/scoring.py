@@ -16,6 +16,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wai
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import islice
 from pathlib import Path
 
@@ -37,6 +38,13 @@ class _Task:
     "What is done with every parcel"
     cards: tuple[Metric, ...]
     rules: PairRules | None = None     # by which a pair is brought together; None: it must fit
+
+    def knowing(self, text: str | None) -> '_Task':
+        "Return the task for a pair of which it is known what was said: some metrics need no clean wave then"
+        if not text or not any(card.by_text for card in self.cards): return self
+        return replace(self, cards=tuple(
+            replace(card, function=partial(card.by_text, text=text), reference=False) if card.by_text else card
+            for card in self.cards))
 
     @property
     def free(self) -> list[Metric]: return [card for card in self.cards if not card.reference]
@@ -62,7 +70,7 @@ def _split(item) -> tuple[dict, object]:
     if not isinstance(item, dict): return {}, item
     ids = {k: v for k, v in item.items()
            if k not in _WAVES and not isinstance(v, (torch.Tensor, np.ndarray))}
-    parcel = {k: item[k] for k in (*_WAVES, 'sample_rate') if k in item}
+    parcel = {k: item[k] for k in (*_WAVES, 'sample_rate', 'text') if k in item}
     return ids, {k: v.detach().cpu().numpy() if isinstance(v, torch.Tensor) else v
                  for k, v in parcel.items()}
 
@@ -87,6 +95,7 @@ def _score_parcel(parcel, task: _Task) -> tuple[dict, dict]:
         if not isinstance(parcel, dict):
             raise SpeechLossError(f'this item is a {type(parcel).__name__}: give a dictionary '
                                   'with enhanced, clean and sample_rate')
+        task = task.knowing(parcel.get('text'))
         enhanced, rate = _read_wave(parcel, 'enhanced')
         if enhanced is None: raise SpeechLossError("this item has no 'enhanced' wave: give one, or a path")
     except Exception as error:
@@ -280,7 +289,8 @@ def iterate_scores(
     """Yield the rows of `score` in the order in which they are done.
 
     With `rules`, enhanced and clean may have two rates and lengths (`bring_together`); the row says what was done, and
-    holds the notes of the metrics. A `clean` that is an exception is why there is none.
+    holds the notes of the metrics. A `clean` that is an exception is why there is none. Errors of words are counted
+    against `text` where an item has one.
     """
     cards = metric_cards(metrics)
     total = len(pairs) if isinstance(pairs, Sized) else None
