@@ -126,6 +126,7 @@ def test_default_dtype_does_not_matter(dtype):
 def test_objective_under_inference_mode(balance):
     objective, (e, c) = Objective(dict(a=SNRLoss(), b=CompressedComplexLoss()), balance=balance).eval(), waves()
     with torch.inference_mode(): assert objective(*waves()).isfinite()
+    with torch.inference_mode(): assert objective(e, c).isfinite()       # a batch that was made before
     if balance == 'grad': assert objective.balancer.steps == 0
     assert objective.train()(e.requires_grad_(), c).isfinite()
     with torch.inference_mode(): assert objective.eval()(*waves()).isfinite()

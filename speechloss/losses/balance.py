@@ -138,7 +138,8 @@ class Balancer(_Scales):
             terms = compute(enhanced)
             return {n: f.to(terms[n].dtype) * terms[n]
                     for n, f in zip(self.names, self._factors(self.running))}
-        if enhanced.is_inference():      # no gradient can be taken, and none has been: the weights alone
+        if torch.is_inference_mode_enabled() or enhanced.is_inference():
+            # no gradient can be taken, and none has been: the weights alone
             terms = compute(enhanced)
             return {n: self.weights[n] * terms[n] for n in self.names}
         with torch.enable_grad():
