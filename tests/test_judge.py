@@ -115,6 +115,8 @@ def test_level_blind_loss_begins_where_there_is_room():
     full, low = (optimise(loss, noisy, clean, steps=60, level=level) for level in (1., .25))
     torch.testing.assert_close(low.start, full.start, atol=1e-3, rtol=1e-3)
     assert (low.end < full.end).all()
+    torch.testing.assert_close(low.waves.norm(dim=-1), clean.norm(dim=-1))      # which the loss left open
+    torch.testing.assert_close(low.waves, mask.apply(low.gains), atol=1e-5, rtol=1e-4)
     with pytest.raises(SpeechLossError, match='level is 2'): mask.start(2.)
 
 

@@ -55,7 +55,7 @@ class Candidate:
         "Return what determines the loss, 12 hexadecimal digits; `weights`: checksum of the enhancer"
         content = Recipe(objective=self.spec if 'terms' in self.spec else dict(terms=dict(loss=self.spec))).key
         uses = weights if self.needs_model or self.earlier else ''
-        begins = [self.level] if self.level != 1 else []
+        begins = ['from a lower level, to that of clean', self.level] if self.level != 1 else []
         return hashlib.sha256(json.dumps([content, uses, *begins]).encode()).hexdigest()[:12]
 
 

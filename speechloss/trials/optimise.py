@@ -24,7 +24,7 @@ STEPS, RATE = 200, .2
 class Optimised:
     """Hold what a loss made of a batch of clips.
 
-    - `gains`: of the mask, `(B, frames, bands)`
+    - `gains`: of the mask, `(B, frames, bands)`; where it began below the noisy level, brought to the clean level
     - `waves`: under these gains, `(B, T)`
     - `start`: loss of the noisy waves, `(B,)`
     - `end`: loss of `waves`, `(B,)`
@@ -59,7 +59,7 @@ def optimise(
     negatives: dict[str, Tensor] | None = None,   # (B, T) each, of use to contrastive losses
     steps: int = STEPS,                           # of Adam
     rate: float = RATE,                           # of its first half; then it falls to zero
-    level: float = 1.,                            # gain of every band at the start, in (0, LARGEST_GAIN)
+    level: float = 1.,                            # where the mask begins, for a loss that does not see the level
     progress: Callable[[str, int, int | None], None] | None = None,   # called with ('optimising', done, steps)
 ) -> Optimised:
     "Return the masked waves at which a loss is least; `SpeechLossError` where its gradient is not finite"
@@ -82,6 +82,9 @@ def optimise(
     with torch.no_grad():
         gains = mask.gains(logits)
         waves = mask.apply(gains)
+        if level != 1.:      # the loss left the level open, and judges may see it: that of the clean wave
+            factor = clean.norm(dim=-1, keepdim=True) / waves.norm(dim=-1, keepdim=True).clamp_min(1e-12)
+            gains, waves = gains * factor[..., None], waves * factor
         end = loss_values(loss, waves, clean, noisy, negatives)
     return Optimised(gains, waves, end if start is None else start, end)
 
