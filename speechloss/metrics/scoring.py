@@ -250,7 +250,7 @@ def _run_pool(pool, parcels: Iterator, task, cards, workers: int) -> Iterator:  
     finally:
         pool.shutdown(cancel_futures=True)
 
-
+# %% ../../nbs/metrics/scoring.ipynb #135b9a82
 def worker_count(
     asked: int | None,   # processes; None: by cores and pairs
     total: int | None,   # pairs; None: not known
