@@ -140,8 +140,7 @@ def test_without_its_packages_the_command_says_what_to_install(tmp_path):
 
 
 def test_a_bug_shows_its_traceback(monkeypatch):
-    import speechloss.losses
-    monkeypatch.setattr(speechloss.losses, 'cards', lambda: 1 / 0)
+    monkeypatch.setattr('speechloss.cli.app._kept_cards', lambda kind: 1 / 0)
     result = CliRunner().invoke(app, ['losses'])
     assert result.exit_code == 1 and isinstance(result.exception, ZeroDivisionError)
 

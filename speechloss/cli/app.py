@@ -49,7 +49,7 @@ def reproduce(
     Exits with 1 when a claim that must hold does not.
     """
     from speechloss.reproduce.results import load_results
-    from speechloss.reproduce.runner import expected_duration, find_paper, papers, run
+    from speechloss.reproduce.runner import find_paper, papers, run
     from speechloss.reproduce.study import Study
     study = Study(paper, scale=scale, seed=seed, out=out, corpus=corpus, corpus_dir=corpus_dir,
                   workers=workers)
@@ -58,9 +58,7 @@ def reproduce(
         find_paper(paper)  # says that there is none
     for name in names:
         try:
-            said = None if quiet else expected_duration(replace(study, paper=name))
-            if said: complain(said)
-            folder = run(replace(study, paper=name), progress=not quiet)
+            folder = run(replace(study, paper=name), progress=not quiet, say=None if quiet else complain)
         except Exception as error:
             if paper != 'all' or (said := exit_message(error)) is None:
                 raise

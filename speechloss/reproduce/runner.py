@@ -131,6 +131,7 @@ def run(
     *,
     progress: bool | Callable = True,    # a bar on stderr, or called with label, done, total
     notebook: str | Path | None = None,  # another notebook than that of the paper
+    say: Callable[[str], object] | None = None,   # is told at the start about how long it will take
 ) -> Path:                               # the folder of the study
     """Reproduce one paper: executed notebook, `results.json`, figures, audio.
 
@@ -151,6 +152,7 @@ def run(
         with lock(folder, wait=False, error=ReproduceError):
             _take_folder(folder, wanted)
             if not is_complete(folder):  # the one before us may have finished it
+                if say and (duration := expected_duration(study)): say(duration)
                 _execute_into(study, parsed, progress)
     except OSError as error:
         raise ReproduceError(f'{folder} cannot be written ({error.strerror or error}): choose '
