@@ -546,3 +546,13 @@ def test_text_is_printed_without_torch(args):
             "assert not {'torch', 'numpy', 'scipy'} & set(sys.modules)")
     done = subprocess.run([sys.executable, '-c', code, *args], capture_output=True, text=True)
     assert done.returncode == 0 and done.stdout, done.stderr
+
+
+def test_one_long_item_says_that_it_goes_on(monkeypatch, capsys):
+    from speechloss.common import progress
+    monkeypatch.setattr(progress, '_MINUTE', .1)
+    with progress.bar('score') as draw:
+        draw('scoring', 0, 1)
+        time.sleep(.5)
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0] == 'score: scoring (0/1)' and len(lines) > 1 and all('so far' in line for line in lines[1:])

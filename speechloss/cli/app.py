@@ -7,6 +7,8 @@ __all__ = ['app', 'reproduce', 'enhance', 'cards_in_code', 'write_cards', 'losse
 
 # %% ../../nbs/cli/app.ipynb #86883634
 import json
+import shutil
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
@@ -211,6 +213,15 @@ def write_cards() -> None:
 def _kept_cards(kind: str) -> list[dict]: return json.loads(_CARDS.read_text(encoding='utf-8'))[kind]
 
 
+_WIDE = 150     # characters of a terminal from which on a table has all of its columns
+
+
+def _columns(rows: list[dict], short: tuple[str, ...]) -> tuple[str, ...]:
+    "Return what to show: all, but in a narrow terminal what stays readable there"
+    narrow = sys.stdout.isatty() and shutil.get_terminal_size().columns < _WIDE
+    return short if narrow else tuple(rows[0])
+
+
 @app.command()
 def losses(as_json: Json = False):
     """The losses: what each looks at, its value at identity, its paper.
@@ -221,7 +232,7 @@ def losses(as_json: Json = False):
     rows = _kept_cards('losses')
     empty = dict.fromkeys(rows[0], '')
     rows += [empty | dict(name=name, loss=path) for name, path in announced('speechloss.losses').items()]
-    show(rows, tuple(rows[0]), as_json)
+    show(rows, _columns(rows, ('name', 'loss', 'looks_at', 'needs', 'rate')), as_json)
 
 
 @app.command()
@@ -233,8 +244,7 @@ def metrics(as_json: Json = False):
     from importlib.util import find_spec
     rows = [card | dict(here='no' if any(find_spec(name) is None for name in card['needs'].split(', ') if name)
                         else 'yes') for card in _kept_cards('metrics')]
-    shown = ('name', 'columns', 'range', 'better', 'unit', 'rate', 'reference', 'needs', 'extra', 'here', 'source')
-    show(rows, tuple(rows[0]) if as_json else shown, as_json)
+    show(rows, _columns(rows, ('name', 'range', 'better', 'reference', 'extra', 'here')), as_json)
 
 # %% ../../nbs/cli/app.ipynb #3557a46b
 @app.command()
