@@ -1,11 +1,13 @@
 """Training: the same bits however often it is killed, and errors in one sentence."""
 import json
 import math
+import multiprocessing
 import os
 import random
 import signal
 import subprocess
 import sys
+import time
 from copy import deepcopy
 from dataclasses import asdict, fields, replace
 from pathlib import Path
@@ -23,8 +25,9 @@ from speechloss.losses import ContrastiveRegularization, Hooks, Objective, SISDR
 from speechloss.losses.model_as_loss import feature_health
 from speechloss.losses.registry import CARDS, FEATURES, default_options
 from speechloss.models import enhancer, load_enhancer
+from speechloss.training import enhancer as several
 from speechloss.training import checkpoints, fit, loop, Recipe, read_log, train, train_many
-from speechloss.training.enhancer import data_of, model_of
+from speechloss.training.enhancer import _pool, data_of, model_of
 from speechloss.training.recipe import BASE, recipe_fields
 from speechloss.training.run_folder import is_finished, write_recipe
 from speechloss.training.state import PATIENCE, TrainingState
@@ -431,6 +434,35 @@ def test_side_by_side(recipe, tmp_path):
     recipes['bad'] = replace(recipe, model='huge')
     with pytest.raises(TrainingError, match="bad: model 'huge' is unknown"):
         train_many(recipes, tmp_path / 'two', 2)
+
+
+def test_side_by_side_each_process_sees_a_gpu_of_its_own():
+    "The names of the GPUs are made up: a process that sees one of them sees no other, and no two see the same"
+    context = multiprocessing.get_context('spawn')
+    with context.Manager() as manager, _pool(2, ['3', '5', '6'], manager, context) as pool:
+        asleep = [pool.submit(time.sleep, 1.) for _ in range(2)]      # so that there are two processes
+        seen = {pool.submit(os.getenv, 'CUDA_VISIBLE_DEVICES').result() for _ in range(8)}
+        for job in asleep: job.result()
+    assert seen <= {'3', '5'} and seen
+
+
+def test_on_gpus_there_are_no_more_processes_than_gpus(recipe, tmp_path, monkeypatch):
+    found = []
+    monkeypatch.setattr(several, 'visible_gpus', lambda: ['0', '1', '2'])
+    monkeypatch.setattr(several, '_side_by_side', lambda *given: found.append(given[2:4]))
+    many = {str(seed): replace(recipe, device='auto', seed=seed) for seed in range(9)}
+    train_many(many, tmp_path, workers=8)
+    train_many({name: replace(one, device='cpu') for name, one in many.items()}, tmp_path, workers=8)
+    assert found == [(3, ['0', '1', '2']), (8, [])]
+
+
+@pytest.mark.parametrize('name', ['SLURM_STEP_NUM_TASKS', 'SLURM_NTASKS'])
+def test_tasks_of_slurm_that_train_alone_are_told_so_once(recipe, name, monkeypatch, capsys):
+    monkeypatch.setenv(name, '8')
+    for process, told in (('0', 1), ('1', 0)):
+        monkeypatch.setenv('SLURM_PROCID', process)
+        loop._accelerator(recipe)
+        assert capsys.readouterr().err.count('8 tasks') == told
 
 
 DISTRIBUTED = '''

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from ..common.errors import SpeechLossError, TrainingError
-from ..common.processes import available_cores, end_with_parent
+from ..common.processes import available_cores, end_with_parent, keep_gpu, visible_gpus
 from ..corpora.corpus import get
 from ..corpora.mixing import Mixtures
 from ..losses import build_objective
@@ -73,11 +73,11 @@ def train(
 def train_many(
     recipes: dict[str, Recipe],
     outs: dict[str, Path] | Path,      # a folder for each, or one for all: outs / name
-    workers: int | None = None,        # processes; None: one for each core
+    workers: int | None = None,        # processes; None: one for each core; on GPUs at most one for each of them
     *,
     progress: Callable | None = None,  # called with (label, steps done, steps in all)
 ) -> dict[str, Path]:                  # the final models, by name
-    """Train recipes side by side; see `train`.
+    """Train recipes side by side, on several GPUs one on each; see `train`.
 
     When one fails the others are stopped, and its error is raised with its name; started again,
     all go on where they were.
@@ -85,8 +85,9 @@ def train_many(
     outs = {name: Path(outs[name] if isinstance(outs, dict) else Path(outs) / name)
             for name in recipes}
     report = _Total(recipes, progress or (lambda label, done, total: None))
-    workers = min(workers or available_cores(), len(recipes))
-    if workers > 1: return _side_by_side(recipes, outs, workers, report)
+    gpus = [] if all(recipe.device == 'cpu' for recipe in recipes.values()) else visible_gpus()
+    workers = min(workers or available_cores(), len(gpus) or len(recipes), len(recipes))
+    if workers > 1: return _side_by_side(recipes, outs, workers, gpus, report)
     return {name: _train_named(name, recipe, outs[name], lambda done, name=name: report(name, done))
             for name, recipe in recipes.items()}
 
@@ -126,15 +127,29 @@ def _in_process(name: str, recipe: Recipe, out: Path, events) -> Path:
     return _train_named(name, replace(recipe, workers=recipe.workers or 0), out, report)
 
 
-def _side_by_side(recipes, outs, workers: int, report: Callable) -> dict[str, Path]:
+def _begin(places) -> None:
+    "Begin a worker: end with its parent, and see one GPU where there are some"
+    end_with_parent()
+    if places is not None: keep_gpu(places)
+
+
+def _pool(workers: int, gpus: list[str], manager, context):
+    "Return processes, each with a GPU of its own where there are some"
+    from concurrent.futures import ProcessPoolExecutor
+    places = manager.Queue() if gpus else None
+    for gpu in gpus[:workers]: places.put(gpu)
+    return ProcessPoolExecutor(workers, mp_context=context, initializer=_begin, initargs=(places,))
+
+
+def _side_by_side(recipes, outs, workers: int, gpus: list[str], report: Callable) -> dict[str, Path]:
     import multiprocessing
-    from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, wait
+    from concurrent.futures import FIRST_EXCEPTION, wait
     from concurrent.futures.process import BrokenProcessPool
     from multiprocessing.managers import SyncManager
     context = multiprocessing.get_context('spawn')   # fork does not go with threads
     server = SyncManager(ctx=context)
     server.start(end_with_parent)
-    with server as manager, ProcessPoolExecutor(workers, mp_context=context, initializer=end_with_parent) as pool:
+    with server as manager, _pool(workers, gpus, manager, context) as pool:
         events = manager.Queue()
         jobs = {name: pool.submit(_in_process, name, recipe, outs[name], events)
                 for name, recipe in recipes.items()}

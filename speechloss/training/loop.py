@@ -8,6 +8,7 @@ __all__ = ['input_and_target', 'collate', 'Order', 'validate', 'fit', 'write_onc
 # %% ../../nbs/training/loop.ipynb #335cc803
 import atexit
 import multiprocessing
+import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -20,6 +21,7 @@ from ..common.errors import TrainingError
 from ..common.files import lock, recover
 from ..common.libraries import extra
 from ..common.processes import available_cores
+from ..corpora.download import notify
 from ..losses.base import Hooks
 from ..losses.functional import si_sdr
 from . import checkpoints
@@ -165,7 +167,16 @@ def _accelerator(recipe: Recipe):
         AcceleratorState._reset_state(reset_partial_state=True)
     accelerator = Accelerator(cpu=recipe.device == 'cpu', mixed_precision=recipe.precision)
     if accelerator.num_processes > 1: atexit.register(_end_processes)
+    elif multiprocessing.parent_process() is None: _tell_of_lone_tasks()
     return accelerator
+
+
+def _tell_of_lone_tasks() -> None:
+    "Say so where Slurm started several tasks that know nothing of each other"
+    tasks = os.environ.get('SLURM_STEP_NUM_TASKS') or os.environ.get('SLURM_NTASKS') or '1'
+    if tasks == '1' or os.environ.get('SLURM_PROCID', '0') != '0': return
+    notify(f'Slurm has {tasks} tasks for this training, and each trains by itself: to train one model with all of '
+           'them, let one task a node run torchrun --nproc-per-node GPUS -m speechloss train ...')
 
 
 def _end_processes() -> None:
