@@ -436,6 +436,28 @@ def test_side_by_side(recipe, tmp_path):
         train_many(recipes, tmp_path / 'two', 2)
 
 
+def test_a_trunk_ends_where_a_run_of_its_own_would(recipe, tmp_path):
+    "Six steps at a constant rate and six that decay, in two folders, are the twelve of one recipe, bit by bit"
+    whole = replace(recipe, steps=12, schedule='decay', decay=.5, save_every=6)
+    train(whole, tmp_path / 'whole')
+    train(replace(whole, steps=6, schedule='constant'), tmp_path / 'trunk')
+    late = replace(whole, trunk=str(tmp_path / 'trunk'))
+    assert weights(train(late, tmp_path / 'late')) == weights(tmp_path / 'whole/final')
+    assert [row['step'] for row in read_log(tmp_path / 'late/log.jsonl')][0] > 6
+    assert late.key not in (whole.key, replace(late, trunk=str(tmp_path / 'whole')).key)
+    assert late.key == replace(late, trunk=str(tmp_path / 'trunk/checkpoints/step-00000006')).key
+
+
+@pytest.mark.parametrize('change, told', [(dict(steps=6), 'has 6 steps behind it'),
+                                          (dict(trunk='absent'), 'no checkpoint'),
+                                          (dict(model=dict(preset='tiny', channels=8)), 'another model or objective')])
+def test_a_trunk_that_does_not_fit_is_told(recipe, tmp_path, change, told):
+    train(replace(recipe, steps=6, save_every=6), tmp_path / 'trunk')
+    wrong = replace(recipe, **dict(steps=12, trunk=str(tmp_path / 'trunk')) | change)
+    with pytest.raises((TrainingError, CheckpointError), match=told) as caught: train(wrong, tmp_path / 'late')
+    assert '\n' not in str(caught.value)
+
+
 def test_side_by_side_each_process_sees_a_gpu_of_its_own():
     "The names of the GPUs are made up: a process that sees one of them sees no other, and no two see the same"
     context = multiprocessing.get_context('spawn')

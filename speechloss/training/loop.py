@@ -197,7 +197,7 @@ def _own_threads_and_generators(recipe: Recipe, device) -> Iterator[None]:
 
 # %% ../../nbs/training/loop.ipynb #ecc68b85
 class _Keeping:
-    "The half of the loop that scores, logs and saves; `_Loop` takes the steps"
+    "The half of the loop that takes up, scores, logs and saves; `_Loop` takes the steps"
     state: TrainingState
     recipe: Recipe
     out: Path
@@ -247,6 +247,22 @@ class _Keeping:
             step=state.step, valid=rows[-1]['valid'] if rows else None, best=state.best,
             skipped=state.skipped, key=self.recipe.key))
 
+    def _resume(self, step: int, tensors: dict, counters: dict) -> None:
+        began, now = counters.get('processes', 1), self.accelerator.num_processes
+        if began != now:
+            raise TrainingError(f'{self.out} was begun by {began} processes and this is {now}, so that a step would '
+                                f'take other items: start {began}, or give another folder')
+        self.state.load(step, tensors, counters)
+
+    def _go_on_from_trunk(self, trunk: str) -> None:
+        step, tensors, counters = checkpoints.load_checkpoint(checkpoints.checkpoint_of(trunk))
+        if step >= self.recipe.steps:
+            raise TrainingError(f'trunk {trunk} has {step} steps behind it and steps is {self.recipe.steps}: give more')
+        try: self._resume(step, tensors, counters | dict(best=None))     # the best of this run is yet to come
+        except (KeyError, RuntimeError) as error:
+            raise TrainingError(f'trunk {trunk} is of another model or objective ({str(error).splitlines()[0]}): give '
+                                'those of its recipe.json') from None
+
 # %% ../../nbs/training/loop.ipynb #fccdf6e0
 class _Loop(_Keeping):
     "One training from its newest checkpoint to its last step"
@@ -258,15 +274,9 @@ class _Loop(_Keeping):
         if self.main: recover(out / 'best')
         found = checkpoints.latest(out / 'checkpoints')
         if found: self._resume(*found)
+        elif recipe.trunk: self._go_on_from_trunk(recipe.trunk)
         # accelerate wraps what it returns; the state keeps the plain model and optimiser
         self.model = accelerator.prepare_model(self.state.model)
-
-    def _resume(self, step: int, tensors: dict, counters: dict) -> None:
-        began, now = counters.get('processes', 1), self.accelerator.num_processes
-        if began != now:
-            raise TrainingError(f'{self.out} was begun by {began} processes and this is {now}, so that a step would '
-                                f'take other items: start {began}, or give another folder')
-        self.state.load(step, tensors, counters)
 
     def go(self, train_data, valid_data, progress, tensorboard: bool) -> Path:
         state, recipe = self.state, self.recipe

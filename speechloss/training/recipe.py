@@ -22,6 +22,7 @@ from ..common.weights import DATA, find_card, folder_of
 from ..losses.outside import outside_path
 from ..losses.registry import CARDS, FEATURES, default_options
 from ..losses.spectral import PRESETS
+from .checkpoints import checkpoint_content
 
 # %% ../../nbs/training/recipe.ipynb #f9455fb9
 BASE = dict(terms=dict(spectrum=dict(name='compressed_complex', hop_length=256),
@@ -30,7 +31,7 @@ BASE = dict(terms=dict(spectrum=dict(name='compressed_complex', hop_length=256),
 KEY_FORMAT = 1
 #: Fields that are younger than `KEY_FORMAT`, in the key where they are not at their default
 _LATER = dict(augment=None, decay=.2)
-NOT_IN_KEY = ('corpus_dir', 'save_every', 'log_every', 'threads', 'workers', 'device', 'init')
+NOT_IN_KEY = ('corpus_dir', 'save_every', 'log_every', 'threads', 'workers', 'device', 'init', 'trunk')
 
 # %% ../../nbs/training/recipe.ipynb #5e7e7a11
 @dataclass(frozen=True, kw_only=True)
@@ -59,6 +60,7 @@ class Recipe:
     ema: float = .99                   # decay of the averaged weights, which are the result
     seed: int = 0                      # of the weights, the mixtures and every draw
     init: str | None = None            # saved model to start from
+    trunk: str | None = None           # run, or a checkpoint of one, to go on from: all of its state, at its step
     freeze_encoder: bool = False       # train what lies behind the bottleneck only
     precision: str = 'no'              # 'no' or 'bf16'
     eval_every: int = 500              # steps between validations
@@ -98,6 +100,7 @@ class Recipe:
         record = {name: value for name, value in asdict(self).items()
                   if name not in NOT_IN_KEY and (name not in _LATER or value != _LATER[name])}
         if self.init: record['init'] = _fingerprint(self.init)
+        if self.trunk: record['trunk'] = checkpoint_content(self.trunk)
         if (path := _model_path(self.model)): record['model'] = _model_content(path, self.model)
         return record | dict(objective=_key_content(self.objective, 'objective'), format=KEY_FORMAT)
 

@@ -37,7 +37,8 @@ def _check_same_run(record: Path, recipe: Recipe, about: dict) -> None:
     if there.get('key') != recipe.key and not _is_spelled_otherwise(there, recipe, about):
         raise TrainingError(
             f'{record.parent} holds another run (key {there.get("key", "unreadable")[:12]}, '
-            f'this one has {recipe.key[:12]}{_differing(there, recipe)}): choose another folder')
+            f'this one has {recipe.key[:12]}{_differing(there, recipe)}): choose another folder, '
+            'and name this one as trunk to go on from it')
     if there.get('corpus_hash') != about.get('corpus_hash'):
         raise TrainingError(f'{record.parent} holds a run on other recordings of the corpus '
                             f'{recipe.corpus!r}: remove it or choose another folder')
