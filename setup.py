@@ -11,9 +11,11 @@ cfg = config['DEFAULT']
 
 # The losses need these three alone.
 core = ['torch>=2.4', 'numpy', 'soundfile>=0.12', 'filelock']
-metrics = ['pesq>=0.0.4', 'pystoi>=0.4', 'speechmos>=0.0.1.1', 'onnxruntime', 'librosa', 'scipy', 'soxr', 'typer', 'rich',
-           'safetensors', 'torchmetrics', 'pyarrow', 'matplotlib']
-train = ['accelerate>=1.0', 'safetensors', 'huggingface_hub', 'tensorboard', 'pyroomacoustics', 'tqdm']
+# The command, the enhancer and VQScore: nothing that has to be compiled.
+enhance = ['safetensors', 'soxr', 'typer', 'rich', 'huggingface_hub', 'scipy']
+metrics = [*enhance, 'pesq>=0.0.4', 'pystoi>=0.4', 'speechmos>=0.0.1.1', 'onnxruntime', 'librosa', 'torchmetrics',
+           'pyarrow', 'matplotlib']
+train = [*enhance, 'accelerate>=1.0', 'tensorboard', 'pyroomacoustics', 'tqdm']
 ssl = ['transformers>=4.56', 'torchaudio']
 # Judges, each with its weights inside; resemblyzer reads pkg_resources, which setuptools 81 dropped.
 downstream = [*ssl, 'jiwer', 'pocketsphinx>=5', 'resemblyzer', 'setuptools<81', 'silero-vad>=6', 'onnxruntime',
@@ -45,8 +47,8 @@ setup(
     package_dir={'speechloss.kernels': 'kernels', 'speechloss.papers': 'nbs/papers'},
     package_data={'speechloss': ['py.typed', 'data/*', 'data/*/*'], 'speechloss.papers': ['*.ipynb', '*.toml']},
     install_requires=core,
-    extras_require=dict(metrics=metrics, reproduce=reproduce, ssl=ssl, downstream=downstream, codec=codec,
-                        visqol=visqol, mos=mos, onnx=onnx, docs=docs, dev=dev),
+    extras_require=dict(enhance=enhance, metrics=metrics, reproduce=reproduce, ssl=ssl, downstream=downstream,
+                        codec=codec, visqol=visqol, mos=mos, onnx=onnx, docs=docs, dev=dev),
     # By the second, nbdev links names in prose to the pages of the site.
     entry_points=dict(console_scripts=['speechloss = speechloss.__main__:main'],
                       nbdev=['speechloss = speechloss._modidx:d']),

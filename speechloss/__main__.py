@@ -23,7 +23,7 @@ def refuse(
 ) -> int:                # the exit code
     "Say what the command line lacks and which command brings it."
     from speechloss.common.libraries import extra
-    print(f'speechloss: the command line needs {" and ".join(lacking)}: {extra("reproduce")}',
+    print(f'speechloss: the command line needs {" and ".join(lacking)}: {extra("enhance")}',
           file=sys.stderr)
     return 2
 

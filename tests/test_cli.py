@@ -136,7 +136,7 @@ def test_without_its_packages_the_command_says_what_to_install(tmp_path):
     code = code.replace('import sys\n', 'import sys, importlib.util as u\nfound = u.find_spec\n'
                         "u.find_spec = lambda name, *a: None if name == 'typer' else found(name, *a)\n", 1)
     done = subprocess.run([sys.executable, '-c', code], text=True, capture_output=True)
-    assert done.returncode == 2 and "pip install '.[reproduce]' in the clone" in done.stderr
+    assert done.returncode == 2 and "pip install '.[enhance]' in the clone" in done.stderr
 
 
 def test_a_bug_shows_its_traceback(monkeypatch):

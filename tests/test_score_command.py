@@ -97,6 +97,19 @@ def test_with_references_everything_that_is_usual(tmp_path):
         assert float(rows[name]['vqscore']) and not rows[name]['pesq'] and name in rows[name]['error']
 
 
+def test_usual_metrics_whose_package_is_missing_are_left_out_and_named(tmp_path, monkeypatch):
+    "A metric that was asked for by name is not left out"
+    for k, name in enumerate(('noisy', 'clean')): put(tmp_path / f'{name}.wav', wave(k, 1.))
+    monkeypatch.setattr('speechloss.metrics.cards.missing_package', lambda name: 'pesq' if 'pesq' in name else '')
+    args = ['score', str(tmp_path / 'noisy.wav'), '--ref', str(tmp_path / 'clean.wav'), '--workers', '1']
+    done = CliRunner().invoke(app, [*args, '--out', str(tmp_path / 'scores.csv')])
+    row, = read_table(tmp_path / 'scores.csv')
+    assert done.exit_code == 0 and 'si_sdr' in row and 'pesq' not in row
+    assert "without pesq, pesq_nb, which need more: pip install '.[metrics]'" in done.stderr
+    done = CliRunner().invoke(app, [*args, '--metrics', 'pesq'])
+    assert done.exit_code != 0 and not done.stdout
+
+
 def test_manifests_globs_and_single_files(folder):
     names = sorted(p.relative_to(folder).as_posix() for p in (folder/'in').rglob('*.wav'))
     (folder/'m.jsonl').write_text(''.join(json.dumps(dict(enhanced=n, speaker=n[3], take=1)) + '\n' for n in names))

@@ -53,12 +53,11 @@ def score(
     from speechloss.judges.scores import register_judges
     from speechloss.metrics.alignment import PairRules
     from speechloss.metrics.cards import metric_cards
-    from speechloss.metrics.files import (
-        METRICS_ALONE, METRICS_WITH_CLEAN, check_plot, pair_sentences, plot_scores, score_files, summary_of)
+    from speechloss.metrics.files import check_plot, pair_sentences, plot_scores, score_files, summary_of
     from speechloss.metrics.jobs import jobs_of
     register_judges()
     jobs, rules = jobs_of(sources, ref, match=match, speaker=speaker), None if strict else PairRules(tolerance, align)
-    names = _names(metrics) or (METRICS_WITH_CLEAN if any(job.clean for job in jobs) else METRICS_ALONE)
+    names = _names(metrics) or _usual_metrics(jobs)
     if check: return _check(jobs, ref, rules, names, workers, out, overwrite, as_json, quiet)
     drawn = _names(columns) or [metric_cards(names)[0].columns[0]]
     if plot: check_plot(plot, drawn, names)
@@ -78,6 +77,17 @@ def score(
 
 
 def _names(text: str | None) -> list[str]: return [n for n in map(str.strip, (text or '').split(',')) if n]
+
+
+def _usual_metrics(jobs: list) -> list[str]:
+    "Return the metrics that nobody named; say which of them are left out, as their packages are not installed"
+    from speechloss.common.libraries import extra
+    from speechloss.metrics.cards import missing_package
+    from speechloss.metrics.files import METRICS_ALONE, METRICS_WITH_CLEAN
+    names = METRICS_WITH_CLEAN if any(job.clean for job in jobs) else METRICS_ALONE
+    left_out = [name for name in names if missing_package(name)]
+    if left_out: complain(f'without {", ".join(left_out)}, which need more: {extra("metrics")}')
+    return [name for name in names if name not in left_out]
 
 # %% ../../nbs/cli/score.ipynb #c0e98306
 def _announce(jobs: list, names: Iterable[str], workers: int | None) -> bool:

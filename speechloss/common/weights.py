@@ -120,7 +120,7 @@ def load_network(
     folder,                     # of `save_network`, or a name of `SHIPPED`
 ) -> tuple[_Network, dict]:     # in eval mode, float32; its card
     "Open a network; raise `SpeechLossError` when the folder holds none of this kind, or one of no use"
-    optional('safetensors', 'a saved network', 'codec')
+    optional('safetensors', 'a saved network', 'enhance')
     folder = folder_of(folder)
     where = find_card(folder)
     if where is None:

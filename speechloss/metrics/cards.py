@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['METRICS', 'COLUMNS', 'DEFAULT_METRICS', 'Metric', 'register_metric', 'variants_of', 'metric_table', 'metric_cards',
-           'explain_error', 'empty_score', 'score_cards', 'score_one', 'composite', 'distillmos', 'dnsmos',
-           'dnsmos_fast', 'estoi', 'llr', 'lsd', 'mcd', 'nisqa', 'nmr', 'pesq_nb', 'pesq_wb', 'seg_snr', 'si_sdr',
-           'squim', 'stoi', 'visqol', 'vq_score', 'wave_snr', 'wss']
+           'missing_package', 'explain_error', 'empty_score', 'score_cards', 'score_one', 'composite', 'distillmos',
+           'dnsmos', 'dnsmos_fast', 'estoi', 'llr', 'lsd', 'mcd', 'nisqa', 'nmr', 'pesq_nb', 'pesq_wb', 'seg_snr',
+           'si_sdr', 'squim', 'stoi', 'visqol', 'vq_score', 'wave_snr', 'wss']
 
 # %% ../../nbs/metrics/cards.ipynb #08be4c65
 import importlib.metadata
@@ -97,7 +97,7 @@ METRICS: dict[str, Metric] = {card.name: card for card in (
            optimised_by=_PESQ_LOSSES, variant='with PESQ of wide band'),
     _dnsmos_card('dnsmos', dnsmos),
     Metric('vqscore', ('vqscore',), vq_score, (-1, 1), 'higher', 'cosine', 'Fu et al. 2024', reference=False,
-           needs=('safetensors',), extra='metrics', optimised_by=('VQLoss', 'VQScore'),
+           needs=('safetensors',), extra='enhance', optimised_by=('VQLoss', 'VQScore'),
            variant='network vq-speech of this package, 0.9 M weights, not the published one'),
     _dnsmos_card('dnsmos_fast', dnsmos_fast),
     Metric('distillmos', ('distillmos',), distillmos, (.5, 5.5), 'higher', 'MOS', 'Stahl & Gamper 2025; distillmos',
@@ -167,11 +167,15 @@ def metric_cards(
     names = (metrics,) if isinstance(metrics, str) else tuple(metrics)
     for name in names:
         choose('metric', name, METRICS)
-        for package in METRICS[name].needs:
-            if importlib.util.find_spec(package) is None:
-                raise SpeechLossError(f'metric {name!r} needs {package}: {extra(METRICS[name].extra)}')
+        if package := missing_package(name):
+            raise SpeechLossError(f'metric {name!r} needs {package}: {extra(METRICS[name].extra)}')
         if (check := METRICS[name].check) is not None: check()
     return [METRICS[name] for name in names]
+
+
+def missing_package(name: str) -> str:
+    "Return the first package that a metric needs and that is not installed, or ''"
+    return next((package for package in METRICS[name].needs if importlib.util.find_spec(package) is None), '')
 
 
 def explain_error(error: BaseException) -> str:

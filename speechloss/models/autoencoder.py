@@ -19,7 +19,7 @@ from ..signal.spectra import compress, frame_mask, istft
 try:
     from huggingface_hub import PyTorchModelHubMixin
 except ImportError:
-    raise ImportError(f'models need huggingface_hub: {extra("reproduce")}',
+    raise ImportError(f'models need huggingface_hub: {extra("enhance")}',
                       name='huggingface_hub') from None
 
 # %% ../../nbs/models/autoencoder.ipynb #5c56f8aa

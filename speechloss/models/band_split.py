@@ -25,7 +25,7 @@ from ..signal.spectra import frame_mask, istft
 try:
     from huggingface_hub import PyTorchModelHubMixin
 except ImportError:
-    raise ImportError(f'models need huggingface_hub: {extra("reproduce")}',
+    raise ImportError(f'models need huggingface_hub: {extra("enhance")}',
                       name='huggingface_hub') from None
 
 # %% ../../nbs/models/band_split.ipynb #1b47459c

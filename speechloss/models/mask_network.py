@@ -29,7 +29,7 @@ from ..signal.spectra import frame_mask, inverse_envelope, istft, window_of
 try:
     from huggingface_hub import PyTorchModelHubMixin
 except ImportError:
-    raise ImportError(f'models need huggingface_hub: {extra("reproduce")}',
+    raise ImportError(f'models need huggingface_hub: {extra("enhance")}',
                       name='huggingface_hub') from None
 
 # %% ../../nbs/models/mask_network.ipynb #f2ac7c49

@@ -26,7 +26,7 @@ from ..signal.spectra import frame_mask, istft, stft, valid_part
 try:
     from huggingface_hub import PyTorchModelHubMixin
 except ImportError:
-    raise ImportError(f'models need huggingface_hub: {extra("reproduce")}',
+    raise ImportError(f'models need huggingface_hub: {extra("enhance")}',
                       name='huggingface_hub') from None
 
 # %% ../../nbs/models/vq_enhancer.ipynb #23f6d330

@@ -158,7 +158,7 @@ def resample(
     try:
         import soxr
     except ImportError:
-        raise AudioError(f'resample needs soxr: {extra("metrics")}') from None
+        raise AudioError(f'resample needs soxr: {extra("enhance")}') from None
     x = wave.detach().cpu().float().numpy().T                      # soxr wants (T, C)
     y = soxr.resample(np.ascontiguousarray(x), orig, new, quality='VHQ')
     size = round(len(x) * new / orig)
