@@ -158,3 +158,15 @@ def test_memory_hardly_grows(name):
     small, minute, four = (int(kb) / 1024 for kb in run.stdout.split())
     assert four - minute < 200, f'{four - minute:.0f} MB more'
     assert four - small < 300, f'{four - small:.0f} MB more'
+
+
+def test_visqol_of_a_long_recording_is_a_mean_of_pieces(monkeypatch):
+    "What a piece is worth is made up, as the package takes minutes: up to a minute there is one, then of half a minute"
+    lengths = []
+    monkeypatch.setattr(packaged, '_visqol_of_piece', lambda e, c: lengths.append(len(c) / 48_000) or len(lengths))
+    for seconds, most in ((50, 50), (100, 30)):
+        lengths.clear()
+        row = packaged.visqol_row(*pair(seconds * RATE), RATE)
+        assert row['visqol_pieces'] == len(lengths) and max(lengths) <= most and abs(sum(lengths) - seconds) < 1e-3
+        assert row['visqol'] == pytest.approx(np.average(np.arange(len(lengths)) + 1, weights=lengths))
+    assert len(lengths) >= 4

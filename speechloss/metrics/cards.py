@@ -26,7 +26,8 @@ from .composite import composite, llr, seg_snr, wss
 from .distances import lsd, mcd, nmr, si_sdr, wave_snr
 from .opinions import (
     NISQA_COLUMNS, SQUIM_COLUMNS, check_nisqa, check_squim, distillmos, nisqa, squim)
-from .packaged import dnsmos, dnsmos_fast, estoi, pesq_nb, pesq_row, pesq_wb, stoi, visqol  # noqa: F401
+from .packaged import (  # noqa: F401 (for users)
+    dnsmos, dnsmos_fast, estoi, pesq_nb, pesq_row, pesq_wb, stoi, visqol, visqol_row)
 from .vqscore import vq_score
 from ..signal.audio import SAMPLE_RATE
 
@@ -82,8 +83,9 @@ METRICS: dict[str, Metric] = {card.name: card for card in (
            'Taal et al. 2011; pystoi', needs=('pystoi',), optimised_by=('torch-stoi',)),
     Metric('estoi', ('estoi',), estoi, (-1, 1), 'higher', 'correlation',
            'Jensen & Taal 2016; pystoi', needs=('pystoi',), optimised_by=('torch-stoi',)),
-    Metric('visqol', ('visqol',), visqol, (1, 5), 'higher', 'MOS-LQO', 'Chinen et al. 2020; visqol-python',
-           sample_rate=48_000, needs=('visqol',), extra='visqol', variant='mode for audio, at 48 kHz'),
+    Metric('visqol', ('visqol',), visqol_row, (1, 5), 'higher', 'MOS-LQO', 'Chinen et al. 2020; visqol-python',
+           sample_rate=48_000, needs=('visqol',), extra='visqol', notes=('visqol_pieces',),
+           variant='mode for audio, at 48 kHz'),
     Metric('lsd', ('lsd',), lsd, (0, math.inf), 'lower', 'dB', 'Gray & Markel 1976',
            optimised_by=('MultiResolutionSTFTLoss', 'STFTLoss', 'MelLoss')),
     Metric('mcd', ('mcd',), mcd, (0, math.inf), 'lower', 'dB', 'Kubichek 1993',

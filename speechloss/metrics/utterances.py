@@ -56,15 +56,17 @@ def _quietest(clean: np.ndarray, sample_rate: int) -> int:
 def utterance_pieces(
     clean: np.ndarray,   # (T,)
     sample_rate: int,    # Hz
+    *,
+    most: float = _MOST_SECONDS,   # length of a piece, s
 ) -> list[slice]:        # of samples, in order; one for what is short enough
-    """Return the pieces of a recording, of at most 45 utterances and a minute each, cut in pauses.
+    """Return the pieces of a recording, of at most 45 utterances and `most` seconds each, cut in pauses.
 
     >>> utterance_pieces(np.ones(16000), 16000)
     [slice(0, 16000, None)]
     """
     def cut(first: int, last: int) -> list[slice]:
         part = clean[first:last]
-        small = len(part) <= _MOST_SECONDS * sample_rate and utterance_count(part, sample_rate) <= _MOST_UTTERANCES
+        small = len(part) <= most * sample_rate and utterance_count(part, sample_rate) <= _MOST_UTTERANCES
         if small or len(part) < sample_rate: return [slice(first, last)]
         middle = first + _quietest(part, sample_rate)
         return cut(first, middle) + cut(middle, last)
