@@ -7,7 +7,6 @@ import random
 import signal
 import subprocess
 import sys
-import time
 from copy import deepcopy
 from dataclasses import asdict, fields, replace
 from pathlib import Path
@@ -446,14 +445,18 @@ def test_a_trunk_ends_where_a_run_of_its_own_would(recipe, tmp_path):
     assert [row['step'] for row in read_log(tmp_path / 'late/log.jsonl')][0] > 6
     assert late.key not in (whole.key, replace(late, trunk=str(tmp_path / 'whole')).key)
     assert late.key == replace(late, trunk=str(tmp_path / 'trunk/checkpoints/step-00000006')).key
+    (tmp_path / 'trunk/final').rename(tmp_path / 'trunk/gone')             # as of a run that goes on
+    with pytest.raises(CheckpointError, match='is not finished.* copy'): train(late, tmp_path / 'later')
 
 
 @pytest.mark.parametrize('change, told', [(dict(steps=6), 'has 6 steps behind it'),
                                           (dict(trunk='absent'), 'no checkpoint'),
+                                          (dict(schedule='cosine'), 'and not its lr'),
+                                          (dict(freeze_encoder=True), 'other weights are trained there'),
                                           (dict(model=dict(preset='tiny', channels=8)), 'another model or objective')])
 def test_a_trunk_that_does_not_fit_is_told(recipe, tmp_path, change, told):
     train(replace(recipe, steps=6, save_every=6), tmp_path / 'trunk')
-    wrong = replace(recipe, **dict(steps=12, trunk=str(tmp_path / 'trunk')) | change)
+    wrong = replace(recipe, **dict(steps=12, schedule='constant', trunk=str(tmp_path / 'trunk')) | change)
     with pytest.raises((TrainingError, CheckpointError), match=told) as caught: train(wrong, tmp_path / 'late')
     assert '\n' not in str(caught.value)
 
@@ -461,11 +464,10 @@ def test_a_trunk_that_does_not_fit_is_told(recipe, tmp_path, change, told):
 def test_side_by_side_each_process_sees_a_gpu_of_its_own():
     "The names of the GPUs are made up: a process that sees one of them sees no other, and no two see the same"
     context = multiprocessing.get_context('spawn')
+    seen = "(__import__('os').getpid(), __import__('os').environ['CUDA_VISIBLE_DEVICES'], __import__('time').sleep(1))"
     with context.Manager() as manager, _pool(2, ['3', '5', '6'], manager, context) as pool:
-        asleep = [pool.submit(time.sleep, 1.) for _ in range(2)]      # so that there are two processes
-        seen = {pool.submit(os.getenv, 'CUDA_VISIBLE_DEVICES').result() for _ in range(8)}
-        for job in asleep: job.result()
-    assert seen <= {'3', '5'} and seen
+        places = dict(job.result()[:2] for job in [pool.submit(eval, seen) for _ in range(6)])
+    assert sorted(places.values()) == ['3', '5']
 
 
 def test_on_gpus_there_are_no_more_processes_than_gpus(recipe, tmp_path, monkeypatch):
@@ -478,10 +480,11 @@ def test_on_gpus_there_are_no_more_processes_than_gpus(recipe, tmp_path, monkeyp
     assert found == [(3, ['0', '1', '2']), (8, [])]
 
 
-@pytest.mark.parametrize('name', ['SLURM_STEP_NUM_TASKS', 'SLURM_NTASKS'])
-def test_tasks_of_slurm_that_train_alone_are_told_so_once(recipe, name, monkeypatch, capsys):
-    monkeypatch.setenv(name, '8')
-    for process, told in (('0', 1), ('1', 0)):
+def test_tasks_of_slurm_that_train_alone_are_told_so_once(recipe, monkeypatch, capsys):
+    "Those of srun; a batch script that has been granted several tasks runs once"
+    for name, process, told in (('SLURM_NTASKS', '0', 0), ('SLURM_STEP_NUM_TASKS', '0', 1),
+                                ('SLURM_STEP_NUM_TASKS', '1', 0)):
+        monkeypatch.setenv(name, '8')
         monkeypatch.setenv('SLURM_PROCID', process)
         loop._accelerator(recipe)
         assert capsys.readouterr().err.count('8 tasks') == told

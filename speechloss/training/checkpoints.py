@@ -83,12 +83,21 @@ def latest(root) -> tuple[int, dict[str, Tensor], dict] | None:
 
 # %% ../../nbs/training/checkpoints.ipynb #18c8f791
 def checkpoint_of(run) -> Path:
-    "Return `run` if it is the folder of a checkpoint, else the newest one of the run; `CheckpointError` where none is"
-    if (Path(run) / STATE_FILE).is_file(): return Path(run)
-    found = checkpoint_folders(Path(run) / 'checkpoints')
+    """Return the newest checkpoint of a finished run, or `run` itself if it is the folder of a checkpoint that stays.
+
+    `CheckpointError` where there is none, and for a run that goes on: it removes its older checkpoints.
+    """
+    given = Path(run)
+    inside = given.parent.parent if given.parent.name == 'checkpoints' else None
+    owner = inside if (given / STATE_FILE).is_file() else given
+    if owner and checkpoint_folders(owner / 'checkpoints') and not (owner / 'final' / 'summary.json').is_file():
+        raise CheckpointError(f'{owner} is not finished, and a training removes its older checkpoints: copy '
+                              f'{checkpoint_folders(owner / "checkpoints")[-1]} elsewhere and name the copy')
+    if owner is not given: return given
+    found = checkpoint_folders(given / 'checkpoints')
     if not found:
-        raise CheckpointError(f'{run} holds no checkpoint: give the folder of a training, or of one of its '
-                              'checkpoints, such as RUN/checkpoints/step-00001000')
+        raise CheckpointError(f'{run} holds no checkpoint: give the folder of a finished training, or a copy of a '
+                              'checkpoint such as RUN/checkpoints/step-00001000')
     return found[-1]
 
 

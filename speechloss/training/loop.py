@@ -173,7 +173,7 @@ def _accelerator(recipe: Recipe):
 
 def _tell_of_lone_tasks() -> None:
     "Say so where Slurm started several tasks that know nothing of each other"
-    tasks = os.environ.get('SLURM_STEP_NUM_TASKS') or os.environ.get('SLURM_NTASKS') or '1'
+    tasks = os.environ.get('SLURM_STEP_NUM_TASKS', '1')      # srun sets it, and a batch script has none
     if tasks == '1' or os.environ.get('SLURM_PROCID', '0') != '0': return
     notify(f'Slurm has {tasks} tasks for this training, and each trains by itself: to train one model with all of '
            'them, let one task a node run torchrun --nproc-per-node GPUS -m speechloss train ...')
@@ -247,18 +247,23 @@ class _Keeping:
             step=state.step, valid=rows[-1]['valid'] if rows else None, best=state.best,
             skipped=state.skipped, key=self.recipe.key))
 
-    def _resume(self, step: int, tensors: dict, counters: dict) -> None:
+    def _resume(self, step: int, tensors: dict, counters: dict, whence=None) -> None:
         began, now = counters.get('processes', 1), self.accelerator.num_processes
         if began != now:
-            raise TrainingError(f'{self.out} was begun by {began} processes and this is {now}, so that a step would '
-                                f'take other items: start {began}, or give another folder')
+            raise TrainingError(f'{whence or self.out} was begun by {began} processes and this is {now}, so that a '
+                                f'step would take other items: start {began}, or give another folder')
         self.state.load(step, tensors, counters)
 
     def _go_on_from_trunk(self, trunk: str) -> None:
         step, tensors, counters = checkpoints.load_checkpoint(checkpoints.checkpoint_of(trunk))
-        if step >= self.recipe.steps:
-            raise TrainingError(f'trunk {trunk} has {step} steps behind it and steps is {self.recipe.steps}: give more')
-        try: self._resume(step, tensors, counters | dict(best=None))     # the best of this run is yet to come
+        recipe = self.recipe
+        if step >= recipe.steps:
+            raise TrainingError(f'trunk {trunk} has {step} steps behind it and steps is {recipe.steps}: give more')
+        if recipe.rate(step) != recipe.lr:
+            raise TrainingError(f'after the {step} steps of trunk {trunk} this recipe has a rate of '
+                                f'{recipe.rate(step):.3g} and not its lr, {recipe.lr:.3g}: give schedule constant, or '
+                                f"decay with a fall that begins later (more steps, or a smaller 'decay')")
+        try: self._resume(step, tensors, counters | dict(best=None), trunk)     # the best of this run is yet to come
         except (KeyError, RuntimeError) as error:
             raise TrainingError(f'trunk {trunk} is of another model or objective ({str(error).splitlines()[0]}): give '
                                 'those of its recipe.json') from None

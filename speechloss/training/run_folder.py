@@ -37,8 +37,8 @@ def _check_same_run(record: Path, recipe: Recipe, about: dict) -> None:
     if there.get('key') != recipe.key and not _is_spelled_otherwise(there, recipe, about):
         raise TrainingError(
             f'{record.parent} holds another run (key {there.get("key", "unreadable")[:12]}, '
-            f'this one has {recipe.key[:12]}{_differing(there, recipe)}): choose another folder, '
-            'and name this one as trunk to go on from it')
+            f'this one has {recipe.key[:12]}{_differing(there, recipe)}): choose another folder'
+            f'{_as_trunk(there, recipe)}')
     if there.get('corpus_hash') != about.get('corpus_hash'):
         raise TrainingError(f'{record.parent} holds a run on other recordings of the corpus '
                             f'{recipe.corpus!r}: remove it or choose another folder')
@@ -70,6 +70,14 @@ def _differing(there: dict, recipe: Recipe) -> str:
     before, now = there.get('recipe') or {}, json.loads(json.dumps(asdict(recipe)))
     return ''.join(f'; {name} was {before[name]!r} and is {value!r}' for name, value in now.items()
                    if name in before and before[name] != value and name not in NOT_IN_KEY)[:300]
+
+
+def _as_trunk(there: dict, recipe: Recipe) -> str:
+    "Return that the run can be gone on from, where only its length and rate are others"
+    before, now = there.get('recipe') or {}, json.loads(json.dumps(asdict(recipe)))
+    others = {name for name, value in now.items() if before.get(name, value) != value and name not in NOT_IN_KEY}
+    if not before or not others <= {'steps', 'schedule', 'decay'}: return ''
+    return ', and name this one as trunk to go on from it'
 
 # %% ../../nbs/training/run_folder.ipynb #0d874c7c
 class Log:

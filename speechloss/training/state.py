@@ -43,6 +43,7 @@ class _Saved:
     optimizer: torch.optim.Optimizer
     objective: nn.Module
     recipe: Recipe
+    trained: list[nn.Parameter]
     step: int
     skipped: int
     in_a_row: int
@@ -71,8 +72,10 @@ class _Saved:
         for name, value in self.averaged.items(): value.copy_(groups['averaged'][name])
         self.objective.load_state_dict(groups['objective'])
         self.objective.load_resume_state(groups['resume'])
-        self.optimizer.load_state_dict(dict(self.optimizer.state_dict(),
-                                            state=_moments(groups['optimizer'])))
+        moments = _moments(groups['optimizer'])
+        if any(k >= len(self.trained) or each['exp_avg'].shape != self.trained[k].shape for k, each in moments.items()):
+            raise RuntimeError('other weights are trained there')      # as with another freeze_encoder
+        self.optimizer.load_state_dict(dict(self.optimizer.state_dict(), state=moments))
         self.step, self.skipped, self.in_a_row = step, counters['skipped'], counters['in_a_row']
         self.best = -math.inf if counters['best'] is None else counters['best']
 
