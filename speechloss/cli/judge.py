@@ -6,6 +6,7 @@
 __all__ = ['judge']
 
 # %% ../../nbs/cli/judge.ipynb #e73ba618
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, NamedTuple
 
@@ -50,6 +51,10 @@ def judge(
     from speechloss.common.errors import SpeechLossError, choose
     asked = {choose('part', name.strip(), _PARTS) for name in parts.split(',')} if parts else set(_PARTS)
     if not losses and not every and listeners and not train: return _only_listeners(listeners, model, out, as_json)
+    if parts and 'bench' in asked and not train:
+        raise SpeechLossError('part bench trains with the loss: give --train too')
+    if parts and 'listeners' in asked and not listeners:
+        raise SpeechLossError('part listeners asks people: give --listeners FOLDER, which holds their ratings')
     if not losses and not every:
         raise SpeechLossError('no loss was given: name some, such as si_sdr or mypkg.losses:MyLoss, or give --all')
     import torch
@@ -59,7 +64,7 @@ def judge(
     judged, errors = _new_judged(), {}
     if 'contract' in asked: _ask_contract(judged, wanted, net, errors)
     if 'masks' in asked: _ask_masks(judged, wanted, net, there, errors)
-    if 'listeners' in asked and listeners: _ask_listeners(judged, wanted, net, listeners, out)
+    if 'listeners' in asked and listeners: _ask_listeners(judged, wanted, net, listeners, out, errors)
     if 'bench' in asked and train: _ask_bench(judged, wanted, there, scale, seeds, workers, errors)
     _print(judged, as_json)
     _write(judged, wanted, out, add_to, quiet)
@@ -110,11 +115,14 @@ def _affordable(candidates: list, net) -> list:
 def _ask_contract(judged, wanted: list, net, errors: dict) -> None:
     "Ask each loss for its promises and its cost"
     from speechloss.common.errors import SpeechLossError
-    from speechloss.trials.contract import contract_rows, loss_cost
+    from speechloss.trials.contract import KEPT, contract_rows, loss_cost
     for one in wanted:
         try: loss = one.make(net)
-        except SpeechLossError as error: errors[one.name] = str(error)
-        else: judged.contracts[one.name], judged.costs[one.name] = contract_rows(loss, one.name), loss_cost(loss)
+        except SpeechLossError as error:
+            errors[one.name] = str(error)
+            continue
+        rows = judged.contracts[one.name] = contract_rows(loss, one.name)
+        if rows[0]['kept'] == KEPT: judged.costs[one.name] = loss_cost(loss)     # else it has no value to time
 
 # %% ../../nbs/cli/judge.ipynb #d6be9181
 def _ask_masks(judged, wanted: list, net, there: _Asked, errors: dict) -> None:
@@ -159,7 +167,11 @@ def _estimate(wanted: list, clips: list[dict], net, check: bool) -> str:
     from speechloss.trials.experiment import DOUBLED, step_seconds
     from speechloss.trials.optimise import STEPS
     steps = STEPS * (len(clips) + (2 * min(DOUBLED, len(clips)) if check else 0))
-    each = {one.name: steps * step_seconds(one, clips, net) for one in wanted}
+    each = {}
+    for one in wanted:
+        with suppress(Exception):     # it will be a row that says why
+            each[one.name] = steps * step_seconds(one, clips, net)
+    if not each: return f'{len(wanted)} losses on {len(clips)} clips'
     dearest = max(each, key=lambda name: each[name])
     return (f'{len(wanted)} losses on {len(clips)} clips take about {sum(each.values()) / 60:.0f} minutes of one core, '
             f'{dearest} the most ({each[dearest] / 60:.0f}), and the judges about {len(wanted) * len(clips) / 60:.0f}')
@@ -168,11 +180,11 @@ def _estimate(wanted: list, clips: list[dict], net, check: bool) -> str:
 _BESIDE = ('pesq', 'llr')     # metrics that stand beside a loss, where people are asked
 
 
-def _ask_listeners(judged, wanted: list, net, folder: Path, out: Path) -> None:
+def _ask_listeners(judged, wanted: list, net, folder: Path, out: Path, errors: dict) -> None:
     "Compare losses with the ratings of people, and two metrics beside them"
     from speechloss.common.tables import write_table
     from speechloss.trials.listeners import compare_with_listeners
-    able = [one for one in wanted if one.spec.get('name') != 'contrastive']
+    able = [one for one in wanted if one.spec.get('name') != 'contrastive' and one.name not in errors]
     judged.listeners = compare_with_listeners(folder, able, model=net, metrics=_BESIDE)
     write_table(judged.listeners, out / 'listeners.csv')
 
@@ -184,9 +196,9 @@ def _ask_bench(judged, wanted: list, there: _Asked, scale: str, seeds: int, work
     from speechloss.reproduce.bench import bench_arms, bench_hours, bench_protocol, run_bench
     from speechloss.trials.candidates import control_of
     protocol = bench_protocol(scale, corpus=there.corpus, corpus_dir=there.corpus and there.corpus_dir, seeds=seeds)
-    for one in wanted:
+    for one in (one for one in wanted if one.name not in errors):
         control = control_of(one.spec)
-        folder = there.out / 'bench' / one.key()
+        folder = there.out / 'bench' / f'{one.key()}-{scale}-{seeds}'
         try:
             if not there.quiet: complain(_bench_text(one, control, bench_hours(protocol, bench_arms(one.spec, control)),
                                                      scale))

@@ -76,8 +76,11 @@ _NEEDED = dict(mel=_RATE, masking=_RATE)
 def _own() -> list[Candidate]:
     "Return the losses of the registry, each with the options that it has if nothing is said"
     return [Candidate(name, dict(name=name, **_NEEDED.get(name, {})), needs_model=name == 'model_as_loss',
-                      level=.25 if name == 'si_sdr' else 1.)
+                      level=_level(name))
             for name in CARDS]
+
+
+def _level(name: str) -> float: return .25 if name == 'si_sdr' else 1.     # it alone does not see the level
 
 
 def _more() -> list[Candidate]:
@@ -114,8 +117,9 @@ def candidate_of(
     """
     if name in CANDIDATES: return CANDIDATES[name]
     if name.startswith('{'):
-        try: return Candidate(name, json.loads(name))
+        try: spec = json.loads(name)
         except ValueError: raise SpeechLossError(f'loss {name} is no JSON: give {{"name": ..., options}}') from None
+        return Candidate(name, spec, level=_level(spec.get('name', '')))
     if path := outside_path(name): find_class(path, 'loss')     # these two say what there is
     elif name not in PRESETS: build(name)
     return Candidate(name, dict(name=name))
