@@ -236,7 +236,8 @@ def visqol_row(
     "Return what `visqol` does as columns of a table"
     e, c = scorable_pair(enhanced, clean, sample_rate, rate=48_000)
     long = len(c) > 60 * 48_000
-    value, pieces = _mean_of_pieces(e, c, 48_000, _visqol_of_piece, most=30. if long else 60.)
+    value, pieces = _mean_of_pieces(e, c, 48_000, _visqol_of_piece, most=30. if long else 60.,
+                                    utterances=np.inf)
     return dict(visqol=value, visqol_pieces=pieces)
 
 
@@ -244,7 +245,13 @@ def _visqol_of_piece(e: np.ndarray, c: np.ndarray) -> float:
     if len(c) < 48_000:
         raise SpeechLossError(f'ViSQOL compares patches over a second, and these are {len(c) / 48_000:.2f} s: '
                               'score longer clips')
-    return float(_visqol().measure_from_arrays(c, e, 48_000).moslqo)
+    api = _visqol()
+    try: value = float(api.measure_from_arrays(c, e, 48_000).moslqo)
+    except Exception as error:    # of several pieces one may hold a pause alone
+        raise SpeechLossError(f'ViSQOL cannot score {len(c) / 48_000:.2f} s ({type(error).__name__}: '
+                              f'{" ".join(str(error).split())[:100]}): score a part with speech') from None
+    if not np.isfinite(value): raise SpeechLossError(f'ViSQOL has no value for {len(c) / 48_000:.2f} s: score speech')
+    return value
 
 # %% ../../nbs/metrics/packaged.ipynb #c721a173
 DNSMOS_WINDOW = int(9.01 * SAMPLE_RATE)  # samples that DNSMOS listens to at once

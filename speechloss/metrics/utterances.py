@@ -57,16 +57,17 @@ def utterance_pieces(
     clean: np.ndarray,   # (T,)
     sample_rate: int,    # Hz
     *,
-    most: float = _MOST_SECONDS,   # length of a piece, s
+    most: float = _MOST_SECONDS,               # length of a piece, s
+    utterances: float = _MOST_UTTERANCES,      # in a piece; inf: as many as there are
 ) -> list[slice]:        # of samples, in order; one for what is short enough
-    """Return the pieces of a recording, of at most 45 utterances and `most` seconds each, cut in pauses.
+    """Return the pieces of a recording, of at most `most` seconds and 45 utterances each, cut in pauses.
 
     >>> utterance_pieces(np.ones(16000), 16000)
     [slice(0, 16000, None)]
     """
     def cut(first: int, last: int) -> list[slice]:
         part = clean[first:last]
-        small = len(part) <= most * sample_rate and utterance_count(part, sample_rate) <= _MOST_UTTERANCES
+        small = len(part) <= most * sample_rate and utterance_count(part, sample_rate) <= utterances
         if small or len(part) < sample_rate: return [slice(first, last)]
         middle = first + _quietest(part, sample_rate)
         return cut(first, middle) + cut(middle, last)
