@@ -151,7 +151,7 @@ def test_the_shipped_network_has_skill_its_card_and_few_bytes():
 
 def test_without_safetensors_it_says_how_to_get_it(monkeypatch):
     monkeypatch.setitem(sys.modules, 'safetensors', None)
-    with pytest.raises(SpeechLossError, match=r"needs safetensors: pip install '.\[codec\]'"): CodecLoss()
+    with pytest.raises(SpeechLossError, match=r"needs safetensors: pip install '.\[enhance\]'"): CodecLoss()
 
 
 def test_the_default_is_the_shipped_network():
