@@ -234,9 +234,11 @@ def visqol_row(
     sample_rate: int,               # of both, Hz
 ) -> dict[str, float]:              # 'visqol', and how many pieces it is the mean of
     "Return what `visqol` does as columns of a table"
-    e, c = scorable_pair(enhanced, clean, sample_rate, rate=48_000)
-    long = len(c) > 60 * 48_000
-    value, pieces = _mean_of_pieces(e, c, 48_000, _visqol_of_piece, most=30. if long else 60.,
+    e, c = scorable_pair(enhanced, clean, sample_rate, rate=sample_rate)
+
+    def score(e, c): return _visqol_of_piece(*scorable_pair(e, c, sample_rate, rate=48_000))   # a piece at that rate
+
+    value, pieces = _mean_of_pieces(e, c, sample_rate, score, most=30. if len(c) > 60 * sample_rate else 60.,
                                     utterances=np.inf)
     return dict(visqol=value, visqol_pieces=pieces)
 
