@@ -7,7 +7,6 @@ __all__ = ['STRIP', 'strips_of_bands', 'BandSplit', 'BandMerge', 'AlongFrames', 
            'BandSplitEnhancer']
 
 # %% ../../nbs/models/band_split.ipynb #18ad4010
-import math
 from typing import cast
 
 import torch
@@ -17,10 +16,10 @@ from torch.nn import functional as F
 from ..common.errors import SpeechLossError
 from ..common.libraries import extra
 from .mask_network import (
-    LEAST_POWER, Recurrent, SpectralModel, add_to_mean, bounded_mask, check_memory, frames_counted, mean_so_far)
+    LEAST_POWER, MaskedSpectrum, Recurrent, add_to_mean, bounded_mask, decay_of, frames_counted, mean_so_far)
 from .streaming import CausalSteps
 from ..signal.audio import SAMPLE_RATE
-from ..signal.spectra import frame_mask, istft
+from ..signal.spectra import istft
 
 try:
     from huggingface_hub import PyTorchModelHubMixin
@@ -204,7 +203,7 @@ def _check_options(channels: int, blocks: int, across: int, hidden: int) -> None
                               'even number of channels, at least two blocks and at least one of the others')
 
 # %% ../../nbs/models/band_split.ipynb #9389474d
-class BandSplitEnhancer(BandSplitSteps, SpectralModel, PyTorchModelHubMixin, library_name='speechloss',
+class BandSplitEnhancer(BandSplitSteps, MaskedSpectrum, PyTorchModelHubMixin, library_name='speechloss',
                         tags=['speech-enhancement'], license='apache-2.0'):
     """Enhance speech by a complex mask on its STFT, from recurrent layers that the bands share.
 
@@ -239,8 +238,7 @@ class BandSplitEnhancer(BandSplitSteps, SpectralModel, PyTorchModelHubMixin, lib
     ):
         super().__init__(n_fft, hop_length, sample_rate)
         _check_options(channels, blocks, across, hidden)
-        check_memory(memory, causal)
-        self.causal, decay = causal, 1. if memory is None else math.exp(-hop_length / sample_rate / memory)
+        self.causal, decay = causal, decay_of(memory, causal, hop_length / sample_rate)
         self.split = BandSplit(n_fft, channels, floor_db, causal, decay)
         self.blocks = nn.ModuleList(BandBlock(channels, len(self.split.bias), across, causal) for _ in range(blocks))
         self.merge = BandMerge(n_fft, channels, hidden)
@@ -261,18 +259,8 @@ class BandSplitEnhancer(BandSplitSteps, SpectralModel, PyTorchModelHubMixin, lib
         outputs = [x.flatten(2) for x in self._encode(*self._spectrum(wave, lengths))]
         return outputs if skips else outputs[-1]
 
-    def forward(
-        self,
-        noisy: Tensor,                  # (B, T) or (T,)
-        lengths: Tensor | None = None,  # (B,) valid samples
-    ) -> Tensor:                        # same shape and dtype; zeros beyond lengths
-        "Enhance `noisy`, each wave up to its `lengths`, and return waves of the same shape and level"
-        if noisy.ndim == 1: return self(noisy[None], lengths)[0]
-        spec, frames = self._spectrum(noisy, lengths)
+    def _enhance(self, spec: Tensor, frames: Tensor | None, length: int) -> Tensor:
         x = self._encode(spec, frames)[-1]
         for block in self.blocks[len(self.blocks) // 2:]: x = block(x, frames)
         real, imag = (part.to(spec.real.dtype) for part in self.merge(x))
-        enhanced = istft(spec * torch.complex(real, imag), self.n_fft, self.hop_length, length=noisy.shape[-1])
-        if lengths is not None:
-            enhanced = enhanced * frame_mask(lengths.to(noisy.device), noisy.shape[-1])
-        return enhanced.to(noisy.dtype)
+        return istft(spec * torch.complex(real, imag), self.n_fft, self.hop_length, length=length)

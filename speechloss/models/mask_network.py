@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['LEAST_POWER', 'erb_bands', 'spectrum', 'frame_total', 'mean_so_far', 'frames_counted', 'add_to_mean', 'in_training',
-           'Recurrent', 'SpectralEncoder', 'SpectralDecoder', 'bounded_mask', 'check_frame', 'check_waves',
-           'check_memory', 'SpectralModel', 'apply_mask', 'SpectralSteps', 'SpectralEnhancer']
+           'Recurrent', 'SpectralEncoder', 'SpectralDecoder', 'bounded_mask', 'check_frame', 'check_waves', 'decay_of',
+           'SpectralModel', 'MaskedSpectrum', 'apply_mask', 'SpectralSteps', 'SpectralEnhancer']
 
 # %% ../../nbs/models/mask_network.ipynb #1b92d48c
 import math
@@ -287,11 +287,16 @@ def _check_network(channels: int, layers: int, kernel: int) -> None:
                               'give an even number of channels and at least one of the others')
 
 
-def check_memory(memory: float | None, causal: bool) -> None:
-    "Raise `SpeechLossError` unless `memory` is None, or seconds above 0 of a causal model"
+def decay_of(
+    memory: float | None,    # seconds to a share of 1/e; None: nothing is forgotten
+    causal: bool,            # only such a model forgets
+    hop: float,              # seconds between frames
+) -> float:
+    "Return the weight of a frame against the next one; `SpeechLossError` for a memory that cannot be"
     if memory is not None and (memory <= 0 or not causal):
         raise SpeechLossError(f'memory is {memory} and causal {causal}: give seconds above 0 to a causal model, or '
                               'None')
+    return 1. if memory is None else math.exp(-hop / memory)
 
 
 class SpectralModel(nn.Module):
@@ -318,6 +323,26 @@ class SpectralModel(nn.Module):
         lengths = lengths.to(wave.device)
         wave = wave * frame_mask(lengths, wave.shape[-1])
         return spectrum(wave, self.n_fft, self.hop_length), self.frame_lengths(lengths)
+
+
+class MaskedSpectrum(SpectralModel):
+    "Enhance waves by what a subclass makes of their spectrum in `_enhance`"
+    def forward(
+        self,
+        noisy: Tensor,                  # (B, T) or (T,)
+        lengths: Tensor | None = None,  # (B,) valid samples
+    ) -> Tensor:                        # same shape and dtype; zeros beyond lengths
+        "Enhance `noisy`, each wave up to its `lengths`, and return waves of the same shape and level"
+        if noisy.ndim == 1: return self(noisy[None], lengths)[0]
+        spec, frames = self._spectrum(noisy, lengths)
+        enhanced = self._enhance(spec, frames, noisy.shape[-1])
+        if lengths is not None:
+            enhanced = enhanced * frame_mask(lengths.to(noisy.device), noisy.shape[-1])
+        return enhanced.to(noisy.dtype)
+
+    def _enhance(self, spec: Tensor, frames: Tensor | None, length: int) -> Tensor:
+        "Return waves `(B, length)` from a spectrum and its valid frames"
+        raise NotImplementedError(f'{type(self).__name__} must define _enhance(spec, frames, length)')
 
 # %% ../../nbs/models/mask_network.ipynb #bb9c4960
 def apply_mask(
@@ -370,7 +395,7 @@ class SpectralSteps(CausalSteps):
         return re, im, after
 
 # %% ../../nbs/models/mask_network.ipynb #bb478561
-class SpectralEnhancer(SpectralSteps, SpectralModel, PyTorchModelHubMixin, library_name='speechloss',
+class SpectralEnhancer(SpectralSteps, MaskedSpectrum, PyTorchModelHubMixin, library_name='speechloss',
                        tags=['speech-enhancement'], license='apache-2.0'):
     """Enhance speech by a complex mask on its STFT, from an encoder and a decoder.
 
@@ -407,8 +432,7 @@ class SpectralEnhancer(SpectralSteps, SpectralModel, PyTorchModelHubMixin, libra
     ):
         super().__init__(n_fft, hop_length, sample_rate)
         _check_network(channels, layers, kernel)
-        check_memory(memory, causal)
-        self.causal, decay = causal, 1. if memory is None else math.exp(-hop_length / sample_rate / memory)
+        self.causal, decay = causal, decay_of(memory, causal, hop_length / sample_rate)
         self.register_buffer('bands', erb_bands(bands, n_fft, sample_rate), persistent=False)
         self.encoder = SpectralEncoder(bands, channels, layers, kernel, floor_db, causal, decay)
         self.decoder = SpectralDecoder(bands, channels, layers, causal)
@@ -431,16 +455,6 @@ class SpectralEnhancer(SpectralSteps, SpectralModel, PyTorchModelHubMixin, libra
         outputs = self._encode(*self._spectrum(wave, lengths))
         return outputs if skips else outputs[-1]
 
-    def forward(
-        self,
-        noisy: Tensor,                  # (B, T) or (T,)
-        lengths: Tensor | None = None,  # (B,) valid samples
-    ) -> Tensor:                        # same shape and dtype; zeros beyond lengths
-        "Enhance `noisy`, each wave up to its `lengths`, and return waves of the same shape and level"
-        if noisy.ndim == 1: return self(noisy[None], lengths)[0]
-        spec, frames = self._spectrum(noisy, lengths)
+    def _enhance(self, spec: Tensor, frames: Tensor | None, length: int) -> Tensor:
         mask = self.decoder(*self._encode(spec, frames), frames).to(spec.real.dtype)
-        enhanced = apply_mask(spec, mask, self.bands.to(mask.dtype), self.hop_length, noisy.shape[-1])
-        if lengths is not None:
-            enhanced = enhanced * frame_mask(lengths.to(noisy.device), noisy.shape[-1])
-        return enhanced.to(noisy.dtype)
+        return apply_mask(spec, mask, self.bands.to(mask.dtype), self.hop_length, length)

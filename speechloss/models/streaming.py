@@ -69,7 +69,7 @@ class FrameMask(nn.Module):
 
     def state_shapes(self) -> dict[str, tuple[int, int]]:
         "Return the shape of each tensor that the network remembers, without the batch"
-        raise NotImplementedError
+        raise NotImplementedError(f'{type(self).__name__} must define state_shapes()')
 
     def mask_step(
         self,
@@ -79,7 +79,7 @@ class FrameMask(nn.Module):
         place: Tensor,               # (B, 1, 1) frames so far, with this one
     ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:   # real and imaginary part of the mask, (B, 1, bins); new state
         "Return the mask of one frame, and what the network remembers after it"
-        raise NotImplementedError
+        raise NotImplementedError(f'{type(self).__name__} must define mask_step(real, imag, state, place)')
 
 # %% ../../nbs/models/streaming.ipynb #b13e288c
 class CausalSteps(FrameMask):
