@@ -324,7 +324,7 @@ class SpectralModel(nn.Module):
         wave = wave * frame_mask(lengths, wave.shape[-1])
         return spectrum(wave, self.n_fft, self.hop_length), self.frame_lengths(lengths)
 
-
+# %% ../../nbs/models/mask_network.ipynb #f2b3f956
 class MaskedSpectrum(SpectralModel):
     "Enhance waves by what a subclass makes of their spectrum in `_enhance`"
     def forward(
