@@ -1,6 +1,7 @@
 """`speechloss judge`: promises of a loss, its controls, the bench and the page; a loss from a file of five lines."""
 import csv
 import importlib.util
+import shutil
 import sys
 from dataclasses import replace
 
@@ -17,6 +18,7 @@ from speechloss.losses.base import mean_over
 from speechloss.reproduce import bench
 from speechloss.reproduce.bench import BENCH_GATES, bench_arms, bench_claims, bench_protocol, run_bench
 from speechloss.reproduce.judging import judge_claims
+from speechloss.reproduce.protocol import training_folder
 from speechloss.trials import CANDIDATES, Judged, contract_rows, gradient_bands, optimise, wave_gradient, write_judged
 from speechloss.trials.masks import BandMask
 from speechloss.trials.page import add_rows, chosen_clips
@@ -174,8 +176,9 @@ def protocol(corpus, tmp_path, monkeypatch):
                    batch_size=2, seconds=.5, test_clips=6, metrics=('pesq', 'lsd'))
 
 
-def test_bench_trains_each_arm_once_and_judges_by_the_rules(protocol, tmp_path, monkeypatch):
-    term = dict(name='wave_l1')
+def test_bench_trains_each_arm_once_counts_what_is_left_and_judges_by_the_rules(protocol, tmp_path, monkeypatch):
+    term, arms = dict(name='wave_l1'), bench_arms(dict(name='wave_l1'))
+    assert bench._steps_left(protocol, arms) == (4, dict.fromkeys(arms, 4)) and bench.bench_hours(protocol, arms) > 0
     found = run_bench(term, protocol, out=tmp_path / 'bench')
     models = sorted((tmp_path / 'home/models').glob('*/final'))
     assert len(models) == 2 * (1 + 3)                  # a shared start, base, loss and plain for each seed
@@ -189,6 +192,12 @@ def test_bench_trains_each_arm_once_and_judges_by_the_rules(protocol, tmp_path, 
     def no_step(*_, **__): raise AssertionError('a step was taken')
     monkeypatch.setattr('speechloss.training.task.fit', no_step)
     assert run_bench(term, protocol).numbers == found.numbers      # all is there already
+    assert bench.bench_hours(protocol, arms) == 0
+    half = training_folder(bench.arm_recipe(protocol, 1, term))      # what a kill leaves: a checkpoint, no model
+    shutil.rmtree(half / 'final')
+    (there,) = (half / 'checkpoints').iterdir()
+    there.rename(there.with_name('step-00000001'))
+    assert bench._steps_left(protocol, arms) == (0, dict(base=0, loss=1, plain=0))
 
 
 def test_bench_controls_have_the_same_share_of_the_gradient():

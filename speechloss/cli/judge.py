@@ -212,10 +212,11 @@ def _ask_bench(judged, wanted: list, there: _Asked, scale: str, seeds: int, work
 
 
 def _bench_text(one, control: dict | None, hours: float, scale: str) -> str:
-    long = f'{hours:.1f} hours' if hours > 1 else f'{60 * hours:.0f} minutes'
-    beside = 'and its control' if control else 'no control of its own, since it has no random_seed'
-    return (f'the bench of {one.name} at scale {scale} trains for about {long} of one core, less what is there: '
-            f'base, loss, a plain distance, {beside}')
+    last = 'and its control' if control else 'no control, since it has no random_seed'
+    arms = f'base, loss, a plain distance, {last}'
+    if not hours: return f'all models of the bench of {one.name} at scale {scale} are there ({arms}): they are scored'
+    long = f'{hours:.1f} hours' if hours > 1 else f'{60 * hours:.0f} minutes' if hours > 1 / 60 else 'a minute'
+    return f'the bench of {one.name} at scale {scale} has about {long} of one core left to train: {arms}'
 
 # %% ../../nbs/cli/judge.ipynb #e02eb1cc
 def _print(judged, as_json: bool) -> None:

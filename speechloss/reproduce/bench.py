@@ -25,7 +25,7 @@ from .claims import Claim, Gate
 from .evaluation import enhance_clips, score_model
 from .judging import Verdicts, judge_claims
 from .protocol import (
-    Protocol, arm_recipe, corpus_of, protocol_of, shared_recipe, test_clips, train_all)
+    Protocol, arm_recipe, corpus_of, model_folder, protocol_of, shared_recipe, steps_left, test_clips, train_all)
 from .results import INTERVAL, jsonable, write_json
 from ..training.recipe import BASE, Recipe
 from ..models.catalogue import load_enhancer
@@ -68,11 +68,26 @@ def _recipes(protocol: Protocol, arms: Mapping[str, dict | None]) -> dict[tuple[
             for seed in range(protocol.seeds)}
 
 
+def _steps_left(
+    protocol: Protocol,
+    arms: Mapping[str, dict | None],
+) -> tuple[int, dict[str, int]]:    # of the shared enhancers, and of each arm, over all seeds
+    "Return the steps that no checkpoint holds yet; an arm whose shared enhancer is not there has all of its own left"
+    shared, further = 0, dict.fromkeys(arms, 0)
+    for seed in range(protocol.seeds):
+        left = steps_left(first := shared_recipe(protocol, seed))
+        shared += left
+        there = model_folder(first).is_dir()     # the recipe of an arm holds the weights that it begins with
+        for arm, term in arms.items():
+            further[arm] += steps_left(arm_recipe(protocol, seed, term)) if there else protocol.stage2_steps
+    return shared, further
+
+
 def bench_hours(
     protocol: Protocol,
     arms: Mapping[str, dict | None],
-) -> float:                         # of one core
-    "Return about how long the trainings take that are not there yet, by a step of each arm that is made for it"
+) -> float:                         # of one core; 0 where all models are there
+    "Return about how long the trainings take that are left to do, by a step of each arm that is made for it"
     draw = torch.Generator().manual_seed(0)
     waves = .05 * torch.randn(2, protocol.batch_size, int(protocol.seconds * 16000), generator=draw)
     model = enhancer(protocol.model)
@@ -84,12 +99,13 @@ def bench_hours(
         loss(model(waves[0]), waves[1], noisy=waves[0]).mean().backward()
         return time.process_time() - began
 
+    shared, further = _steps_left(protocol, arms)
     with torch.random.fork_rng(devices=[]):
-        seconds = protocol.stage1_steps * step(BASE)
-        for term in arms.values():
-            with_term = BASE if term is None else dict(terms=dict(base=BASE, extra=term), balance='grad')
-            seconds += protocol.stage2_steps * step(with_term)
-    return protocol.seeds * seconds / 3600
+        seconds = shared * step(BASE) if shared else 0.
+        for arm, left in further.items():
+            with_term = BASE if arms[arm] is None else dict(terms=dict(base=BASE, extra=arms[arm]), balance='grad')
+            seconds += left * step(with_term) if left else 0.
+    return seconds / 3600
 
 # %% ../../nbs/reproduce/bench.ipynb #e560b926
 BENCH_GATES = {'enhancer-gain': Gate('enhancer-gain', 'The enhancer gains at least 0.3 PESQ over the noisy input.',
