@@ -292,3 +292,39 @@ def test_words_are_counted_against_the_texts_of_a_manifest(tmp_path, monkeypatch
     put(tmp_path/'clean/c.wav', wave(1))
     jobs = jobs_of([tmp_path/'c.wav'], tmp_path/'clean')
     assert score_files(jobs, ['wer_pocketsphinx'], workers=1)[0]['wer_pocketsphinx'] == 0      # what it hears there
+
+
+def test_words_against_a_text_and_against_what_is_heard_are_two_means(tmp_path, monkeypatch):
+    """Each row names its reference, and neither a summary nor a comparison takes the two for one."""
+    from speechloss.judges import scores
+    from speechloss.metrics.cards import metric_cards
+    scores.register_judges()
+    try: metric_cards('wer_pocketsphinx')
+    except SpeechLossError as error: pytest.skip(str(error))
+    monkeypatch.setattr(scores, '_recogniser', lambda name: lambda waves: ['the cat sat'] * len(waves))
+    # scored in this process, which is patched
+    monkeypatch.setattr('speechloss.metrics.scoring._PLAIN', {'pocketsphinx', 'jiwer', 'transformers'})
+    for k in range(5): put(tmp_path/f'e/{k}.wav', wave(k, .5)), put(tmp_path/f'c/{k}.wav', wave(k, .5))
+
+    def table(name: str, texts: dict, *options: str) -> tuple:
+        lines = [dict(file=f'e/{k}.wav', clean=f'c/{k}.wav', **texts.get(k, {})) for k in range(5)]
+        (tmp_path/f'{name}.jsonl').write_text('\n'.join(map(json.dumps, lines)))
+        return run('score', tmp_path/f'{name}.jsonl', '--metrics', 'wer_pocketsphinx,lsd', '--json', '--out',
+                   tmp_path/f'{name}.csv', *options)
+    a, b = dict(text='a cat sat'), dict(text='the cat sat')
+    code, out, err = table('a', {0: a, 1: a, 2: a})
+    assert code == 0 and [row['against_pocketsphinx'] for row in read_table(tmp_path/'a.csv')] == [
+        'text', 'text', 'text', 'heard', 'heard']
+    lines = {(line['column'], line['kind']): line for line in json.loads(out)}
+    assert lines['wer_pocketsphinx', 'heard']['mean'] == 0 and lines['wer_pocketsphinx', 'heard']['files'] == 2
+    assert lines['cer_pocketsphinx', 'text']['files'] == 3 and lines['lsd', None]['files'] == 5
+    assert lines['wer_pocketsphinx', 'text']['mean'] == pytest.approx(1 / 3)
+    said, = [line for line in err.splitlines() if 'wer_pocketsphinx' in line]
+    assert '2 kinds, 2 against heard, 3 against text (column against_pocketsphinx)' in said
+    assert table('a', {0: a, 1: a, 2: a}, '--resume')[:2] == (0, out)
+    assert table('b', {0: b, 1: b, 3: b}, '--strict')[0] == 0
+    code, out, err = run('compare', tmp_path/'a.csv', tmp_path/'b.csv', '--json')
+    found = {row['column']: row for row in json.loads(out)}
+    assert code == 0 and found['wer_pocketsphinx']['files'] == 3 and found['lsd']['files'] == 5
+    assert 'wer_pocketsphinx: 2 of 5 files are scored against two things' in err
+    assert 'over files of 2 kinds, 1 against heard, 2 against text' in err

@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from speechloss.common.errors import SpeechLossError
-from speechloss.metrics import files, jobs_of, score, scoring
+from speechloss.metrics import METRICS, files, jobs_of, score, scoring
+from speechloss.metrics.cards import Metric
 from speechloss.signal import save
 
 RATE = 16_000
@@ -63,6 +64,27 @@ def test_a_handful_is_no_worse_off_for_one_of_its_items():
     assert [k for k, row in enumerate(rows) if row['reasons']] == [*wrong]
     assert {row['si_sdr'] for row in rows if not row['reasons']} == {score([pair()], 'si_sdr')[0]['si_sdr']}
     for k, words in (120, 'died'), (150, 'ickle'), (155, 'NaN'): assert words in rows[k]['reasons']['si_sdr']
+
+
+def crash(enhanced, sample_rate: int) -> float:
+    "End the process that this runs in, as a fault in a library does, where a wave begins with 1"
+    if float(enhanced[0]) == 1: os.kill(os.getpid(), signal.SIGSEGV)
+    return 1.
+
+
+def test_a_crash_costs_the_row_the_metric_that_crashed_alone(tmp_path, monkeypatch):
+    """Of any metric that runs code of others, whatever the number of files; the process that asks lives on."""
+    monkeypatch.setitem(METRICS, 'crash', Metric('crash', ('crash',), crash, (0, 1), 'higher', '', 'here',
+                                                 reference=False, needs=('json',)))
+    for name, first in (('a', 0.), ('b', 1.)):
+        wave = torch.from_numpy(NOISY).float()
+        wave[0] = first
+        save(tmp_path / f'e/{name}.wav', wave, RATE, subtype='FLOAT')
+        save(tmp_path / f'c/{name}.wav', torch.from_numpy(CLEAN).float(), RATE)
+    good, bad = files.score_files(jobs_of([tmp_path / 'e'], tmp_path / 'c'), ['lsd', 'crash', 'si_sdr'], apart=True)
+    assert good['error'] is None and good['crash'] == 1 and bad['crash'] is None
+    assert bad['lsd'] == pytest.approx(good['lsd'], abs=.1) and bad['si_sdr'] is not None
+    assert bad['error'].startswith('crash: crash ended the process that scored this item') and 'in json' in bad['error']
 
 
 def test_slow_items_go_one_by_one_and_cheap_ones_by_handfuls():

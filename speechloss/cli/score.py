@@ -53,7 +53,8 @@ def score(
     from speechloss.judges.scores import register_judges
     from speechloss.metrics.alignment import PairRules
     from speechloss.metrics.cards import metric_cards
-    from speechloss.metrics.files import check_plot, pair_sentences, plot_scores, score_files, summary_of
+    from speechloss.metrics.files import (
+        check_plot, kind_sentences, pair_sentences, plot_scores, score_files, summary_of)
     from speechloss.metrics.jobs import jobs_of
     register_judges()
     jobs, rules = jobs_of(sources, ref, match=match, speaker=speaker), None if strict else PairRules(tolerance, align)
@@ -67,7 +68,7 @@ def score(
                            apart=True, progress=draw if known else forecast(draw, complain, 'files'))
     _report(rows, summary_of(rows, names), out, as_json, quiet)
     if not quiet:
-        for said in pair_sentences(rows, align): complain(said)
+        for said in (*pair_sentences(rows, align), *kind_sentences(rows, names)): complain(said)
     if plot: print(plot_scores(rows, drawn, plot))
     failed = [row for row in rows if row['error']]
     for row in failed[:5]: complain(f'{row["file"]}: {row["error"]}')
@@ -148,6 +149,7 @@ def _short(value) -> str:
 
 
 def _sentence(line: dict) -> str:
-    if line['mean'] is None: return f'{line["column"]}: no file has it'
+    name = f'{line["column"]}, against {line["kind"]}' if line.get('kind') else line['column']
+    if line['mean'] is None: return f'{name}: no file has it'
     around = '' if line['low'] is None else f' [{line["low"]:.4g}, {line["high"]:.4g}]'
-    return f'{line["column"]}: mean {line["mean"]:.4g}{around} over {line["files"]} files'
+    return f'{name}: mean {line["mean"]:.4g}{around} over {line["files"]} files'

@@ -39,13 +39,18 @@ def character_errors(
     return float(load_package('jiwer').cer(reference, hypothesis))
 
 
+def _word_row(column: str, errors: int, words: int, characters: float, against: str) -> dict[str, float | str]:
+    return {f'wer_{column}': errors / words, f'cer_{column}': characters, f'words_{column}': words,
+            f'against_{column}': against}
+
+
 def heard_errors(
     enhanced: Tensor | np.ndarray,   # (T,) or (1, T)
     clean: Tensor | np.ndarray,      # the same shape
     sample_rate: int,                # of both, Hz
     *,
     column: str = 'pocketsphinx',    # a key of the recognisers
-) -> dict[str, float]:               # errors a word and a character, and the words of the clean wave
+) -> dict[str, float | str]:         # errors a word and a character, the words of the clean wave, and 'heard'
     """Return what a recogniser hears differently in an enhanced wave and in the clean one.
 
     `SpeechLossError` where it hears no word in the clean one.
@@ -55,7 +60,7 @@ def heard_errors(
     errors, words = word_errors(heard, said)
     if not words: raise SpeechLossError(f'{_RECOGNISERS[column]} hears no word in the clean file: there is nothing to '
                                         'count')
-    return {f'wer_{column}': errors / words, f'cer_{column}': character_errors(heard, said), f'words_{column}': words}
+    return _word_row(column, errors, words, character_errors(heard, said), 'heard')
 
 
 def spelled_errors(
@@ -64,7 +69,7 @@ def spelled_errors(
     *,
     text: str,                       # what was said, English
     column: str = 'pocketsphinx',    # a key of the recognisers
-) -> dict[str, float]:               # errors a word and a character, and the words of the text
+) -> dict[str, float | str]:         # errors a word and a character, the words of the text, and 'text'
     """Return how what a recogniser hears in a wave differs from what was said, both texts normalised.
 
     `SpeechLossError` on silence, NaN, or a text without words.
@@ -73,7 +78,7 @@ def spelled_errors(
     errors, words = word_errors(heard, text)
     if not words: raise SpeechLossError(f'text {text!r} has no word: leave it empty, or write what was said')
     characters = character_errors(' '.join(normal_words(heard)), ' '.join(normal_words(text)))
-    return {f'wer_{column}': errors / words, f'cer_{column}': characters, f'words_{column}': words}
+    return _word_row(column, errors, words, characters, 'text')
 
 
 def heard_voice(
@@ -89,7 +94,8 @@ def heard_voice(
 def _word_card(column: str, source: str, needs: tuple[str, ...]) -> Metric:
     return Metric(f'wer_{column}', (f'wer_{column}', f'cer_{column}'), partial(heard_errors, column=column),
                   (0, float('inf')), 'lower', 'errors a word', source, needs=needs, extra='downstream',
-                  notes=(f'words_{column}',), by_text=partial(spelled_errors, column=column),
+                  notes=(f'words_{column}', f'against_{column}'), kind=f'against_{column}',
+                  by_text=partial(spelled_errors, column=column),
                   variant=f'{_RECOGNISERS[column]}, against the column text of a manifest, else against what it hears '
                           'in the clean file')
 

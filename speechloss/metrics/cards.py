@@ -53,6 +53,7 @@ class Metric:
     optimised_by: tuple[str, ...] = ()       # losses that are this metric, or nearly
     notes: tuple[str, ...] = ()  # further columns that say how it was computed, no scores
     variant: str = ''            # which of several of its name this is: band, mode, network
+    kind: str = ''               # one of the notes: it says in which of several ways a row was scored
     by_text: Callable | None = None  # f(enhanced, sample_rate, text=...), in its place where it is known what was said
     check: Callable[[], None] | None = None  # raises `SpeechLossError` where its weights are not here
 
@@ -204,7 +205,7 @@ def _compute(card: Metric, enhanced, clean, sample_rate: int, known: dict) -> di
         known = {k: known[k] for k in card.uses if math.isfinite(known.get(k, math.nan))}
         found = card.function(enhanced, clean, sample_rate, **known)
     found = found if isinstance(found, dict) else {card.columns[0]: found}
-    if not all(map(math.isfinite, found.values())):
+    if not all(isinstance(value, str) or math.isfinite(value) for value in found.values()):     # notes may be words
         raise SpeechLossError(f'{card.name} came out as {found}, which is no score')
     return found
 

@@ -8,6 +8,7 @@ __all__ = ['Rows', 'matched_rows', 'Comparison', 'Compared', 'compare_tables', '
 # %% ../../nbs/metrics/comparison.ipynb #97ebcccf
 import os
 import re
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
@@ -147,6 +148,23 @@ def _shared_columns(tables: Mapping[str, Rows]) -> tuple[list[str], list[str]]:
     return shared, remarks
 
 
+def _kinds(rows: Rows, kind: str) -> set[str]: return {str(row[kind]) for row in rows if row.get(kind)}
+
+
+def _of_one_kind(matched: Mapping[str, dict[str, Rows]], column: str) -> tuple[np.ndarray, list[str]]:
+    "Return which files were scored in one way by all systems, and sentences where that is not all to be said"
+    files, kind = list(next(iter(matched.values()))), COLUMNS[column].kind
+    if not kind: return np.ones(len(files), bool), []
+    ways = [set().union(*(_kinds(rows[key], kind) for rows in matched.values())) for key in files]
+    apart, counts = sum(len(way) > 1 for way in ways), Counter(min(way) for way in ways if len(way) == 1)
+    said = []
+    if apart: said.append(f'{column}: {apart} of {len(files)} files are scored against two things ({kind}), left out')
+    if len(counts) > 1:
+        each = ', '.join(f'{count} against {way}' for way, count in sorted(counts.items()))
+        said.append(f'{column}: the means are over files of {len(counts)} kinds, {each} ({kind})')
+    return np.array([len(way) < 2 for way in ways]), said
+
+
 def _number(row: dict, column: str, table: str) -> float:
     value = row.get(column)
     if value in (None, ''): return np.nan
@@ -209,13 +227,17 @@ def compare_tables(
         held = len({row.get('file') or k for k, row in enumerate(tables[name])})
         if held > count: remarks.append(f'{held - count} of {held} files of {name} are not in every table, left out')
     speakers = _speakers(matched, speaker)
-    found = [_compared(matched, reference, name, column, speakers) for column in shared for name in systems]
+    found = []
+    for column in shared:
+        alike, said = _of_one_kind(matched, column)
+        remarks += said
+        found += [_compared(matched, reference, name, column, speakers, alike) for name in systems]
     return Compared(reference, tuple(systems), matched, tuple(c for c in found if c), tuple(remarks))
 
 
-def _compared(matched, reference: str, system: str, column: str, speakers) -> Comparison | None:
-    "Return one comparison; None where no file has both scores"
-    a, b = _array(matched[system], column, system), _array(matched[reference], column, reference)
+def _compared(matched, reference: str, system: str, column: str, speakers, alike: np.ndarray) -> Comparison | None:
+    "Return one comparison over the files that are scored alike; None where no file has both scores"
+    a, b = (np.where(alike, _array(matched[name], column, name), np.nan) for name in (system, reference))
     gaps = a.mean(0) - b.mean(0)
     counted = np.isfinite(gaps)
     if not counted.any(): return None

@@ -130,10 +130,10 @@ def _score_together(enhanced, clean, rate: int, other: int, task: _Task) -> tupl
 
 # %% ../../nbs/metrics/scoring.ipynb #b7f59c3e
 _THREADS = ('OMP_NUM_THREADS', 'OPENBLAS_NUM_THREADS', 'MKL_NUM_THREADS')
-_COMPILED = {'pesq', 'visqol'}    # packages that end the process where they fail
+_PLAIN = {'pystoi', 'safetensors'}        # packages that are trusted not to end the process; the others may crash
 _HANDED_SECONDS, _HANDED_MOST = .05, 16   # work handed to a process at once, and items in it
-_DIED = ('the process that scored this item died (killed, out of memory, or crashed in a '
-         'library): score it by itself to see why')
+_DIED = ('the process that read this item died (killed, out of memory, or crashed in a library): make it '
+         'again, or leave it out')
 
 
 @contextmanager
@@ -185,29 +185,50 @@ def _result(future: Future, cards) -> tuple[dict, dict]:
     return empty_score(cards, explain_error(error)) if error else future.result()
 
 # %% ../../nbs/metrics/scoring.ipynb #01f97d3f
-def _with_fewer(task: _Task) -> list[_Task]:
-    "Return the task, and then what is left of it without the packages that may have ended the process"
-    safe = tuple(card for card in task.cards if not {*card.needs} & _COMPILED)
-    return [task, replace(task, cards=safe)] if 0 < len(safe) < len(task.cards) else [task]
+class _Apart:
+    "Score items in a process of their own, and go on with another where it dies"
+    def __init__(self): self.pool, self.used = _executor(1), False
+
+    def score(self, parcel, task: _Task) -> tuple[dict, dict] | None:
+        "Return what `_score_parcel` does; None where that ends the process"
+        try:
+            future = self.pool.submit(_score_parcel, parcel, task)
+            self.used = not isinstance(future.exception(), BrokenProcessPool)
+        except BrokenProcessPool: self.used = False       # it was killed while it had nothing to do
+        if self.used: return _result(future, task.cards)
+        self.close()
+        self.pool = _executor(1)
+        return None
+
+    def score_surely(self, parcel, task: _Task) -> tuple[dict, dict] | None:
+        "Return what `score` does; None where that ends a process that had done nothing before"
+        fresh = not self.used
+        return self.score(parcel, task) or (None if fresh else self.score(parcel, task))
+
+    def by_metric(self, parcel, task: _Task) -> tuple[dict, dict]:
+        "Return what each metric gives by itself; the reason of one that ends its process is just that"
+        values, reasons = empty_score(task.cards, _DIED)
+        if self.score_surely(parcel, replace(task, cards=())) is None: return values, reasons      # it cannot be read
+        for card in task.cards:
+            found, why = self.score_surely(parcel, replace(task, cards=(card,))) or empty_score([card], _death_of(card))
+            values, reasons = values | found, {c: w for c, w in reasons.items() if c not in found} | why
+        return values, reasons
+
+    def close(self) -> None: self.pool.shutdown(cancel_futures=True)
 
 
-def _run_one_by_one(suspects: dict, task: _Task, cards) -> Iterator:  # (index, result)
-    pool = _executor(1)
+def _death_of(card: Metric) -> str:
+    where = f'in {" or ".join(card.needs)}' if card.needs else 'in a library'
+    return (f'{card.name} ended the process that scored this item (killed, out of memory, or a crash {where}): leave '
+            'this metric out, or score a shorter recording')
+
+
+def _run_one_by_one(suspects: dict, task: _Task) -> Iterator:  # (index, result)
+    apart = _Apart()
     try:
-        for k, parcel in suspects.items():
-            values, reasons = empty_score(cards, _DIED)
-            for part in _with_fewer(task):
-                future = pool.submit(_score_parcel, parcel, part)
-                if isinstance(future.exception(), BrokenProcessPool):
-                    pool.shutdown()
-                    pool = _executor(1)
-                    continue
-                found, why = _result(future, part.cards)
-                values, reasons = values | found, {c: w for c, w in reasons.items() if c not in found} | why
-                break
-            yield k, (values, reasons)
+        for k, parcel in suspects.items(): yield k, apart.score(parcel, task) or apart.by_metric(parcel, task)
     finally:
-        pool.shutdown(cancel_futures=True)
+        apart.close()
 
 
 def _run_until_broken(pool, jobs: Iterator, waiting: dict, task, cards, most: int) -> Iterator:
@@ -244,7 +265,7 @@ def _run_pool(pool, parcels: Iterator, task, cards, workers: int) -> Iterator:  
                 yield from _run_until_broken(pool, jobs, waiting, task, cards, 4 * workers)
                 return
             except BrokenProcessPool:
-                yield from _run_one_by_one(waiting, task, cards)
+                yield from _run_one_by_one(waiting, task)
                 waiting.clear()
                 pool = _executor(workers)
     finally:
@@ -288,9 +309,9 @@ def iterate_scores(
 ) -> Iterator[tuple[int, dict]]:               # (index, row), each row as soon as it is there
     """Yield the rows of `score` in the order in which they are done.
 
-    With `rules`, enhanced and clean may have two rates and lengths (`bring_together`); the row says what was done, and
-    holds the notes of the metrics. A `clean` that is an exception is why there is none. Errors of words are counted
-    against `text` where an item has one.
+    A row holds the notes of the metrics too. With `rules`, enhanced and clean may have two rates and lengths
+    (`bring_together`); the row says what was done. A `clean` that is an exception is why there is none. Errors of words
+    are counted against `text` where an item has one.
     """
     cards = metric_cards(metrics)
     total = len(pairs) if isinstance(pairs, Sized) else None
@@ -302,14 +323,13 @@ def iterate_scores(
             yield parcel
 
     shown = [c for card in cards for c in card.columns]
-    notes = [*PAIR_COLUMNS, *(c for card in cards for c in card.notes)] if rules else []
+    notes = [*(PAIR_COLUMNS if rules else ()), *(c for card in cards for c in card.notes)]
     with _one_thread():
         task = _Task(tuple(cards), rules)
-        risky = apart and total != 0 and any({*card.needs} & _COMPILED for card in cards)
+        risky = apart and total != 0 and any({*card.needs} - _PLAIN for card in cards)
         for k, (values, reasons) in _stream(parcels(), task, cards, worker_count(workers, total), risky):
             yield k, {**ids.pop(k), **{c: values[c] for c in shown}, **{c: values[c] for c in notes if c in values},
                       'reasons': reasons}
-
 
 
 def score(
@@ -329,7 +349,8 @@ def score(
     [{'id': 'a', 'sample_rate': 16000, 'seg_snr': 6.02..., 'reasons': {}}]
     """
     rows, total = {}, len(pairs) if isinstance(pairs, Sized) else None
+    notes = {c for card in metric_cards(metrics) for c in card.notes if c != card.kind}
     for k, row in iterate_scores(pairs, metrics, workers=workers):
-        rows[k] = row
+        rows[k] = {c: value for c, value in row.items() if c not in notes}
         if progress: progress('scoring', len(rows), total)
     return [rows[k] for k in sorted(rows)]
