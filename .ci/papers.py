@@ -11,6 +11,8 @@ from speechloss.reproduce import count_verdicts, kept_results, verdicts_of
 SHOWN = '''What the cells show is the [kept run](results/{paper}/notebook.ipynb) at scale {scale}. Its tables hold the \
 intervals of its day, of speakers alone; its verdicts are judged anew, with trainings as a random factor too \
 ([how](../reproduce/judging.ipynb)).'''
+OLDER = ''' (this kept run is older and has none, and the seconds in its `results.json` leave out trainings that it \
+found in the cache)'''
 REMARK = '''Judged anew by the rules of today from the numbers of this run; {sealed}. The verdicts of its day are in \
 results.json.'''
 SEALED = {None: 'its claims were not sealed, since it is older than the seal',
@@ -42,7 +44,7 @@ speechloss reproduce {paper} --scale {scale} --out runs
 It says how far it is; killed and started again, it goes on where it was. What it leaves in \
 `runs/{paper}-{scale}-{seed}/` is what is kept here: the executed notebook, its figures and its sound, and \
 `results.json`, with every number, its interval and its seeds, which `load_results` reads; and `scores.csv.gz`, every \
-score of every clip and seed. Without a network, \
+score of every clip and seed{older}. Without a network, \
 `--corpus-dir` names the folder that holds the published files of the corpus.
 '''
 
@@ -124,9 +126,11 @@ def report(nb, results):
 def words(results):
     "What a report says about its run"
     where = results['environment']
+    older = '' if (ROOT/f'nbs/papers/results/{results["paper"]}/scores.csv.gz').is_file() else OLDER
     seeds = max((number['seeds'] for number in results['numbers'].values()), key=len)
     data = ', '.join(f'corpus {name} ({of["recordings"]} recordings)' for name, of in results['data'].items())
     verdicts = ', '.join(f'{n} {verdict}' for verdict, n in count_verdicts(results).items() if n)
-    return dict(paper=results['paper'], verdicts=verdicts, scale=results['scale'], seed=results['seed'], data=data,
-                seeds=', '.join(map(str, seeds)), version=results['version'], torch=where['packages']['torch'],
+    return dict(paper=results['paper'], older=older, verdicts=verdicts, scale=results['scale'], seed=results['seed'],
+                data=data, seeds=', '.join(map(str, seeds)), version=results['version'],
+                torch=where['packages']['torch'],
                 device=f'{where["cores"]} cores of {where["cpu"]}' if where['device'] == 'cpu' else where['device'])

@@ -233,7 +233,7 @@ def test_a_paper_is_a_chapter_and_a_report():
     assert [pages.directive(c, 'echo') for c in code] == ['false', 'false']
     assert [c.outputs[0].data['text/html'] for c in code] == ['<audio src="audio/a.flac"></audio>'] * 2
     assert [len(c.outputs) for c in code] == [1, 1]
-    assert 'make reproduce PAPER=p SCALE=laptop' in last.source
+    assert 'make reproduce PAPER=p SCALE=laptop' in last.source and 'this kept run is older' in last.source
 
 
 # --- the front page ---
