@@ -25,6 +25,7 @@ from typer.testing import CliRunner
 
 from speechloss.__main__ import main
 from speechloss.cli.app import app, cards_in_code
+from speechloss.common.errors import SpeechLossError
 from speechloss.common.weights import DATA
 
 RATE = 16000
@@ -535,7 +536,37 @@ def test_metrics_say_what_they_need():
     assert rows['pesq']['needs'] == 'pesq' and rows['pesq']['reference'] == 'clean' and rows['lsd']['better'] == 'lower'
     assert rows['vqscore']['reference'] == 'none' and rows['distillmos']['extra'] == 'mos'
     assert rows['dnsmos']['columns'].startswith('dnsmos_ovrl') and set(row['here'] for row in rows.values()) <= {
-        'yes', 'no'}
+        'yes', 'no', 'unfetched'}
+
+
+def test_metrics_say_whether_their_weights_are_here(tmp_path, monkeypatch):
+    """Of every metric whose packages do not bring its weights; where they are missing, the cure stands beside."""
+    from speechloss.common.libraries import cached_files, extra
+    from speechloss.judges import register_judges
+    from speechloss.metrics import METRICS, opinions
+    register_judges()
+    places = dict(HOME=tmp_path / 'home', TORCH_HOME=tmp_path / 't[1]', HF_HUB_CACHE=tmp_path / 'hub', HF_HUB_OFFLINE=1)
+    for name, place in places.items(): monkeypatch.setenv(name, str(place))
+    monkeypatch.delenv('XDG_CACHE_HOME', raising=False)
+
+    def here() -> dict:
+        with mock.patch('importlib.util.find_spec', lambda name: None if name == 'visqol' else name):
+            rows = json.loads(speechloss('metrics', '--json').stdout)
+        return {row['name']: (row['here'], row['cure']) for row in rows}
+    outside = {name for name, card in METRICS.items() if card.weights}
+    assert outside == {'nisqa', 'squim', 'wer_whisper_tiny_en'} and outside <= {
+        name for name, card in METRICS.items() if card.check}
+    assert {name for name, (word, _) in here().items() if word == 'unfetched'} == outside
+    assert here()['visqol'] == ('no', extra('visqol')) and here()['pesq'] == ('yes', '')
+    assert all(here()[name][1] == METRICS[name].cure for name in outside)
+    with pytest.raises(SpeechLossError, match='the hub is out of reach: run hf download'):
+        METRICS['wer_whisper_tiny_en'].check()
+    for path in (tmp_path / 'home/.torchmetrics/NISQA/nisqa.tar', opinions._squim_file(),
+                 tmp_path / 'hub/models--openai--whisper-tiny.en/snapshots/0/model.safetensors'):
+        path.parent.mkdir(parents=True)
+        path.touch()
+    assert {here()[name] for name in outside} == {('yes', '')}
+    assert cached_files(METRICS['squim'].weights) == [opinions._squim_file()]
 
 
 @pytest.mark.parametrize('args', [['-h'], ['losses'], ['metrics'], ['doctor', '-h'], ['score', '-h'], ['train', '-h'],

@@ -200,7 +200,8 @@ def cards_in_code() -> dict[str, list[dict]]:
         name=card.name, columns=', '.join(card.columns), range=f'{card.range[0]:g} to {card.range[1]:g}',
         better=card.direction, unit=card.unit, rate=str(card.sample_rate or 'any'),
         reference='clean' if card.reference else 'none', needs=', '.join(card.needs),
-        extra=card.extra if card.needs else '', variant=card.variant, source=card.source) for card in METRICS.values()]
+        extra=card.extra if card.needs else '', variant=card.variant, source=card.source,
+        weights=card.weights, cure=card.cure) for card in METRICS.values()]
     return dict(losses=cards(), metrics=metrics)
 
 
@@ -239,12 +240,19 @@ def losses(as_json: Json = False):
 def metrics(as_json: Json = False):
     """The metrics of score: columns, range, which direction is better, what each needs, whether that is here.
 
-    reference says whether a metric compares with a clean file; extra is what to install for its packages.
+    reference says whether a metric compares with a clean file; extra is what to install for its packages. here is
+    unfetched where those are there and the weights of its network are not; cure says how to get what is missing.
     """
+    rows = [card | dict(zip(('here', 'cure'), _presence(card.pop('weights'), card))) for card in _kept_cards('metrics')]
+    show(rows, _columns(rows, ('name', 'range', 'better', 'reference', 'here', 'cure')), as_json)
+
+
+def _presence(weights: str, card: dict) -> tuple[str, str]:
+    "Return whether what a metric needs is here, and the cure where it is not; nothing is imported"
     from importlib.util import find_spec
-    rows = [card | dict(here='no' if any(find_spec(name) is None for name in card['needs'].split(', ') if name)
-                        else 'yes') for card in _kept_cards('metrics')]
-    show(rows, _columns(rows, ('name', 'range', 'better', 'reference', 'extra', 'here')), as_json)
+    from speechloss.common.libraries import cached_files, extra
+    if any(find_spec(name) is None for name in card['needs'].split(', ') if name): return 'no', extra(card['extra'])
+    return ('unfetched', card['cure']) if weights and not cached_files(weights) else ('yes', '')
 
 # %% ../../nbs/cli/app.ipynb #3557a46b
 @app.command()

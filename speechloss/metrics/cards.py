@@ -24,8 +24,9 @@ from ..common.libraries import extra
 from ..common.tables import as_markdown
 from .composite import composite, llr, seg_snr, wss
 from .distances import lsd, mcd, nmr, si_sdr, wave_snr
-from .opinions import (
-    NISQA_COLUMNS, SQUIM_COLUMNS, check_nisqa, check_squim, distillmos, nisqa, squim)
+from speechloss.metrics.opinions import (
+    NISQA_COLUMNS, NISQA_CURE, NISQA_WEIGHTS, SQUIM_COLUMNS, SQUIM_CURE, SQUIM_WEIGHTS, check_nisqa, check_squim,
+    distillmos, nisqa, squim)
 from .packaged import (  # noqa: F401 (for users)
     dnsmos, dnsmos_fast, estoi, pesq_nb, pesq_row, pesq_wb, stoi, visqol, visqol_row)
 from .vqscore import vq_score
@@ -55,7 +56,9 @@ class Metric:
     variant: str = ''            # which of several of its name this is: band, mode, network
     kind: str = ''               # one of the notes: it says in which of several ways a row was scored
     by_text: Callable | None = None  # f(enhanced, sample_rate, text=...), in its place where it is known what was said
-    check: Callable[[], None] | None = None  # raises `SpeechLossError` where its weights are not here
+    check: Callable[[], None] | None = None  # raises `SpeechLossError` where its weights cannot be had
+    weights: str = ''            # file that its packages do not bring, as `cached_files` takes it
+    cure: str = ''               # how to get that file
 
 # %% ../../nbs/metrics/cards.ipynb #ffb35ed4
 def _dnsmos_card(name: str, function: Callable) -> Metric:
@@ -107,10 +110,11 @@ METRICS: dict[str, Metric] = {card.name: card for card in (
            reference=False, needs=('distillmos',), extra='mos', variant='variant 7'),
     Metric('nisqa', NISQA_COLUMNS, nisqa, (.5, 5.5), 'higher', 'MOS', 'Mittag et al. 2021; torchmetrics',
            sample_rate=None, reference=False, needs=('torchmetrics', 'librosa', 'requests'), check=check_nisqa,
+           weights=NISQA_WEIGHTS, cure=NISQA_CURE,
            variant='NISQA v2.0, your weights nisqa.tar, at the rate of the file'),
     Metric('squim', SQUIM_COLUMNS, squim, (-math.inf, math.inf), 'higher', 'as the metric',
            'Kumar et al. 2023; torchaudio', reference=False, needs=('torchaudio',), extra='ssl', check=check_squim,
-           variant='estimates of these metrics by squim_objective_dns2020'),
+           weights=SQUIM_WEIGHTS, cure=SQUIM_CURE, variant='estimates of these metrics by squim_objective_dns2020'),
 )}
 COLUMNS: dict[str, Metric] = {c: card for card in METRICS.values() for c in card.columns}
 DEFAULT_METRICS = ('si_sdr', 'seg_snr', 'pesq', 'estoi', 'lsd', 'mcd', 'llr', 'wss', 'composite', 'dnsmos')
