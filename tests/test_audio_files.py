@@ -1,5 +1,6 @@
 """One wave through every container and coding: the same samples, the same length, or one sentence."""
 import shutil
+import struct
 import subprocess
 import sys
 
@@ -142,6 +143,42 @@ def test_a_wav_that_was_never_finished(tmp_path, riff, data):
     raw[4:8], raw[40:44] = riff.to_bytes(4, 'little'), data.to_bytes(4, 'little')
     (tmp_path / 'a.wav').write_bytes(raw)
     assert info(tmp_path / 'a.wav').frames == len(load(tmp_path / 'a.wav')[0]) == SIZE
+
+
+@pytest.mark.parametrize('coding', ['PCM_U8', 'PCM_16', 'PCM_24', 'PCM_32', 'FLOAT', 'DOUBLE'])
+def test_a_wav_of_the_other_byte_order(tmp_path, coding):
+    """Its bytes are written here: RIFX, sizes and samples from the most significant byte on."""
+    bits = dict(PCM_U8=8, FLOAT=32, DOUBLE=64).get(coding) or int(coding[4:])
+    if coding in ('FLOAT', 'DOUBLE'): data = WAVE.astype(f'>f{bits // 8}').tobytes()
+    else:
+        numbers = np.round(WAVE.astype(float) * (2**(bits - 1) - 1)).astype(int) + (128 if bits == 8 else 0)
+        data = b''.join(int(v).to_bytes(bits // 8, 'big', signed=bits > 8) for v in numbers)
+    form = struct.pack('>HHIIHH', 1 if coding.startswith('PCM') else 3, 1, RATE, RATE * bits // 8, bits // 8, bits)
+    body = b'WAVEfmt ' + struct.pack('>I', len(form)) + form + b'data'
+    raw = b'RIFX' + struct.pack('>I', len(body) + 4 + len(data)) + body + struct.pack('>I', len(data)) + data
+    path = tmp_path / 'a.wav'
+    path.write_bytes(raw)
+    wave, rate = load(path)
+    assert (rate, info(path).subtype, len(wave)) == (RATE, coding, SIZE)
+    assert np.abs(wave.numpy() - WAVE).max() <= (2**-6 if bits == 8 else 2**-14 if bits == 16 else 1e-6)
+    path.write_bytes(raw[:4] + bytes(4) + body + bytes(4) + data)          # never finished
+    assert np.array_equal(load(path)[0], wave)
+    path.write_bytes(raw[:-1000])
+    with pytest.raises(AudioError, match='is cut short'): load(path)
+
+
+@pytest.mark.parametrize('suffix, name, place, width', [
+    ('.au', b'.snd', 8, 4), ('.caf', b'data', 4, 8), ('.w64', b'data', 16, 8), ('.aiff', b'SSND', 4, 4)])
+def test_other_files_that_were_never_finished(tmp_path, suffix, name, place, width):
+    path = tmp_path / f'a{suffix}'
+    soundfile.write(path, WAVE, RATE, subtype='PCM_16')
+    whole, raw = load(path)[0], path.read_bytes()
+    at = raw.index(name) + place
+    for size in (bytes(width), b'\xff' * width):
+        path.write_bytes(raw[:at] + size + raw[at + width:])
+        assert np.array_equal(load(path)[0], whole) and info(path).frames == SIZE
+    soundfile.write(path, np.zeros(0), RATE, subtype='PCM_16')
+    with pytest.raises(AudioError): load(path)
 
 
 def test_an_empty_wav_stays_empty(tmp_path):

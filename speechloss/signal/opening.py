@@ -13,6 +13,7 @@ import re
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import soundfile
@@ -130,21 +131,38 @@ def _counts_frames(file) -> bool | None:
     return False
 
 
-def _unfinished_wav(file, size: int) -> dict[int, bytes]:
-    "Return what to read in place of the sizes of a WAV that were never filled in"
+def _unfinished(file, size: int) -> dict[int, bytes]:
+    "Return what to read in place of the sizes that were never filled in, by their places"
     file.seek(0)
-    head, at = file.read(12), 12
+    head = file.read(12)
     if head[:4] == b'RF64' and not any(file.read(24)[16:]): return {0: b'RIFF'}    # its own sizes are empty
-    if head[:4] != b'RIFF' or head[8:] != b'WAVE': return {}
+    if head[:4] in (b'RIFF', b'RIFX') and head[8:] == b'WAVE':
+        return _unfinished_wav(file, size, 'little' if head[:4] == b'RIFF' else 'big')
+    if head[:4] in (b'.snd', b'dns.'): return {8: _TO_THE_END} if head[8:] == bytes(4) else {}
+    return _unfinished_caf(file, size) if head[:4] == b'caff' else {}
+
+
+def _unfinished_wav(file, size: int, order: Literal['little', 'big']) -> dict[int, bytes]:
+    at = 12
     while at + 8 <= size:
         file.seek(at)
-        name, length = file.read(4), int.from_bytes(file.read(4), 'little')
+        name, length = file.read(4), int.from_bytes(file.read(4), order)
         if name == b'data':
             after = file.read(8)
-            follows = int.from_bytes(after[4:], 'little') + 16 + at
+            follows = int.from_bytes(after[4:], order) + 16 + at
             empty = after[:4].isalpha() and follows <= size      # another chunk, as large as it says
             return {4: _TO_THE_END, at + 4: _TO_THE_END} if length == 0 and after and not empty else {}
         at += 8 + length + length % 2
+    return {}
+
+
+def _unfinished_caf(file, size: int) -> dict[int, bytes]:
+    at = 8
+    while at + 12 <= size:
+        file.seek(at)
+        name, length = file.read(4), int.from_bytes(file.read(8), 'big', signed=True)
+        if name == b'data': return {at + 4: (size - at - 12).to_bytes(8, 'big')} if length in (0, -1) else {}
+        at += 12 + max(length, 0)
     return {}
 
 
@@ -152,7 +170,7 @@ def _source(path: Path):
     "Return what libsndfile is to open: a path, or a file that looks as it should"
     with open(path, 'rb') as file:
         if _counts_frames(file) is False: return _Seen(path, longer=_LONGER)
-        patches = _unfinished_wav(file, path.stat().st_size)
+        patches = _unfinished(file, path.stat().st_size)
     return _Seen(path, patches) if patches else str(path)
 
 # %% ../../nbs/signal/opening.ipynb #84f946d7
