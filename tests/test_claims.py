@@ -348,7 +348,7 @@ def test_results_hold_what_the_interval_held(tmp_path):
     run.finish(registry)
     results = load_results(run.folder)
     assert results['numbers']['x'] == dict(
-        value=1., low=.5, high=2., n=40, clusters=9, clustered_by='cluster', dropped=2, level=.9,
+        value=1., low=.5, high=2., n=40, clusters=9, clustered_by='cluster', noises=1, dropped=2, level=.9,
         se=None, df=None, skew=0., by_seed=None, seeds=[3, 4], unit='dB', note='')
     assert results['numbers']['nan']['low'] is None
     assert results['claims'][0]['verdict'] == 'not measured' and len(results['failures']) == 1

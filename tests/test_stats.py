@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from speechloss.common.errors import SpeechLossError
-from speechloss.metrics import Interval, bootstrap, compare, difference, paired_interval
+from speechloss.metrics import Interval, bootstrap, compare, compare_tables, difference, paired_interval
 from speechloss.metrics.stats import MIN_CLUSTERS
 from speechloss.metrics.student_t import t_quantile, t_tail
 
@@ -20,16 +20,45 @@ def test_t_is_that_of_scipy():
         assert t_quantile(.975, df) == pytest.approx(t.ppf(.975, df))
 
 
-@pytest.mark.parametrize('sizes', [[6] * 10, [1, 2, 3, 5, 8, 13, 2, 2, 9], [40] + [1] * 12])
-def test_one_seed_is_the_ratio_estimator_over_speakers(sizes):
+@pytest.mark.parametrize('sizes', [[6] * 10, [1, 2, 3, 5, 8, 13, 2, 2, 9], [40] + [1] * 12, [7, 8, 9]])
+def test_one_seed_is_the_bias_reduced_estimator_over_speakers(sizes):
+    "Bell & McCaffrey (2002), written out in matrices: residuals of a speaker by the inverse root of its block"
     rng, sizes = np.random.default_rng(3), np.array(sizes)
-    cluster = np.repeat(np.arange(len(sizes)), sizes)
-    gap = rng.normal(size=len(sizes))[cluster] + rng.normal(size=len(cluster))
+    cluster, files = np.repeat(np.arange(len(sizes)), sizes), sizes.sum()
+    gap = rng.normal(size=len(sizes))[cluster] + rng.normal(size=files)
     found = paired_interval(gap, 0., cluster=cluster)
-    off = np.array([gap[cluster == k].sum() for k in range(len(sizes))]) - gap.mean() * sizes
-    k = len(sizes)
+    residual, square, columns = np.eye(files) - 1 / files, 0., []
+    for k in range(len(sizes)):
+        own = np.flatnonzero(cluster == k)
+        value, vector = np.linalg.eigh(residual[np.ix_(own, own)])
+        ones = vector @ np.diag(value ** -.5) @ vector.T @ np.ones(len(own)) / files
+        square += (ones @ residual[own] @ gap) ** 2
+        columns.append(residual[own].T @ ones)
     assert found.clustered_by == 'cluster' and found.mean == pytest.approx(gap.mean())
-    assert found.se == pytest.approx(math.sqrt(k / (k - 1) * (off ** 2).sum()) / len(gap)) and found.df == k - 1
+    assert found.se == pytest.approx(math.sqrt(square))
+    df, columns = [], np.stack(columns)
+    for errors in (np.eye(files), np.equal.outer(cluster, cluster) * 1.):     # files alone differ, or speakers
+        inner = columns @ errors @ columns.T
+        df.append(np.trace(inner) ** 2 / (inner ** 2).sum())
+    assert found.df == pytest.approx(max(min(df), 1))
+
+
+def test_noises_are_a_factor_crossed_with_speakers():
+    "Of one file a cell and no interaction: the mean squares of a two-way design"
+    rng = np.random.default_rng(8)
+    cells = rng.normal(size=(12, 1)) + rng.normal(size=5) + .1 * rng.normal(size=(12, 5))     # speakers, noises
+    who, noise = np.divmod(np.arange(60), 5)
+    found = paired_interval(cells.ravel(), 0., cluster=who, noise=noise)
+    parts = np.array([cells.mean(1).var(ddof=1) / 12, cells.mean(0).var(ddof=1) / 5, cells.var(ddof=1) / 60])
+    wanted = parts[0] + parts[1] - parts[2]
+    assert found.se ** 2 == pytest.approx(wanted) and found.noises == 5 and found.n == 60
+    assert found.df == pytest.approx(wanted ** 2 / (parts ** 2 / [11, 4, 59]).sum())
+    assert found.df < paired_interval(cells.ravel(), 0., cluster=who).df
+    alone = paired_interval(cells.ravel(), 0., cluster=who, noise=np.arange(60))              # one a file: no factor
+    assert alone == paired_interval(cells.ravel(), 0., cluster=who)
+    with pytest.raises(SpeechLossError, match='noise has shape'): paired_interval(cells.ravel(), 0., noise=[1, 2])
+    clips = [dict(speaker=str(s), noise=f'n{k}') for s, k in zip(who, noise)]
+    assert difference(cells.ravel(), 0., clips).se == pytest.approx(found.se)
 
 
 def test_seeds_and_speakers_are_the_mean_squares_of_a_crossed_design():
@@ -61,14 +90,16 @@ def test_identical_arms_are_tied_and_never_better():
         assert not same.excludes_zero and same.p_above() == 1. and same.p_within(.01) == 0.
 
 
-def covers(count, icc, seed_sd, skewed, runs=500, level=.95):
+def covers(count, icc, seed_sd, skewed, runs=500, level=.95, sizes=None, noise_sd=0.):
     rng, hits = np.random.default_rng(11), 0
-    who = np.repeat(np.arange(count), 10)
+    who = np.repeat(np.arange(count), sizes or 10)
+    noise = np.arange(len(who)) % 4 if noise_sd else None
     normal = (lambda *size: rng.exponential(size=size) - 1) if skewed else (lambda *size: rng.normal(size=size))
     for _ in range(runs):
         x = math.sqrt(icc) * normal(count)[who] + math.sqrt(1 - icc) * normal(len(who))
+        if noise_sd: x = x + noise_sd * rng.normal(size=4)[noise]
         found = paired_interval(x + seed_sd * rng.normal(size=(3, 1)) + .3 * rng.normal(size=(3, len(who))), 0.,
-                                cluster=who, level=level)
+                                cluster=who, noise=noise, level=level)
         hits += found.low <= 0 <= found.high
     return hits / runs
 
@@ -77,6 +108,17 @@ def covers(count, icc, seed_sd, skewed, runs=500, level=.95):
                                                          (15, .5, 0., True), (40, .2, .1, True)])
 def test_a_nominal_95_covers_95(count, icc, seed_sd, skewed):
     assert .92 < covers(count, icc, seed_sd, skewed) < .98     # 500 runs: twice 0.01 beside 0.94 to 0.96
+
+
+@pytest.mark.parametrize('count, more', [(3, {}), (5, {}), (10, dict(noise_sd=.5)),
+                                         (10, dict(sizes=[5, 6, 7, 8, 9, 10, 11, 12, 13, 19]))])
+def test_few_speakers_unequal_ones_and_noises_cover(count, more):
+    assert .92 < covers(count, .5, 0., False, runs=400, **more) < .985
+
+
+def test_a_speaker_with_most_of_the_files_is_not_ten():
+    "Files as facts, or ten equal speakers, would hold the truth one time in five"
+    assert covers(10, .5, 0., False, runs=200, sizes=[91] + [1] * 9) > .92
 
 
 def test_seeds_that_disagree_decide_nothing():
@@ -94,6 +136,8 @@ def test_the_jackknife_is_t_for_a_mean_and_wider_than_draws_for_a_correlation():
     few = bootstrap(lambda k: np.corrcoef(x[k], y[k])[0, 1], 100, cluster=who)
     many = bootstrap(lambda k: np.corrcoef(x[k], y[k])[0, 1], 100, cluster=np.arange(100) // 4, draws=400)
     assert few.low < .7 < few.high and few.df == 9 and many.df == 24 and many.clusters == 25
+    for one in (few, many):      # what an interval says, its p-value says too
+        assert one.p_above(one.low) == pytest.approx(.025) == one.p_below(one.high) and one.at(.95) == one
     assert math.isinf(bootstrap(lambda k: x[k].mean(), 1).high)
 
 
@@ -129,9 +173,9 @@ def test_few_clusters_are_marked():
         assert found.clusters == k
         assert found.clustered_by == ('file' if k < MIN_CLUSTERS else 'cluster')
     # NaN can leave too few
-    x[np.arange(40) % 8 == 0] = math.nan
-    found = paired_interval(x, 0., cluster=np.arange(40) % 8)
-    assert (found.clusters, found.clustered_by, found.dropped, found.n) == (7, 'file', 5, 35)
+    x[np.arange(40) % 4 > 1] = math.nan
+    found = paired_interval(x, 0., cluster=np.arange(40) % 4)
+    assert (found.clusters, found.clustered_by, found.dropped, found.n) == (2, 'file', 20, 20)
 
 
 def test_seeds_are_no_files():
@@ -181,6 +225,23 @@ def test_compare_matches_by_identifier():
     assert compare(better, rows, 'pesq', cluster=None).clusters == 36
     better[0]['pesq'] = math.nan
     assert compare(better, rows, 'pesq').dropped == 1
+
+
+def test_tables_are_paired_by_seed_by_mixture_and_count_their_noises():
+    rng = np.random.default_rng(0)
+    def row(k, seed, gain): return dict(id=f'f{k}', speaker=f's{k % 9}', noise=f'n{k % 4}', seed=seed,
+                                        pesq=2 + k / 20 + seed / 3 + gain + float(rng.normal()) / 50)
+    a, b = ([row(k, seed, gain) for k in range(36) for seed in range(3)] for gain in (.1, 0.))
+    plain, mixed = (compare_tables(dict(b=b, a=rows)).of('a', 'pesq').interval
+                    for rows in (a, [a[k] for k in rng.permutation(len(a))]))
+    assert mixed == plain == compare(a, b, 'pesq') and plain.noises == 4 and plain.seeds == 3
+    other = [r | dict(seed=r['seed'] + 3) for r in b]        # other trainings: what they differ by does not cancel
+    assert compare_tables(dict(b=other, a=a)).of('a', 'pesq').interval.se > 5 * plain.se
+    # one clean file behind four mixtures is four files, and no seeds
+    of = [[dict(file=f'{name}/{k}_{snr}dB.wav', clean=f'clean/{k}.wav', pesq=k / 9 + snr / 10 + gain)
+           for k in range(9) for snr in (0, 5, 10, 15)] for name, gain in (('noisy', 0.), ('out', .2))]
+    found = compare_tables(dict(noisy=of[0], out=of[1])).of('out', 'pesq').interval
+    assert (found.n, found.seeds) == (36, 1) and found.mean == pytest.approx(.2)
 
 
 def test_small_effects_are_visible():

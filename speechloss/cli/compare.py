@@ -33,7 +33,7 @@ def compare(
 ):
     """Compare systems with a reference, file by file: differences, intervals over speakers, verdicts.
 
-    A verdict is better, worse, tied (shown to differ by less than what matters) or undecided. With fewer than eight
+    A verdict is better, worse, tied (shown to differ by less than what matters) or undecided. With fewer than three
     speakers, or none known, intervals are over files.
     """
     from speechloss.common.errors import SpeechLossError, choose

@@ -18,7 +18,7 @@ import numpy as np
 from ..common.errors import SpeechLossError
 from .cards import COLUMNS
 from .partners import found_by, pairs_but_for_a_word
-from .stats import Interval, paired_interval
+from .stats import Interval, paired_interval, seed_of, share_seeds
 from .verdicts import SMALLEST_EFFECTS, difference_verdict
 
 # %% ../../nbs/metrics/comparison.ipynb #45f42f91
@@ -44,6 +44,13 @@ def _rename(keys: list[str], known: set[str]) -> list[str]:
     return [pairs.get(key, key) for key in keys]
 
 
+def _has_mixtures(rows: Rows) -> bool:
+    "Return whether a clean file has rows of files of several names: other noises or levels, and not other seeds"
+    names: dict[str, set[str]] = {}
+    for row in rows: names.setdefault(str(row['clean']), set()).add(PurePosixPath(str(row['file'])).name)
+    return any(len(found) > 1 for found in names.values())
+
+
 def matched_rows(
     tables: Mapping[str, Rows],            # rows of `score_files` by name of the system; the first is the reference
 ) -> dict[str, dict[str, Rows]]:           # name -> file -> its rows; the same files in the same order everywhere
@@ -57,6 +64,7 @@ def matched_rows(
     """
     every = [row for rows in tables.values() for row in rows]
     ways = [c for c in ('id', 'clean', 'file') if all(row.get(c) not in (None, '') for row in every)]
+    if {'clean', 'file'} <= set(ways) and any(map(_has_mixtures, tables.values())): ways.remove('clean')
     for column in ways:
         keyed = {name: _keys(rows, column) for name, rows in tables.items()}
         if column == 'clean' and not set.intersection(*map(set, keyed.values())):      # two ways to write one folder
@@ -67,7 +75,7 @@ def matched_rows(
         if not common: continue
         found: dict[str, dict[str, Rows]] = {name: {key: [] for key in common} for name in tables}
         for name, rows in tables.items():
-            for key, row in zip(keyed[name], rows):
+            for key, row in sorted(zip(keyed[name], rows), key=lambda pair: seed_of(pair[1])):
                 if key in found[name]: found[name][key].append(row)
         return found
     raise SpeechLossError(f'tables {", ".join(tables)} have no file in common: give each row the same id, or score the '
@@ -194,6 +202,13 @@ def _speakers(matched: Mapping[str, dict[str, Rows]], pattern: re.Pattern | None
              for key in keys]
     return None if None in named else [str(name) for name in named]
 
+
+def _noises(matched: Mapping[str, dict[str, Rows]]) -> list[str] | None:
+    "Return the noise recording of each file by the column `noise`, None where one of them has none"
+    named = [next((row['noise'] for rows in matched.values() for row in rows[key] if row.get('noise')), None)
+             for key in next(iter(matched.values()))]
+    return None if None in named else [str(name) for name in named]
+
 # %% ../../nbs/metrics/comparison.ipynb #9a82c7e9
 def compare_tables(
     tables: Mapping[str, Rows],            # rows of `score_files` or `read_table` by name; the first is the reference
@@ -241,7 +256,8 @@ def _compared(matched, reference: str, system: str, column: str, speakers, alike
     gaps = a.mean(0) - b.mean(0)
     counted = np.isfinite(gaps)
     if not counted.any(): return None
-    gap = paired_interval(a, b, cluster=speakers)
+    rows = [[row for group in matched[name].values() for row in group] for name in (system, reference)]
+    gap = paired_interval(a, b, cluster=speakers, noise=_noises(matched), same_seeds=share_seeds(*rows))
     narrow, smallest = gap.at(.9), SMALLEST_EFFECTS.get(column)
     verdict = difference_verdict((gap.low, gap.high), (narrow.low, narrow.high), smallest,
                                  direction=COLUMNS[column].direction)

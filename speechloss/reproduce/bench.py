@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from ..common.errors import SpeechLossError
@@ -202,12 +203,21 @@ def run_bench(
     columns = [column for column in COLUMNS if column in rows['noisy'][0][0]]
     numbers = bench_numbers(rows, clips, columns, protocol.seeds)
     verdicts = judge_claims(bench_claims(list(arms), columns, protocol.scale), numbers, protocol.scale, BENCH_GATES)
-    means = [dict(arm=arm, seeds=len(runs)) | {c: float(score_array(runs, c).mean()) for c in columns}
-             for arm, runs in rows.items()]
+    means = _means(rows, columns)
     counts = dict(clips=len(clips)) | {f'{kind}s': len({clip[kind] for clip in clips}) for kind in ('speaker', 'noise')}
     result = BenchResult(verdicts, numbers, means, _heard(clips[0], folders), protocol, counts)
     if out is not None: _write(result, rows, Path(out))
     return result
+
+
+def _means(rows: Mapping[str, list[list[dict]]], columns: Sequence[str]) -> list[dict]:
+    "Return a row an arm: its means over the clips that have a score in every arm and seed"
+    found = [dict(arm=arm, seeds=len(runs)) for arm, runs in rows.items()]
+    for column in columns:
+        scores = [score_array(runs, column) for runs in rows.values()]
+        counted = np.isfinite(np.concatenate(scores)).all(0)
+        for row, of in zip(found, scores): row[column] = float(of[:, counted].mean()) if counted.any() else np.nan
+    return found
 
 
 def _heard(clip: dict, folders: Mapping[str, Path]) -> dict[str, torch.Tensor]:

@@ -29,7 +29,8 @@ def interval_of(
     low, high, level = number['low'], number['high'], number.get('level') or .95
     if not all(map(math.isfinite, (number['value'], low, high))): return None
     counts: dict[str, Any] = dict(n=number.get('n') or 1, clusters=number.get('clusters') or 1,
-                  clustered_by=number.get('clustered_by') or 'file', dropped=number.get('dropped') or 0)
+                  clustered_by=number.get('clustered_by') or 'file', dropped=number.get('dropped') or 0,
+                  noises=number.get('noises') or 1)
     if number.get('se') is not None:
         return Interval(number['value'], low, high, **counts, level=level, se=number['se'],
                         df=math.inf if number.get('df') is None else number['df'], skew=number.get('skew') or 0.)

@@ -50,7 +50,7 @@ def jsonable(
 
 
 #: What an interval says beside its mean, and a number of `results.json` beside its value.
-INTERVAL = ('low', 'high', 'n', 'clusters', 'clustered_by', 'dropped', 'level', 'se', 'df', 'skew', 'by_seed')
+INTERVAL = ('low', 'high', 'n', 'clusters', 'clustered_by', 'noises', 'dropped', 'level', 'se', 'df', 'skew', 'by_seed')
 
 
 def is_interval(value: Any) -> bool:
