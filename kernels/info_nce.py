@@ -72,7 +72,7 @@ def _(queries, keys, groups, temperature, normalize, backend):
     (pairs, dims), count = queries.shape, len(keys)
     new = queries.new_empty(pairs, dtype=working_dtype(queries, keys))
     if backend == 'torch' and info_nce_torch.fits(pairs, count, new.dtype.itemsize):
-        shapes = info_nce_torch.whole_shapes(pairs, count, dims, normalize)
+        shapes = info_nce_torch.whole_shapes(pairs, count, dims, new.dtype, normalize)
     else: shapes = (pairs,), (pairs,), (count,)
     return new, *(new.new_empty(shape) for shape in shapes)
 

@@ -33,9 +33,9 @@ PIECES, FEW = 4, 256
 #: faster than tiles up to there; above, tiles are faster than plain torch too, and their memory does not grow
 #: with the square.
 MATRIX = 2 ** 26
-#: Sides of such a matrix, and dims, are padded to multiples of this: only then has a product the same bits
-#: on any number of threads
-SIDE = 16
+#: A product has the same bits on any number of threads where its columns are multiples of BLOCK, or fewer. So
+#: dims are padded to that, and what is over of the columns of scores is a product of its own
+BLOCK = 16
 #: Most numbers of queries and keys together whose rows of length one are kept, too
 UNITS = 2 ** 17
 
@@ -106,9 +106,11 @@ def backward(
 
 # ------------------------------------------------------------------- with the matrix in memory
 
-def whole_shapes(pairs: int, keys: int, dims: int, normalize: bool) -> tuple[tuple[int, ...], ...]:
+def whole_shapes(pairs: int, keys: int, dims: int, dtype: torch.dtype,
+                 normalize: bool) -> tuple[tuple[int, ...], ...]:
     "Return the shapes of what `whole_forward` keeps: the matrix, the lengths of rows, and rows of length one"
-    rows, columns, dims = (n + -n % SIDE for n in (pairs, keys, dims))
+    side = _side(dtype)
+    rows, columns, dims = pairs + -pairs % side, keys + -keys % side, dims + -dims % BLOCK
     both = rows + columns, dims
     return (rows, columns), (both[0], 1) if normalize else (0,), both if math.prod(both) <= UNITS else (0,)
 
@@ -121,16 +123,18 @@ def whole_forward(queries: Tensor, keys: Tensor, groups: Tensor | None, temperat
     its numbers: there are few operations, and softmax overwrites its input, which is faster than exp alone.
     """
     pairs, count = queries.shape[0], keys.shape[0]
-    both, rows = _both(queries, keys), pairs + -pairs % SIDE
+    both = _both(queries, keys)
+    side = _side(both.dtype)
+    rows = pairs + -pairs % side
     if normalize:      # in float64 no square overflows
         lengths = torch.linalg.vector_norm(both, dim=1, keepdim=True, dtype=torch.float64).hypot_(SILENT)
         if both.dtype == torch.float32: lengths = lengths.float()
         both.div_(lengths)
     else: lengths = both.new_empty(0)
     q, k = both[:rows], both[rows:]
-    scores = q.new_empty(rows, k.shape[0]).addmm_(q, k.T, beta=0, alpha=1 / temperature)
+    scores = _scores(q, k, 1 / temperature)
     own = scores.diagonal()
-    if count % SIDE: scores.narrow(1, count, -count % SIDE).fill_(-torch.inf)
+    if count % side: scores.narrow(1, count, -count % side).fill_(-torch.inf)
     if groups is not None:
         mates = groups[:, None] == groups
         scores[:pairs, :pairs].masked_fill_(mates.fill_diagonal_(False), -torch.inf)
@@ -179,15 +183,31 @@ def _whole_backward(grad: Tensor, queries: Tensor, keys: Tensor, saved: list[Ten
     return grad_q, grad_k
 
 
+def _side(dtype: torch.dtype) -> int:
+    "What rows of queries and of keys are padded to multiples of, for the same bits on any number of threads"
+    return BLOCK if dtype == torch.float64 else 4
+
+
 def _both(queries: Tensor, keys: Tensor) -> Tensor:
-    "Queries and keys under one another, each with zeros up to multiples of SIDE, in a new tensor"
+    "Queries and keys under one another, each with zeros up to multiples of `_side`, in a new tensor"
     (pairs, dims), count = queries.shape, keys.shape[0]
-    if pairs % SIDE or count % SIDE:
-        zeros = queries.new_zeros(SIDE, dims)
-        both = torch.cat((queries, zeros[:-pairs % SIDE], keys, zeros[:-count % SIDE]))
+    side = _side(queries.dtype)
+    if pairs % side or count % side:
+        zeros = queries.new_zeros(side, dims)
+        both = torch.cat((queries, zeros[:-pairs % side], keys, zeros[:-count % side]))
     else: both = torch.cat((queries, keys))
-    if dims % SIDE: both = torch.constant_pad_nd(both, (0, -dims % SIDE))
+    if dims % BLOCK: both = torch.constant_pad_nd(both, (0, -dims % BLOCK))
     return both if both.dtype in (torch.float32, torch.float64) else both.float()
+
+
+def _scores(q: Tensor, k: Tensor, factor: float) -> Tensor:   # (rows, D), (columns, D) -> (rows, columns)
+    "The products of all rows times a factor"
+    scores, over = q.new_empty(q.shape[0], k.shape[0]), k.shape[0] % BLOCK
+    if not over: return scores.addmm_(q, k.T, beta=0, alpha=factor)
+    last = k.shape[0] - over
+    if last: scores[:, :last].addmm_(q, k[:last].T, beta=0, alpha=factor)
+    scores[:, last:].addmm_(q, k[last:].T, beta=0, alpha=factor)
+    return scores
 
 
 def _through_length(grad: Tensor, unit: Tensor, lengths: Tensor) -> None:

@@ -217,17 +217,18 @@ def test_hard_rows():
     assert loss[4:].isfinite().all() and grad_q[4:].isfinite().all()  # a broken query hurts itself alone
 
 
-@pytest.mark.parametrize('shape', [(7, 33), (250, 64), (700, 40)], ids=str)
+@pytest.mark.parametrize('shape', [(1, 1), (7, 33), (36, 16), (100, 40), (101, 256), (250, 64), (700, 40)], ids=str)
+@pytest.mark.parametrize('dtype', [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize('name', ['cosine', 'all'])
-def test_cores_change_neither_a_bit_nor_the_threads_of_torch(name, shape):
-    tensors, options = example(*shape, **OPTIONS[name])
+def test_cores_change_neither_a_bit_nor_the_threads_of_torch(name, dtype, shape):
+    tensors, options = example(*shape, dtype=dtype, **OPTIONS[name])
     def run(): return (loss := call(tensors, options), *torch.autograd.grad(loss.sum(), tensors))
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(1)
         alone = run()
-        torch.set_num_threads(3)
-        for _ in range(3):
+        for threads in 2, 4, 3:
+            torch.set_num_threads(threads)
             for a, b in zip(run(), alone): assert torch.equal(a, b)
         assert torch.get_num_threads() == 3
     finally:
