@@ -12,7 +12,7 @@ from speechloss.features.codec import CodecNet
 from speechloss.features.vqvae import VQVAE
 from speechloss.losses import (
     CARDS, CodecLoss, CompressedComplexLoss, ContrastiveRegularization, FeatureDistance,
-    MaskingLoss, MelLoss, ModelAsLoss, MultiResolutionSTFTLoss, Objective, SISDRLoss, SNRLoss,
+    MaskingLoss, MelLoss, ModelAsLoss, MultiResolutionSTFTLoss, Objective, PESQLoss, SISDRLoss, SNRLoss,
     SSLLoss, STFTLoss, VQLoss, WaveL1Loss, WaveL2Loss, preset)
 from speechloss.models import enhancer
 
@@ -72,6 +72,7 @@ WAVES = [
 SPECTRA = [
     Case('masking', MaskingLoss),
     Case('masking-loud', partial(MaskingLoss, full_scale_db=110., hop_length=128)),
+    Case('pesq', PESQLoss, blind=SCALE_FREE),
     Case('stft', STFTLoss, compiles='aot_eager', blind=MAGNITUDE),
     Case('stft-lin', partial(STFTLoss, n_fft=400, hop_length=100, win_length=321,
                              terms=dict(lin_l1=2.), window='hamming'), blind=MAGNITUDE),

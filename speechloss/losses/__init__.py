@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['Balancer', 'CARDS', 'CodecLoss', 'CompressedComplexLoss', 'ConsistencyLoss', 'ContrastiveRegularization',
            'Curriculum', 'FeatureDistance', 'Hooks', 'Loss', 'MaskingLoss', 'MelLoss', 'ModelAsLoss',
-           'MultiResolutionSTFTLoss', 'Objective', 'OutsideLoss', 'PRESETS', 'SISDRLoss', 'SNRLoss', 'SSLLoss',
-           'STFTLoss', 'SpectralLoss', 'VQLoss', 'WaveL1Loss', 'WaveL2Loss', 'build', 'build_objective', 'cards',
-           'curriculum_weights', 'from_auraloss', 'plot_curriculum', 'preset', 'pull_and_push']
+           'MultiResolutionSTFTLoss', 'Objective', 'OutsideLoss', 'PESQLoss', 'PRESETS', 'SISDRLoss', 'SNRLoss',
+           'SSLLoss', 'STFTLoss', 'SpectralLoss', 'VQLoss', 'WaveL1Loss', 'WaveL2Loss', 'build', 'build_objective',
+           'cards', 'curriculum_weights', 'from_auraloss', 'plot_curriculum', 'preset', 'pull_and_push']
 
 # %% ../../nbs/losses/index.ipynb #d4499a01
 from .balance import Balancer
@@ -24,6 +24,7 @@ from .codec import CodecLoss
 from .contrastive import ContrastiveRegularization, pull_and_push
 from .curriculum import Curriculum, curriculum_weights, plot_curriculum
 from .masking import MaskingLoss
+from .pesq import PESQLoss
 from .ssl import SSLLoss
 from .vq import VQLoss
 from .waveform import SISDRLoss, SNRLoss, WaveL1Loss, WaveL2Loss
@@ -32,6 +33,6 @@ from .waveform import SISDRLoss, SNRLoss, WaveL1Loss, WaveL2Loss
 _all_ = ['Balancer', 'CARDS', 'CodecLoss', 'CompressedComplexLoss', 'ConsistencyLoss',
          'ContrastiveRegularization', 'Curriculum', 'FeatureDistance', 'Hooks', 'Loss',
          'MaskingLoss', 'MelLoss', 'ModelAsLoss', 'MultiResolutionSTFTLoss', 'Objective',
-         'OutsideLoss', 'PRESETS', 'SISDRLoss', 'SNRLoss', 'SSLLoss', 'STFTLoss', 'SpectralLoss',
+         'OutsideLoss', 'PESQLoss', 'PRESETS', 'SISDRLoss', 'SNRLoss', 'SSLLoss', 'STFTLoss', 'SpectralLoss',
          'VQLoss', 'WaveL1Loss', 'WaveL2Loss', 'build', 'build_objective', 'cards',
          'curriculum_weights', 'from_auraloss', 'plot_curriculum', 'preset', 'pull_and_push']

@@ -9,6 +9,7 @@ __all__ = ['OutsideLoss', 'check_loss', 'outside_path', 'build_outside']
 import copy
 import inspect
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +23,8 @@ class OutsideLoss(Loss):
     """Wrap a module that is called as `module(enhanced, clean)` and gives a number, as a `Loss`.
 
     The module sees one utterance at a time, cut to its length, as `(1, T)` or `(1, 1, T)`; one whose `forward` has a
-    parameter `noisy` gets that wave too. Its value at identity is its own affair.
+    parameter `noisy` gets that wave too, and one with `enhanced` and `clean` gets them by name, in whatever order. Its
+    value at identity is its own affair. `SpeechLossError` when it gives anything but one number.
 
     - `module`: from two waves to a scalar, lower is better
     - `channels`: whether the module wants `(1, 1, T)`
@@ -34,7 +36,8 @@ class OutsideLoss(Loss):
     def __init__(self, module: nn.Module, *, channels: bool = False, reduction: str = 'mean'):
         super().__init__(reduction=reduction)
         self.module, self.channels = module, channels
-        self._takes_noisy = 'noisy' in inspect.signature(module.forward).parameters
+        takes = inspect.signature(module.forward).parameters
+        self._takes_noisy, self._by_name = 'noisy' in takes, {'enhanced', 'clean'} <= takes.keys()
 
     def values(self, waves: Waves) -> dict[str, Tensor]:
         "Return the value of the module for each utterance, `(N,)`, by the name of its class"
@@ -45,8 +48,17 @@ class OutsideLoss(Loss):
         values = []
         for k in range(len(waves.enhanced)):
             given = dict(noisy=utterance(waves.noisy, k)) if self._takes_noisy and waves.noisy is not None else {}
-            values.append(self.module(utterance(waves.enhanced, k), utterance(waves.clean, k), **given).reshape(()))
+            two = dict(enhanced=utterance(waves.enhanced, k), clean=utterance(waves.clean, k))
+            value = self.module(**two, **given) if self._by_name else self.module(*two.values(), **given)
+            values.append(_one_number(type(self.module).__name__, value))
         return {type(self.module).__name__: torch.stack(values)}
+
+
+def _one_number(name: str, value) -> Tensor:
+    "Return the value of an utterance as a scalar; `SpeechLossError` when it is none"
+    if isinstance(value, Tensor) and value.numel() == 1: return value.reshape(())
+    what = f'the shape {tuple(value.shape)}' if isinstance(value, Tensor) else f'a {type(value).__name__}'
+    raise SpeechLossError(f'{name} gives {what} for an utterance: return one number, such as a mean')
 
 # %% ../../nbs/losses/outside.ipynb #2c43f6bd
 def _trial_waves() -> tuple[Tensor, Tensor, Tensor]:   # (2, 16000) each
@@ -71,7 +83,8 @@ def check_loss(
             tried = copy.deepcopy(loss)      # running statistics begin with the training
             each = tried.values(prepare(enhanced, clean, noisy=noisy))
             for part, values in each.items(): _check_part(f'{name}: {part}', values, len(enhanced))
-            gradient, = torch.autograd.grad(tried(enhanced, clean, noisy=noisy).sum(), enhanced, allow_unused=True)
+            total = tried(enhanced, clean, noisy=noisy).sum()
+            gradient, = torch.autograd.grad(total, enhanced, allow_unused=True) if total.requires_grad else (None,)
     except (SpeechLossError, NotImplementedError) as error:
         raise SpeechLossError(f'loss {error}' if str(error).startswith(name) else f'loss {name}: {error}') from None
     except Exception as error:
@@ -110,8 +123,8 @@ def build_outside(
 ) -> Loss:
     """Return a loss from the path of its class, tried on a second of noise.
 
-    The class may be a `Loss`, any other module that is called with two waves, or a function that returns one.
-    `SpeechLossError` when it cannot be found, built or used.
+    The class may be a `Loss` or any other module that is called with two waves; a function that returns one, or that
+    is itself called with two waves, will do. `SpeechLossError` when it cannot be found, built or used.
 
     >>> build_outside('torch.nn:L1Loss', dict(reduction='sum'))(torch.ones(2, 8), torch.zeros(2, 8))
     tensor(2.)
@@ -134,16 +147,39 @@ def _make(kind: Callable, path: str, options: dict, model: nn.Module | None):
         if model is not None: options['model'] = model
         elif takes['model'].default is inspect.Parameter.empty:
             raise SpeechLossError(f'loss {path} needs the enhancer: give model=')
+    if inspect.isfunction(kind) and len(_lacking(kind, options)) > 1: return _as_module(kind, options)
     try:
         return kind(**options)
     except (TypeError, ValueError) as error:
+        if lacks := _lacking(kind, options):
+            given = ', '.join(f'"{name}": ...' for name in lacks)
+            raise SpeechLossError(f'loss {path} cannot be built from {options}: it needs {", ".join(lacks)}, give '
+                                  f'{{"name": "{path}", {given}}}') from None
         raise SpeechLossError(f'loss {path} cannot be built from {options}: {error}') from None
+
+
+def _lacking(kind: Callable, options: dict) -> list[str]:
+    "Return the parameters that a class or function needs and `options` do not have"
+    return [name for name, p in inspect.signature(kind).parameters.items()
+            if p.default is p.empty and name not in options and p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+
+
+def _as_module(function: Callable, options: dict) -> nn.Module:
+    "Return a function of two waves as a module of its name"
+    module = type(function.__name__, (nn.Module,), {})()
+    module.forward = partial(function, **options)
+    return module
 
 
 def _wrap(module: nn.Module, reduction: dict) -> OutsideLoss:
     "Return a module as a `Loss`; with channels where it cannot do without"
     enhanced, clean, noisy = _trial_waves()
     loss = OutsideLoss(module, **reduction)
+    takes = inspect.signature(module.forward)
+    try: takes.bind(enhanced, clean, **(dict(noisy=noisy) if loss._takes_noisy else {}))
+    except TypeError:
+        raise SpeechLossError(f'loss {type(module).__name__} takes {takes}: it is called with two waves, enhanced and '
+                              'clean, and with noisy where it has a parameter of that name') from None
     try:
         with torch.no_grad(), torch.random.fork_rng(devices=[]): copy.deepcopy(loss)(enhanced, clean, noisy=noisy)
     except Exception:

@@ -29,6 +29,7 @@ from .masking import MaskingLoss
 from .model_as_loss import ModelAsLoss
 from .objective import Objective
 from .outside import build_outside, outside_path
+from .pesq import PESQLoss
 from .spectral import (
     PRESETS, CompressedComplexLoss, MelLoss, MultiResolutionSTFTLoss, STFTLoss, preset)
 from .ssl import SSLLoss
@@ -68,6 +69,8 @@ CARDS = {card.name: card for card in (
          '0', 'yes', 'yes', 'Braun & Tashev 2021', 'https://arxiv.org/abs/2009.12286'),
     Card('masking', MaskingLoss, 'error over masking threshold, by critical band', '0', 'yes', 'yes',
          'Zhen et al. 2020; ISO/IEC 11172-3', 'https://arxiv.org/abs/2101.00054', rate='told'),
+    Card('pesq', PESQLoss, 'loudness in Bark bands', '0', 'no', 'no',
+         'ITU-T P.862.2; Martín-Doñas et al. 2018', 'https://doi.org/10.1109/LSP.2018.2871419', rate='told'),
     Card('feature_distance', FeatureDistance, 'any features', '0', 'depends', 'depends',
          'Germain et al. 2019', 'https://arxiv.org/abs/1806.10522'),
     Card('model_as_loss', ModelAsLoss, "the enhancer's own encoder", '0', 'depends', 'depends',
