@@ -280,11 +280,21 @@ def test_enhance_refuses_places(model, tmp_path):
     assert files(tmp_path) == ['a.wav'] and (tmp_path / 'a.wav').read_bytes() == before
 
 
-@pytest.mark.parametrize('device, said', [('cuda:99', 'is not here'), ('gpu', 'is unknown')])
+@pytest.mark.parametrize('device, said', [('cuda:99', 'is not here'), ('mps', 'is not here: this machine has cpu'),
+                                          ('gpu', 'is unknown')])
 def test_enhance_refuses_a_device(device, said, model, tmp_path):
     soundfile.write(tmp_path / 'a.wav', wave(), RATE)
+    if device == 'mps' and torch.backends.mps.is_available(): pytest.skip('this machine has it')
     assert said in refused('enhance', tmp_path / 'a.wav', tmp_path / 'b.wav', '--model', model,
                            '--device', device)
+
+
+def test_a_device_that_torch_has_is_taken(monkeypatch):
+    from speechloss.cli.console import torch_device
+    monkeypatch.setattr(torch.backends.mps, 'is_available', lambda: True)
+    monkeypatch.setattr(torch.cuda, 'device_count', lambda: 2)
+    assert [torch_device(name) for name in ('mps', 'mps:0', 'cpu', 'cpu:0', 'cuda', 'cuda:1', None)] == [
+        'mps', 'mps', 'cpu', 'cpu', 'cuda', 'cuda:1', 'cuda']
 
 
 def test_enhance_refuses_a_bad_model(model, tmp_path):
@@ -473,10 +483,13 @@ def test_train_then_again_then_enhance(recipe, tmp_path):
     (['--steps', 'many'], "steps is 'many': give a number"),
     (['--steps'], 'not understood'),
     (['--device', 'gpu'], "device 'gpu' is unknown"),
+    (['--device', 'mps'], "device is 'mps', but torch finds no such GPU here"),
+    (['--model', '{"kind": "band_split", "n_fft": 500}'], 'n_fft is 500: give a multiple of 128'),
     (['--corpus', 'nothing'], "corpus 'nothing' is unknown"),
     (['--model', 'huge'], "model 'huge' is unknown"),
     (['--steps.a', '5'], 'has no parts')])
 def test_train_refuses_an_option(args, said, recipe, tmp_path):
+    if 'mps' in args and torch.backends.mps.is_available(): pytest.skip('this machine has it')
     result = CliRunner().invoke(app, ['train', str(recipe), '--out', str(tmp_path / 'out'), *args])
     assert result.exit_code == 2 and said in result.stderr, (result.stderr, result.exception)
     assert not (tmp_path / 'out/final').exists()

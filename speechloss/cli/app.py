@@ -85,7 +85,7 @@ def enhance(
     model: Annotated[str, typer.Option(help='Folder of a trained model, or its name on the hub; default: the one '
                                             'that comes with the package.')] = 'default',
     device: Annotated[str | None, typer.Option(
-        help='cpu, cuda, cuda:1 ...; else the GPU if there is one, with --stream the CPU.')] = None,
+        help='cpu, cuda, cuda:1, mps ...; else the GPU if there is one, with --stream the CPU.')] = None,
     skip_existing: Annotated[bool, typer.Option(
         '--skip-existing', help='Leave files that are there already.')] = False,
     stream: Annotated[bool, typer.Option(

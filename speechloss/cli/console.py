@@ -98,7 +98,12 @@ def torch_device(name: str | None) -> str:
         there.append('mps')
     if name is None:
         return 'cuda' if len(there) > 1 and there[1] != 'mps' else 'cpu'
-    kind = name.partition(':')[0]
-    if kind == 'cuda' and name not in there and not (name == 'cuda' and 'cuda:0' in there):
-        raise SpeechLossError(f'device {name!r} is not here: this machine has {", ".join(there)}')
-    return name if name == 'cuda' else choose('device', name, there)
+    if name in there or f'{name}:0' in there:
+        return name
+    if name.endswith(':0') and name[:-2] in there:
+        return name[:-2]
+    try:
+        torch.device(name)
+    except RuntimeError:
+        return choose('device', name, there)       # which says what there is
+    raise SpeechLossError(f'device {name!r} is not here: this machine has {", ".join(there)}')

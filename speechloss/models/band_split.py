@@ -236,6 +236,7 @@ class BandSplitEnhancer(BandSplitSteps, MaskedSpectrum, PyTorchModelHubMixin, li
         hidden: int = 64, floor_db: float = -60., causal: bool = False, memory: float | None = None,
         sample_rate: int = SAMPLE_RATE, kind: str = 'band_split',
     ):
+        strips_of_bands(n_fft)                       # asks for more than a frame does
         super().__init__(n_fft, hop_length, sample_rate)
         _check_options(channels, blocks, across, hidden)
         self.causal, decay = causal, decay_of(memory, causal, hop_length / sample_rate)

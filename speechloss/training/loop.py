@@ -161,8 +161,9 @@ def _accelerator(recipe: Recipe):
         from accelerate.state import AcceleratorState, PartialState
     except ImportError:
         raise TrainingError(f'training needs accelerate: {extra("reproduce")}') from None
-    if recipe.device == 'cuda' and not torch.cuda.is_available():
-        raise TrainingError("device is 'cuda', but torch finds no GPU here: use 'cpu' or 'auto'")
+    there = dict(cuda=torch.cuda.is_available(), mps=torch.backends.mps.is_available())
+    if not there.get(recipe.device, True):
+        raise TrainingError(f"device is {recipe.device!r}, but torch finds no such GPU here: use 'cpu' or 'auto'")
     if PartialState().num_processes == 1:   # an earlier run may have been on another device
         AcceleratorState._reset_state(reset_partial_state=True)
     accelerator = Accelerator(cpu=recipe.device == 'cpu', mixed_precision=recipe.precision)

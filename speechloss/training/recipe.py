@@ -69,7 +69,7 @@ class Recipe:
     log_every: int = 10                # steps between rows of the log
     threads: int = 1                   # of a CPU run; 0: as torch is set
     workers: int | None = None         # processes that mix the data, 0: mix in this one; null: one if a core is free
-    device: str = 'auto'               # 'auto', 'cpu' or 'cuda'
+    device: str = 'auto'               # 'auto', 'cpu', 'cuda' or 'mps'
 
     def __post_init__(self):
         for name in ('snr', 'gain_db', 'extra_noise'):   # JSON knows no tuples
@@ -122,7 +122,7 @@ def recipe_fields() -> list[dict[str, str]]:  # field, default, meaning
 
 def _check(recipe: Recipe) -> None:
     "Raise `TrainingError` for the first field whose value no training takes"
-    choices = dict(schedule=('cosine', 'constant', 'decay'), device=('auto', 'cpu', 'cuda'),
+    choices = dict(schedule=('cosine', 'constant', 'decay'), device=('auto', 'cpu', 'cuda', 'mps'),
                    precision=('no', 'bf16'))
     for name, allowed in choices.items():
         choose(name, getattr(recipe, name), allowed, error=TrainingError)
