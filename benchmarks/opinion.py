@@ -29,6 +29,12 @@ class Single(Frozen):
         return self
 
 
+def zero_where_nan(wave):
+    "Give a wave no gradient where it has none: at exact silence, for the network's magnitude"
+    if wave.requires_grad: wave.register_hook(lambda gradient: gradient.nan_to_num(0., 0., 0.))
+    return wave
+
+
 class Judged(Loss):
     "Show windows of each utterance to DistillMOS"
     def __init__(self, *, random_seed: int | None = None, reduction: str = 'mean'):
@@ -40,10 +46,7 @@ class Judged(Loss):
         wave = F.pad(wave.float(), (0, max(WINDOW - len(wave), 0)))
         over = len(wave) - WINDOW
         starts = [int(share * over) for share in np.linspace(0, 1, -(-over // HOP) + 1)]
-        found = torch.stack([wave[k:k + WINDOW] for k in starts])
-        if found.requires_grad:      # at exact silence the network's magnitude has no gradient: there it is zero
-            found.register_hook(lambda gradient: gradient.nan_to_num(0., 0., 0.))
-        return found
+        return zero_where_nan(torch.stack([wave[k:k + WINDOW] for k in starts]))
 
     def utterances(self, waves):     # each cut to its length
         for k in range(len(waves.enhanced)):
@@ -62,7 +65,7 @@ class OpinionDistance(Judged):
     "Measure the distance of what the network sees of two waves, before it pools over time; 0 at identity"
     def seen(self, wave):        # (T,) -> (windows, frames, dim)
         net, windows = self.net.net, self.windows(wave)
-        windows = windows / (windows.abs().amax(1, keepdim=True) + 1e-8)
+        windows = zero_where_nan(windows / (windows.abs().amax(1, keepdim=True) + 1e-8))
         judge = net.transformer_pool_attn
         frames = judge.norm_input(net.cnn(windows)).transpose(-1, -2)       # as its forward does
         return judge.norm_trans(judge.transformer(frames).transpose(-1, -2)).transpose(-1, -2)

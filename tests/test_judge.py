@@ -102,6 +102,7 @@ def test_contract_names_the_broken_promise(loss, promise):
 def test_contract_lets_some_promises_be_declined():
     rows = {row['promise']: row['kept'] for row in contract_rows(Wrong())}
     assert rows['least at the clean wave'] == 'declined' and 'broken' not in rows.values()
+    assert 'turn its sign' in next(row['found'] for row in contract_rows(Wrong()) if row['kept'] == 'declined')
     state = torch.get_rng_state()
     contract_rows(Random())
     assert torch.get_rng_state().equal(state)
@@ -119,6 +120,12 @@ def test_one_bad_loss_does_not_end_the_others(tmp_path):
     done = CliRunner().invoke(app, ['judge', bad, 'wave_l1', '--parts', 'contract', '--out', str(tmp_path), '-q'])
     assert done.exception is None and 'wave_l1 keeps 14 of 14' in done.stderr and f'{bad} keeps 0 of 1' in done.stderr
     assert (tmp_path / 'report.html').is_file()
+
+
+def test_a_loss_that_cannot_be_built_costs_no_clip(tmp_path, monkeypatch):
+    monkeypatch.setattr('speechloss.corpora.get', lambda *_, **__: pytest.fail('a corpus was asked for'))
+    done = CliRunner().invoke(app, ['judge', 'torch.nn:Identity', '--out', str(tmp_path)])
+    assert done.exit_code == 1 and 'it is called with two waves' in done.stderr and 'SpeechLossError' not in done.stderr
 
 
 @pytest.mark.parametrize('part, wanted', [('bench', '--train'), ('listeners', '--listeners')])
@@ -261,3 +268,6 @@ def test_opinion_as_a_loss(root, monkeypatch):
         trained, control = OpinionDistance(), OpinionDistance(random_seed=0)
         assert trained(clean, clean) == 0 and trained(noisy, clean) > 0
         assert trained(noisy, clean) != control(noisy, clean)
+    wave = noisy.clone().requires_grad_()      # short: what follows is exact silence
+    gradient, = torch.autograd.grad(trained(wave, clean), wave)
+    assert gradient.isfinite().all() and gradient.any()

@@ -98,7 +98,7 @@ def test_wrapped_module_gets_the_noisy_wave():
 @pytest.mark.parametrize('name, message', [
     ('my_absent:Loss', 'there is no module my_absent: install it, or start in the folder'),
     ('my_outside:Powers', "did you mean 'Power'"),
-    ('my_outside:NOTE', 'NOTE'), ('my_outside:Gain', 'fails on a second of noise'),
+    ('my_outside:NOTE', 'NOTE'), ('my_outside:Gain', 'takes .noisy, lengths=None.: it is called with two waves'),
     ('json:dumps', 'cannot be built from'), ('collections:Counter', 'makes a Counter: name a torch module'),
     (dict(name='my_outside:Power', depth=3), 'cannot be built from .*depth'), ('my_outsider', 'or module:Class')])
 def test_errors_of_losses(folder, name, message):
@@ -154,3 +154,40 @@ def test_errors_of_models(folder, change, message):
     with pytest.raises(SpeechLossError, match=message) as caught: enhancer('my_outside:Gain')
     assert '\n' not in str(caught.value)
     assert catalogue.MODEL_KINDS.keys() == {'enhancer', 'band_split', 'autoencoder', 'vq'}      # it is not among them
+
+
+FOREIGN = '''import torch
+class Swapped(torch.nn.Module):
+    def forward(self, clean, enhanced): return ((enhanced - clean) / (1 + clean)).square().mean()
+class Samples(torch.nn.Module):
+    def forward(self, enhanced, clean): return (enhanced - clean).abs()
+class Words(torch.nn.Module):
+    def forward(self, enhanced, clean): return dict(loss=(enhanced - clean).abs().mean())
+class One(torch.nn.Module):
+    def forward(self, x): return x.mean()
+class Numbers(torch.nn.Module):
+    def forward(self, enhanced, clean): return torch.tensor(float((enhanced - clean).detach().std()))
+class Weighted(torch.nn.Module):
+    def __init__(self, alpha, *, beta=1.): super().__init__()
+    def forward(self, enhanced, clean): return (enhanced - clean).abs().mean()
+def plain(enhanced, clean, power=1.): return (enhanced - clean).abs().pow(power).mean()
+'''
+
+
+@pytest.mark.parametrize('name, words', [
+    ('Samples', r'Samples gives the shape \(1, 1, 16000\) for an utterance: return one number'),
+    ('Words', 'Words gives a dict for an utterance'), ('One', r'One takes \(x\): it is called with two waves'),
+    ('Numbers', 'gives the enhanced wave no gradient: compute it in torch'),
+    ('Weighted', r'it needs alpha, give {"name": "my_foreign:Weighted", "alpha": ...}')])
+def test_a_first_attempt_gets_one_sentence_with_the_cure(name, words, tmp_path, monkeypatch):
+    (tmp_path / 'my_foreign.py').write_text(FOREIGN)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SpeechLossError, match=words) as caught: build(f'my_foreign:{name}')
+    assert '\n' not in str(caught.value)
+    enhanced, clean, _ = waves()
+    wanted = torch.stack([((e - c) / (1 + c)).square().mean() for e, c in zip(enhanced, clean)]).mean()
+    torch.testing.assert_close(build('my_foreign:Swapped')(enhanced, clean), wanted)     # by name, not by place
+    twice = build(dict(name='my_foreign:plain', power=2., reduction='sum'))       # a function will do
+    torch.testing.assert_close(twice(enhanced, clean), (enhanced - clean).square().mean(-1).sum())
+    with pytest.raises(SpeechLossError, match='give my_foreign:plain, and start'): build('my_foreign.py:plain')
+    sys.modules.pop('my_foreign')

@@ -111,7 +111,7 @@ def test_command_on_a_loss_of_five_lines(tmp_path, monkeypatch):
     assert done.exit_code == 0, done.output
     table = json.loads(done.stdout[done.stdout.index('['):])
     assert {row['loss'] for row in table} == {*experiment.REFERENCES, 'five_lines:Loudness'}
-    assert 'minutes of one core' in done.stderr and (tmp_path / 'trials/table.csv').is_file()
+    assert 'a minute of one core' in done.stderr and (tmp_path / 'trials/table.csv').is_file()
 
 
 def test_clips_begin_with_the_fewer():

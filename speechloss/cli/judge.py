@@ -63,8 +63,9 @@ def judge(
     wanted = _named(losses, every, net)
     judged, errors = _new_judged(), {}
     if 'contract' in asked: _ask_contract(judged, wanted, net, errors)
-    if 'masks' in asked: _ask_masks(judged, wanted, net, there, errors)
-    if 'listeners' in asked and listeners: _ask_listeners(judged, wanted, net, listeners, out, errors)
+    wanted = [one for one in wanted if one.name not in errors]      # what cannot be built is asked no further
+    if 'masks' in asked and wanted: _ask_masks(judged, wanted, net, there, errors)
+    if 'listeners' in asked and listeners and wanted: _ask_listeners(judged, wanted, net, listeners, out, errors)
     if 'bench' in asked and train: _ask_bench(judged, wanted, there, scale, seeds, workers, errors)
     _print(judged, as_json)
     _write(judged, wanted, out, add_to, quiet)
@@ -171,10 +172,15 @@ def _estimate(wanted: list, clips: list[dict], net, check: bool) -> str:
     for one in wanted:
         with suppress(Exception):     # it will be a row that says why
             each[one.name] = steps * step_seconds(one, clips, net)
-    if not each: return f'{len(wanted)} losses on {len(clips)} clips'
+    what = f'{len(wanted)} loss{"es" * (len(wanted) > 1)} on {len(clips)} clips'
+    if not each: return what
     dearest = max(each, key=lambda name: each[name])
-    return (f'{len(wanted)} losses on {len(clips)} clips take about {sum(each.values()) / 60:.0f} minutes of one core, '
-            f'{dearest} the most ({each[dearest] / 60:.0f}), and the judges about {len(wanted) * len(clips) / 60:.0f}')
+    most = f', {dearest} the most ({_minutes(each[dearest])})' if len(each) > 1 else ''
+    return (f'{what}: masks take about {_minutes(sum(each.values()))} of one core{most}, and judges about '
+            f'{_minutes((len(wanted) + 4) * len(clips))}')     # of the losses, and of four waves beside them
+
+
+def _minutes(seconds: float) -> str: return f'{seconds / 60:.0f} minutes' if seconds > 90 else 'a minute'
 
 # %% ../../nbs/cli/judge.ipynb #bfa5a2eb
 _BESIDE = ('pesq', 'llr')     # metrics that stand beside a loss, where people are asked

@@ -57,6 +57,8 @@ def find_class(
     if not is_class_path(path):
         raise SpeechLossError(f'{what} is {path!r}: give module:Class, such as mypkg.losses:MyLoss')
     module, _, name = path.partition(':')
+    if module.endswith('.py'):
+        raise SpeechLossError(f'{what} {path!r} names a file: give {module[:-3]}:{name}, and start in its folder')
     found: object = _import(module, f'{what} {path!r}')
     for part in name.split('.'):
         if not hasattr(found, part):
@@ -64,7 +66,7 @@ def find_class(
             choose(f'{what} of {module},', part, there)
         found = getattr(found, part)
     if not callable(found):
-        raise SpeechLossError(f'{what} {path!r} is a {type(found).__name__}: name a class')
+        raise SpeechLossError(f'{what} {path!r} is of type {type(found).__name__}: name a class')
     return found
 
 # %% ../../nbs/common/class_paths.ipynb #528f380a

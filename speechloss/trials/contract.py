@@ -52,13 +52,19 @@ def _gradient_is_near(found: Tensor, wanted: Tensor) -> bool:
     return bool((found - wanted).double().norm() <= _GRAD_ERROR * wanted.double().norm() + 1e-12)
 
 
+def _short(values: Tensor) -> str: return ', '.join(f'{value:.4g}' for value in values.tolist())
+
+
 def _least_at_clean(loss: Loss) -> str | None:
     enhanced, clean, noisy = _voices()
     best = _ask(loss, clean, clean, noisy)[0]
+    others = [_ask(loss, wave, clean, noisy)[0] for wave in (enhanced, noisy)]
+    if (others[0] < best).all() and (others[1] < others[0]).all():
+        return 'it falls from the clean wave to the noisy one: if more is better, turn its sign'
     for name, wave in dict(enhanced=enhanced, silence=torch.zeros_like(clean)).items():
         value = _ask(loss, wave, clean, noisy)[0]
         if not (value > best).all():
-            return f'the clean wave has {best.tolist()}, and {name} in its place {value.tolist()}: that is not more'
+            return f'the clean wave has {_short(best)}, and {name} in its place {_short(value)}: that is not more'
     return None
 
 

@@ -200,7 +200,8 @@ def run_trials(
                 _score_missing(folder, one.name, key, clips, scorer, waves_of)
                 if check: _check_convergence(folder, one, key, clips, model)
             except (ValueError, TypeError, RuntimeError) as error:
-                for clip in clips: folder.add(key, one.name, clip, error=f'{type(error).__name__}: {error}')
+                text = str(error) if isinstance(error, SpeechLossError) else f'{type(error).__name__}: {error}'
+                for clip in clips: folder.add(key, one.name, clip, error=text)
         if progress: progress('done', len(candidates), len(candidates))
         return [row for name, key in keys.items() for clip in clips if (row := folder.row(key, clip))]
 
@@ -276,10 +277,11 @@ def trial_table(
                      checked=len(changes), seconds=_mean([row['seconds'] for row in own if 'seconds' in row]))
         for judge, better in JUDGES.items():
             values, before = _values(own, judge), _values(base, judge)
-            if not len(values) or np.isnan(values).all(): continue
+            counted = np.isfinite(values - before)     # the same clips for the mean and the gain
+            if not counted.any(): continue
             gap = paired_interval(values, before, cluster=[row['speaker'] for row in own])
             table.append(about | dict(judge=judge, better='higher' if better else 'lower',
-                                      mean=float(np.nanmean(values)), gain=gap.mean, low=gap.low, high=gap.high))
+                                      mean=float(values[counted].mean()), gain=gap.mean, low=gap.low, high=gap.high))
     return table
 
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from ..common.files import write_text
 from ..common.tables import read_table, write_table
 from ..metrics.comparison import Compared, compare_tables
+from ..metrics.stats import MIN_CLUSTERS
 from ..metrics.report import REPORT_STYLE, clip_figure, verdict_table
 from ..signal.audio import SAMPLE_RATE
 from .contract import BROKEN, DECLINED, KEPT
@@ -103,7 +104,7 @@ def _contract(judged: Judged) -> str:
         odd = [row for row in rows if row['kept'] != KEPT]
         parts.append(f'<h3>{html.escape(name)}<small>{kept} of {len(rows)} promises kept</small></h3>'
                      + _table(odd, _WORDS))
-    every = ', '.join(row['promise'] for row in max(judged.contracts.values(), key=len))
+    every = '; '.join(row['promise'] for row in max(judged.contracts.values(), key=len))
     return (f'<section><h2>What it promises</h2><p>Asked on voices of half a second: {html.escape(every)}. A '
             '<b class="worse">broken</b> promise can end a training in NaN, or let what is beside an utterance into '
             'its value. <b class="undecided">Declined</b> is for losses that have a reason, such as one without a '
@@ -134,9 +135,10 @@ def _trials(judged: Judged) -> str:
     said = [f'{html.escape(name)}: twice the steps change the fall of the loss by less than 1 % at '
             f'{row["converged"]:.0%} of {row["checked"]} clips.' for name, row in summed.items()
             if row.get('converged') is not None]
+    over = 'speakers' if compared.comparisons[0].interval.clustered_by == 'cluster' else 'clips, since speakers are few'
     return (f'<section><h2>What it wants</h2><p>A mask of 64 bands a frame is optimised against the loss on '
             f'{len(compared.matched["noisy"])} noisy clips, each by itself, with nothing to learn and no seed. These '
-            'are differences from the noisy clips, with 95 % intervals over speakers; <i>ideal_ratio</i> and '
+            f'are differences from the noisy clips, with 95 % intervals over {over}; <i>ideal_ratio</i> and '
             '<i>phase_sensitive</i> are oracle masks.</p>'
             f'{"".join(f"<p>{line}</p>" for line in said)}{verdict_table(compared)}</section>')
 
@@ -179,13 +181,15 @@ def _training(judged: Judged) -> str:
             why += '<p>There is no arm with random weights: this loss has no <code>random_seed</code>.</p>'
         means = [{k: v for k, v in row.items() if k != 'seeds'} for row in bench['means']]
         if (counts := bench.get('counts')):
+            few = '' if counts['noises'] >= MIN_CLUSTERS else ': too few to be a random factor, so it holds for these'
             why += (f'<p>Tested on {counts["clips"]} clips of {counts["speakers"]} speakers with {counts["noises"]} '
-                    'noise recordings. Noises are no random factor here: what is said holds for these.</p>')
+                    f'noise recordings{few}.</p>')
         sound = f'<h3>One test clip, seed 0</h3>{_players(bench["heard"])}' if bench.get('heard') else ''
         parts.append(f'<section><h2>Trained with {html.escape(loss)}</h2><p>Scale {bench["scale"]}, {bench["seeds"]} '
                      'seeds, each arm from the same shared enhancer. The rules were written before the training; '
-                     'speakers and seeds are random factors, the two primary claims are corrected for each other, '
-                     'others carry q-values. <i>Inadequate</i>: the training failed a gate, so it could not ask.</p>'
+                     'speakers, seeds and noises are random factors, the two primary claims are corrected for each '
+                     'other, others carry q-values. <i>Inadequate</i>: the training failed a gate, so it could not '
+                     'ask.</p>'
                      f'{why}{_table(claims, _VERDICTS)}<h3>Means over clips and seeds</h3>{_table(means)}'
                      f'{sound}</section>')
     return ''.join(parts)
