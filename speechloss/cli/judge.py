@@ -254,7 +254,7 @@ def _print_table(table: list[dict], as_json: bool) -> None:
 
 def _print_listeners(table: list[dict], as_json: bool) -> None:
     short = [{k: f'{v:.3g}' if isinstance(v, float) else v for k, v in row.items()} for row in table]
-    show(table if as_json else short, tuple(table[0]), as_json)
+    show(table if as_json else short, tuple(name for name in table[0] if as_json or name != 'sentences'), as_json)
 
 
 def _only_listeners(folder: Path, model: Path | None, out: Path, as_json: bool) -> None:

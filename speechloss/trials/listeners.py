@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from ..common.errors import SpeechLossError
 from ..metrics.cards import METRICS, score_one
+from ..metrics.stats import Interval, bootstrap, paired_interval
 from ..signal.audio import SAMPLE_RATE, load, resample
 from .candidates import CANDIDATES, Candidate, candidate_of
 from .optimise import loss_values
@@ -91,24 +92,26 @@ def agreement(
     ratings: np.ndarray,   # (sentences, codecs)
     values: np.ndarray,    # the same, more is better
     *,
-    draws: int = 1000,     # of sentences
-    level: float = .95,    # share of the draws inside an interval
+    draws: int = 1000,     # of sentences, for the correlation by codec
+    level: float = .95,    # confidence of the intervals
 ) -> dict[str, float]:     # by stimulus, within sentences and by codec, each with _low and _high
-    """Return the rank correlations of values with ratings, and percentile intervals over drawn sentences.
+    """Return the rank correlations of values with ratings, and their intervals over sentences.
 
     >>> ratings = torch.arange(12.).reshape(4, 3).numpy()
     >>> round(agreement(ratings, 2 * ratings)['by_stimulus'], 3)
     1.0
     """
-    names, rng = ('by_stimulus', 'within_sentence', 'by_codec'), np.random.default_rng(0)
-    found = dict(zip(names, _correlations(ratings, values)))
-    draw = rng.integers(len(ratings), size=(draws, len(ratings)))
-    within = np.array([spearman(r, v) for r, v in zip(ratings, values)])     # of a sentence, however often it is drawn
-    drawn = np.array([(spearman(ratings[rows].ravel(), values[rows].ravel()), np.nanmean(within[rows]),
-                       spearman(ratings[rows].mean(0), values[rows].mean(0))) for rows in draw])
-    low, high = np.nanquantile(drawn, [(1 - level) / 2, (1 + level) / 2], axis=0)
-    for k, name in enumerate(names): found |= {f'{name}_low': float(low[k]), f'{name}_high': float(high[k])}
-    return found
+    count, rng = len(ratings), np.random.default_rng(0)
+    found = dict(zip(('by_stimulus', 'within_sentence', 'by_codec'), _correlations(ratings, values)))
+    by_stimulus = bootstrap(lambda k: spearman(ratings[k].ravel(), values[k].ravel()), count, level=level)
+    each = np.array([spearman(r, v) for r, v in zip(ratings, values)])
+    within = paired_interval(each, 0., level=level) if np.isfinite(each).any() else Interval(np.nan, -1., 1., 0, 0)
+    drawn = [spearman(ratings[k].mean(0), values[k].mean(0)) for k in rng.integers(count, size=(draws, count))]
+    low, high = np.nanquantile(drawn, [(1 - level) / 2, (1 + level) / 2])
+    ends = dict(by_stimulus=(by_stimulus.low, by_stimulus.high), within_sentence=(within.low, within.high),
+                by_codec=(float(low), float(high)))
+    return found | {f'{name}_{end}': float(np.clip(value, -1, 1)) for name, two in ends.items()
+                    for end, value in zip(('low', 'high'), two)}
 
 # %% ../../nbs/trials/listeners.ipynb #b7052894
 def loss_scores(
@@ -150,7 +153,7 @@ def compare_with_listeners(
     model: nn.Module | None = None,           # an enhancer, for losses that look through one
     metrics: Sequence[str] | None = None,     # beside the losses; None: all where no losses are given, else none
     progress: Callable[[str, int, int | None], None] | None = None,   # called with (name, done, total)
-) -> list[dict]:                              # a row for each: correlations with intervals, the best first
+) -> list[dict]:         # a row for each: correlations, intervals, `sentences` (of each sentence); the best first
     "Return how well losses and metrics rank stimuli as people do; what cannot be had here is left out"
     stimuli = rated_stimuli(folder)
     ratings = _grid(stimuli, [s.rating for s in stimuli])
@@ -168,6 +171,7 @@ def compare_with_listeners(
         except SpeechLossError:
             if losses is not None and name not in metrics: raise
             continue
-        kind = 'metric' if name in metrics else 'loss'
-        rows.append(dict(name=name, kind=kind, **agreement(ratings, _grid(stimuli, found))))
+        kind, grid = 'metric' if name in metrics else 'loss', _grid(stimuli, found)
+        each = ' '.join(f'{spearman(r, v):.3f}' for r, v in zip(ratings, grid))
+        rows.append(dict(name=name, kind=kind, **agreement(ratings, grid), sentences=each))
     return sorted(rows, key=lambda row: -row['by_stimulus'])
