@@ -13,6 +13,18 @@ from speechloss.metrics.stats import MIN_CLUSTERS
 from speechloss.metrics.student_t import t_quantile, t_tail
 
 
+@pytest.mark.parametrize('bad', [np.nan, np.inf, -np.inf])
+def test_a_value_that_is_no_number_is_no_difference_of_zero(bad):
+    """Infinity less a number, held against infinity, once was taken for a difference that rounding made."""
+    a, b = np.arange(9.) ** 2, np.arange(9.)
+    want = paired_interval(a[1:], b[1:])
+    for side in (a, b):
+        whole, side[0] = side[0], bad
+        found = paired_interval(a, b)
+        assert (found.mean, found.low, found.n, found.dropped) == (want.mean, want.low, 8, 1)
+        side[0] = whole
+
+
 def test_t_is_that_of_scipy():
     t = pytest.importorskip('scipy.stats').t
     for df in (1, 2, 3.7, 9, 60):

@@ -246,17 +246,17 @@ def paired_interval(
     """Return the mean paired difference and its interval, with speakers, training seeds and noises as random factors.
 
     Noises count where there are three or more, and some are in several files. As many seeds in `a` as in `b` are paired
-    in their order, unless `same_seeds` is False. A file with NaN in any seed of `a` or `b` is dropped from both. The
-    interval of a single file is infinite. `SpeechLossError` on unequal shapes, or no file left.
+    in their order, unless `same_seeds` is False. A file with NaN or infinity in any seed of `a` or `b` is dropped from
+    both. The interval of a single file is infinite. `SpeechLossError` on unequal shapes, or no file left.
 
     >>> print(paired_interval([2.1, 2.4, 1.9, 2.6], [2.0, 2.2, 1.9, 2.3]))
     +0.15 [-0.0554, +0.355] (n=4, by file)
     """
     if not 0 < level < 1: raise SpeechLossError(f'level is {level}: give a level between 0 and 1')
     a, b, names = _check_pairs(a, b, cluster)
-    kept = ~(np.isnan(a).any(0) | np.isnan(b).any(0))
+    kept = np.isfinite(a).all(0) & np.isfinite(b).all(0)
     a, b, dropped = a[:, kept], b[:, kept], int((~kept).sum())
-    if not a.shape[1]: raise SpeechLossError(f'all {dropped} pairs hold a NaN: there is nothing to compare')
+    if not a.shape[1]: raise SpeechLossError(f'all {dropped} pairs hold a NaN or infinity: there is nothing to compare')
     unit, speakers, by_speaker = _units(names[kept])
     paired = same_seeds and len(a) == len(b) or min(len(a), len(b)) == 1
     gap = _gap(a, b) if paired else _gap(a.mean(0, keepdims=True), b.mean(0, keepdims=True))
@@ -442,4 +442,4 @@ def _seed_means(a, b) -> tuple[float, ...]:
     if len(counts - {1}) > 1 or not counts:
         return ()
     gap = np.asarray(a, float) - np.asarray(b, float)      # (seeds, clips)
-    return tuple(gap[:, ~np.isnan(gap).any(0)].mean(1).tolist())
+    return tuple(gap[:, np.isfinite(gap).all(0)].mean(1).tolist())
