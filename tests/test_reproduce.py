@@ -208,6 +208,17 @@ def test_a_mended_notebook_goes_on_in_its_folder(tmp_path):
     assert not (folder / 'notebook.partial.ipynb').exists() and load_results(folder)['claims'] == []
 
 
+def test_a_run_talks_through_files_and_says_nothing_stray(tmp_path):
+    """Over TCP anyone on the machine could listen, and ipykernel would say so in the first line of every run."""
+    notebook = write(tmp_path / 'toy.ipynb', 'from ipykernel.kernelapp import IPKernelApp\n'
+                     "assert IPKernelApp.instance().transport == 'ipc'", 'run.finish()')
+    (here := tmp_path / 'here').mkdir()      # and the folder for temporary files has a name too long for a socket
+    done = subprocess.run([sys.executable, '-c', DRIVER, str(tmp_path / 'runs'), str(notebook)], cwd=here, text=True,
+                          env=os.environ | dict(TMPDIR=str(here) + '/' * 60), capture_output=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, '', ''), done.stderr
+    assert not list(here.iterdir())
+
+
 def test_a_full_disk_is_one_sentence(tmp_path):
     notebook = write(tmp_path / 'toy.ipynb', "print('x' * 300_000)", 'run.finish()')
     limit = 100_000  # bytes a file, for this process and its kernel

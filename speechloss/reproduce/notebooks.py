@@ -50,7 +50,7 @@ KERNEL = 'speechloss-reproduce'
 @contextlib.contextmanager
 def kernel(report: Path) -> Iterator[str]:
     "A Jupyter kernel of this very interpreter, by name; `report` is where it tells its progress."
-    with tempfile.TemporaryDirectory(prefix='speechloss-') as home:
+    with tempfile.TemporaryDirectory(prefix='speechloss-', dir=_short_folder()) as home:
         spec = Path(home) / 'kernels' / KERNEL
         runtime = Path(home) / 'runtime'
         for folder in (spec, runtime): folder.mkdir(parents=True)
@@ -62,6 +62,11 @@ def kernel(report: Path) -> Iterator[str]:
                      IPYTHONDIR=f'{home}/ipython', PYDEVD_DISABLE_FILE_VALIDATION='1',
                      **{PROGRESS: str(report.resolve())}):
             yield KERNEL
+
+
+def _short_folder() -> str | None:
+    "Return a folder for temporary files whose name leaves room for that of a socket; None: the usual one"
+    return next((p for p in (tempfile.gettempdir(), '/tmp') if len(p) <= 50 and os.access(p, os.W_OK)), None)
 
 
 def _kernel_options() -> dict:
