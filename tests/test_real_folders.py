@@ -133,7 +133,8 @@ def test_killed_twice_and_resumed_it_is_the_undisturbed_table(forty):
     rows = {Path(row['file']).stem: row for row in read_table(forty/'calm.csv')}
     assert code == 1 and len(rows) == 41 and '4 of 41 files have an error' in err
     crashed = rows['20_enh']
-    assert crashed['error'].startswith('pesq: the process') and not crashed['pesq'] and float(crashed['si_sdr']) > 15
+    assert crashed['error'].startswith('pesq: pesq ended the process') and not crashed['pesq']
+    assert float(crashed['si_sdr']) > 15
     for name in ('17_enh', 's9'): assert 'which is not there: mount or fetch it' in rows[name]['error']
     out, part = forty/'s.csv', forty/'s.csv.part'
     command = [sys.executable, '-m', 'speechloss', 'score', str(forty/'enh'), *options, '--out', str(out), '--resume']
@@ -205,8 +206,8 @@ def test_odd_lists_and_patterns(tmp_path):
     (tmp_path/'long.csv').write_text(f'file\ng/a.wav\n{"x" * 300}.wav\n')
     good, bad = score_files(jobs_of([tmp_path/'long.csv']), out=tmp_path/'l.csv', workers=1)
     assert good['error'] is None and bad['error']
-    (tmp_path/'semicolon.csv').write_text('file;clean\ng/a.wav;g/b.wav\n')
-    with pytest.raises(SpeechLossError, match='its columns are file;clean'): jobs_of([tmp_path/'semicolon.csv'])
+    (tmp_path/'bars.csv').write_text('file|clean\ng/a.wav|g/b.wav\n')
+    with pytest.raises(SpeechLossError, match=r'its columns are file\|clean'): jobs_of([tmp_path/'bars.csv'])
     assert run('score', tmp_path/'g/*', '--out', tmp_path/'g/s.csv', '-q')[0] == 0
     assert run('score', tmp_path/'g/*', '--out', tmp_path/'g/s.csv', '-q', '--resume')[0] == 0
     assert len(read_table(tmp_path/'g/s.csv')) == 2

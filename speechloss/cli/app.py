@@ -7,6 +7,7 @@ __all__ = ['app', 'reproduce', 'enhance', 'cards_in_code', 'write_cards', 'losse
 
 # %% ../../nbs/cli/app.ipynb #86883634
 import json
+import os
 import shutil
 import sys
 from dataclasses import replace
@@ -107,6 +108,7 @@ def enhance(
     device = torch_device(device)
     from speechloss.common.progress import bar, forecast
     from speechloss.models.blockwise import enhance_file
+    from speechloss.metrics.jobs import path_text
     from speechloss.models.catalogue import load_enhancer
     net, failed = load_enhancer(model).to(device).eval(), 0
     with bar('enhance', hide=quiet) as draw:
@@ -117,7 +119,7 @@ def enhance(
                 continue
             try:
                 enhance_file(net, noisy, enhanced)
-                print(enhanced)
+                print(path_text(enhanced))
             except Exception as error:
                 if len(jobs) == 1 or (said := exit_message(error)) is None:
                     raise
@@ -151,15 +153,20 @@ def _enhance_jobs(
     from speechloss.signal.audio import scan
     from speechloss.signal.opening import container_of
     if source.is_dir():
-        if target.resolve() == source.resolve():
+        if os.path.realpath(target) == os.path.realpath(source):
             raise SpeechLossError(f'{target} is the source too: choose another folder')
-        found = [path for path in scan(source, unread=True) if target.resolve() not in path.resolve().parents]
+        if taken := next((p for p in (target, *target.parents) if p.exists() and not p.is_dir()), None):
+            raise SpeechLossError(f'{taken} is a file, and a folder of files needs a folder: choose another')
+        inside = os.path.join(os.path.realpath(target), '')
+        found = [path for path in scan(source, unread=True) if not os.path.realpath(path).startswith(inside)]
+        if not found: raise SpeechLossError(f'{source} holds nothing but {target}: name the folder of noisy files')
+        target.mkdir(parents=True, exist_ok=True)          # what is wrong with it shows now
         return _beside_each_other([(path, target / path.relative_to(source)) for path in found])
     if not source.exists():
         raise SpeechLossError(f'{source} does not exist: name an audio file or a folder')
     if target.is_dir():
         target = target / source.name
-    if target.resolve() == source.resolve():
+    if os.path.realpath(target) == os.path.realpath(source):
         raise SpeechLossError(f'{target} is the source too: choose another name')
     container_of(target)
     return [(source, target)]

@@ -6,6 +6,7 @@
 __all__ = ['compare']
 
 # %% ../../nbs/cli/compare.ipynb #5711ffc6
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -44,6 +45,9 @@ def compare(
     if page and page.suffix.lower() not in ('.html', '.htm'):
         raise SpeechLossError(f'report {page} ends in {page.suffix or "nothing"!r}: end its name in .html')
     register_judges()
+    for written in filter(None, (out, page, plot)):
+        if os.path.realpath(written) in map(os.path.realpath, (reference, *systems)):
+            raise SpeechLossError(f'{written} is one of the tables: choose another name for what is written')
     paths = named_tables([reference, *systems])
     compared = compare_tables({name: read_table(path) for name, path in paths.items()},
                               [n for n in map(str.strip, (metrics or '').split(',')) if n] or None,

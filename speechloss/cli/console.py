@@ -8,6 +8,7 @@ __all__ = ['Json', 'Quiet', 'exit_message', 'complain', 'Commands', 'show', 'tor
 # %% ../../nbs/cli/console.ipynb #1e1ad25b
 import errno
 import json
+import math
 import sys
 from collections.abc import Iterable
 from typing import Annotated
@@ -19,7 +20,7 @@ from ..common.errors import choose
 
 # %% ../../nbs/cli/console.ipynb #f948750c
 _FILE_SYSTEM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM,
-               errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG)
+               errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.ENOENT)
 
 
 def exit_message(error: BaseException) -> tuple[str, int] | None:
@@ -30,7 +31,8 @@ def exit_message(error: BaseException) -> tuple[str, int] | None:
     if isinstance(error, NotebookError):
         return str(error), 1
     if isinstance(error, OSError) and error.errno in _FILE_SYSTEM:
-        return (f'{error.filename or "the output"} cannot be written ({error.strerror}): '
+        return (f'{error.filename or "the output"} cannot be {"found" if error.errno == errno.ENOENT else "written"} '
+                f'({error.strerror}): '
                 'choose another place or make room'), 2
     if isinstance(error, ModuleNotFoundError) and not (error.name or '').startswith('speechloss'):
         from speechloss.common.libraries import extra
@@ -65,6 +67,11 @@ Json = Annotated[bool, typer.Option('--json', help='JSON instead of a table.')]
 Quiet = Annotated[bool, typer.Option('--quiet', '-q', help='No progress.')]
 
 
+def _for_json(value):
+    "Return a cell as JSON has it: there is no NaN and no infinity in it"
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def show(
     rows: Iterable[dict],       # all with the keys `columns`
     columns: tuple[str, ...],
@@ -73,7 +80,8 @@ def show(
     "Print rows on stdout: JSON, a table in a terminal, tab separated in a pipe"
     rows = list(rows)
     if as_json:
-        print(json.dumps(rows, indent=1, ensure_ascii=False))
+        plain = [{name: _for_json(value) for name, value in row.items()} for row in rows]
+        print(json.dumps(plain, indent=1, ensure_ascii=False))
     elif sys.stdout.isatty():
         from rich.console import Console
         from rich.table import Table

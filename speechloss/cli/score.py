@@ -6,6 +6,7 @@
 __all__ = ['score']
 
 # %% ../../nbs/cli/score.ipynb #05a3ee66
+import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated
@@ -49,6 +50,7 @@ def score(
     that most files carry (p232_001_enhanced.wav), or what --match finds. Of two rates the higher is resampled, of two
     lengths the longer is cut within --tolerance, and a delay is estimated: columns say so.
     """
+    from speechloss.common.errors import SpeechLossError
     from speechloss.common.progress import bar, forecast
     from speechloss.judges.scores import register_judges
     from speechloss.metrics.alignment import PairRules
@@ -59,6 +61,8 @@ def score(
     register_judges()
     jobs, rules = jobs_of(sources, ref, match=match, speaker=speaker), None if strict else PairRules(tolerance, align)
     names = _names(metrics) or _usual_metrics(jobs)
+    if out and os.path.realpath(out) in map(os.path.realpath, sources):
+        raise SpeechLossError(f'{out} is what is to be scored: choose another name for the table')
     if check: return _check(jobs, ref, rules, names, workers, out, overwrite, as_json, quiet)
     drawn = _names(columns) or [metric_cards(names)[0].columns[0]]
     if plot: check_plot(plot, drawn, names)

@@ -66,20 +66,42 @@ def write_table(
     return path
 
 
+def _of_csv(text: str) -> list[dict]:
+    "Return the rows of a CSV; spreadsheets of half the world write semicolons, and some tabs"
+    header = text.partition('\n')[0]
+    sign = ',' if ',' in header else max(',;\t', key=header.count)
+    table = csv.DictReader(io.StringIO(text, newline=''), delimiter=sign)
+    names = [name.strip() for name in table.fieldnames or []]
+    if twice := next((name for name in names if name and names.count(name) > 1), None):
+        raise ValueError(f'its column {twice} stands there twice')
+    return [row for row in table if any(row.values())]      # spreadsheets leave rows of nothing but commas
+
+
+def _text_of(path: Path) -> str:
+    "Return the text of a file in UTF-8, or in the UTF-16 of a spreadsheet, which a mark in front tells"
+    data = path.read_bytes()
+    return data.decode('utf-16' if data[:2] in (b'\xff\xfe', b'\xfe\xff') else 'utf-8-sig')
+
+
 def read_table(path) -> list[dict]:
-    "Return rows; of CSV every value is text. `SpeechLossError` when it is missing, damaged or of another kind"
+    """Return rows; of CSV, with commas, semicolons or tabs, every value is text.
+
+    `SpeechLossError` when it is missing, damaged or of another kind.
+    """
     path = Path(path)
     kind = _format(path, 'table')
     if not path.is_file(): raise SpeechLossError(f'table {path} does not exist: name a {", ".join(FORMATS)} file')
     try:
         if kind == '.parquet': return optional('pyarrow.parquet', 'Parquet', 'metrics').read_table(path).to_pylist()
-        text = path.read_text(encoding='utf-8-sig')      # spreadsheets put a mark in front
-        rows = list(csv.DictReader(io.StringIO(text, newline=''))) if kind == '.csv' else \
+        text = _text_of(path)
+        rows = _of_csv(text) if kind == '.csv' else \
             [json.loads(line) for line in text.split('\n') if line.strip()]
         for k, row in enumerate(rows, 1):
             if not isinstance(row, dict): raise ValueError(f'row {k} is no object')
             if None in row: raise ValueError(f'row {k} has more fields than the header')
     except SpeechLossError: raise
+    except UnicodeDecodeError as error:
+        raise SpeechLossError(f'table {path} is no text in UTF-8 (byte {error.start}): save it as UTF-8') from None
     except Exception as error:
         raise SpeechLossError(f'table {path} cannot be read ({type(error).__name__}: {str(error)[:80]}): '
                               'mend it') from None

@@ -17,7 +17,7 @@ import numpy as np
 
 from ..common.errors import SpeechLossError
 from .cards import COLUMNS
-from .partners import found_by, pairs_but_for_a_word
+from .partners import found_by, pairs_but_for_a_word, same_letters
 from .stats import Interval, paired_interval, seed_of, share_seeds
 from .verdicts import SMALLEST_EFFECTS, difference_verdict
 
@@ -30,7 +30,8 @@ def _below(names: list[str]) -> list[str]:
     folders = [str(PurePosixPath(name).parent) for name in names]
     try: base = os.path.commonpath(folders)
     except ValueError: base = ''         # absolute and relative ones
-    return [PurePosixPath(os.path.relpath(name, base or '.')).with_suffix('').as_posix() for name in names]
+    return [same_letters(PurePosixPath(os.path.relpath(name, base or '.')).with_suffix('').as_posix())
+            for name in names]
 
 
 def _keys(rows: Rows, column: str) -> list[str]:
@@ -178,7 +179,7 @@ def _number(row: dict, column: str, table: str) -> float:
     if value in (None, ''): return np.nan
     try: return float(value)
     except (TypeError, ValueError):
-        raise SpeechLossError(f'{column} of {table} is {value!r} in a row: give numbers') from None
+        raise SpeechLossError(f'{column} of {table} is {value!r} in a row: give numbers, with a point') from None
 
 
 def _array(rows: Mapping[str, Rows], column: str, table: str) -> np.ndarray:   # (seeds, files)
@@ -246,8 +247,13 @@ def compare_tables(
     for column in shared:
         alike, said = _of_one_kind(matched, column)
         remarks += said
-        found += [_compared(matched, reference, name, column, speakers, alike) for name in systems]
-    return Compared(reference, tuple(systems), matched, tuple(c for c in found if c), tuple(remarks))
+        for name in systems:
+            one = _compared(matched, reference, name, column, speakers, alike)
+            if empty := int(alike.sum()) - (one.interval.n if one else 0):
+                remarks.append(f'{column}: {empty} of {count} files have no number in {name} or {reference}, left out')
+            found += [one] if one else []
+    if not found: raise SpeechLossError(f'no file has a score in {reference} and in another table: score them again')
+    return Compared(reference, tuple(systems), matched, tuple(found), tuple(remarks))
 
 
 def _compared(matched, reference: str, system: str, column: str, speakers, alike: np.ndarray) -> Comparison | None:
@@ -274,6 +280,6 @@ def named_tables(
     ['a/scores', 'b/scores']
     """
     for parts in range(1, max((len(path.parts) for path in paths), default=1) + 1):
-        names = ['/'.join(path.with_suffix('').parts[-parts:]) for path in paths]
+        names = ['/'.join((*path.parts[-parts:-1], path.stem)) for path in paths]
         if len(set(names)) == len(names): return dict(zip(names, paths))
     raise SpeechLossError(f'table {paths[0]} is named twice: name each system once')

@@ -140,6 +140,9 @@ _N_MELS, _ORDER = 40, 24
 
 
 def _powers(wave: np.ndarray) -> Iterator[Tensor]:  # (frames, bins), piece by piece
+    if len(wave) <= _N_FFT // 2:
+        raise SpeechLossError(f'a spectrum needs {1000 * (_N_FFT // 2 + 1) // SAMPLE_RATE} ms at {SAMPLE_RATE} Hz, and '
+                              f'this wave has {len(wave)} samples there: score longer clips')
     for samples, frames in wave_pieces(len(wave), _N_FFT, _HOP):
         spec = stft(torch.from_numpy(wave[samples])[None], _N_FFT, _HOP)[0, frames]
         yield spec.real.square() + spec.imag.square()

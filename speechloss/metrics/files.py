@@ -63,14 +63,20 @@ def _fingerprint(job: Job, names: Iterable[str], rules: PairRules | None) -> str
 
     The sizes and times of its files, our version, the weights of VQScore, and the rules for a pair.
     """
-    stats = [path.stat() for path in job.files if os.path.exists(path)]
+    stats = [stat for path in job.files if (stat := _stat_of(path))]
     made: tuple = ([[s.st_size, s.st_mtime_ns] for s in stats], __version__, _weights() if 'vqscore' in names else '',
             rules and asdict(rules), job.why)
     if job.text and any(METRICS[name].by_text for name in names): made += (job.text,)
     return hashlib.sha256(json.dumps(made).encode()).hexdigest()[:12]
 
 
-def _bytes_of(job: Job) -> int: return os.path.getsize(job.enhanced) if os.path.isfile(job.enhanced) else 0
+def _bytes_of(job: Job) -> int: return stat.st_size if (stat := _stat_of(job.enhanced)) else 0
+
+
+def _stat_of(path: Path) -> os.stat_result | None:
+    "Return what the file system knows of a file; None where it is not there, or was deleted just now"
+    try: return path.stat()
+    except (OSError, ValueError): return None
 
 
 @cache
@@ -205,6 +211,7 @@ def score_files(
                    {job.key: _fingerprint(job, names, rules) for job in jobs}, _variants_text(cards))
     if out is None: return table.score({})
     out, part = Path(out), Path(f'{out}.part')
+    if out.is_dir(): raise SpeechLossError(f'{out} is a folder: name a table to write')
     write_table([], out.with_name(f'.{out.name}.probe{out.suffix}')).unlink()      # what is wrong shows now
     if (out.exists() or part.exists()) and not (resume or overwrite):
         raise SpeechLossError(f'{out if out.exists() else part} is there: go on with it (--resume) or begin anew '
@@ -323,6 +330,7 @@ def check_plot(
     if len(columns) not in (1, 2) or set(columns) - set(known):
         raise SpeechLossError(f'columns to be drawn are {", ".join(columns) or "none"}: give one or two of '
                               f'{", ".join(known)}')
+    if path.is_dir(): raise SpeechLossError(f'picture {path} is a folder: choose another name')
     if path.suffix.lower() not in _PICTURES:
         raise SpeechLossError(f'picture {path} ends in {path.suffix or "nothing"!r}: choose one of '
                               f'{", ".join(_PICTURES)}')
@@ -342,6 +350,8 @@ def pair_sentences(
     resampled, cut = [row for row in pairs if row['resampled']], [abs(row['cut_ms']) for row in pairs if row['cut_ms']]
     delays = sorted(row['delay_ms'] for row in pairs if row['delay_ms'])
     said = []
+    if own := sum(row.get('clean') == row.get('file') for row in pairs):
+        said.append(f'{own} {of} are one file twice: a perfect score of nothing, so give another --ref')
     if resampled: said.append(f'{len(resampled)} {of} had two rates: the higher was resampled (column resampled)')
     if cut:
         said.append(f'{len(cut)} {of} had two lengths: the longer was cut, by {max(cut):g} ms at most (column cut_ms)')

@@ -122,16 +122,29 @@ def _matched(pattern: str, path: Path, clean: CleanFiles) -> list[_Named]:
     return jobs
 
 
+def _known_name(column: str) -> str:
+    "Return the name of a column without blanks around it, and in small letters where it is one that counts"
+    return small if (small := column.strip().lower()) in _COUNTING else column.strip()
+
+
+def _path_of(cell) -> Path: return Path(str(cell).replace('\0', '\\0'))     # no name of a file holds a zero
+
+
+_COUNTING = ('enhanced', 'file', 'path', 'clean', 'text', 'speaker')
+
+
 def _listed(path: Path, clean: CleanFiles) -> list[_Named]:
     found = []
     for k, row in enumerate(read_table(path), 1):
-        row = {n.strip() if isinstance(n, str) else n: v.strip() if isinstance(v, str) else v for n, v in row.items()}
+        row = {_known_name(n): v.strip() if isinstance(v, str) else v for n, v in row.items()}
         column = next((n for n in ('enhanced', 'file', 'path') if row.get(n)), None)
+        if column is None and {'enhanced', 'file', 'path'} & row.keys():      # an error of that row alone
+            row, column = row | dict(file=f'{path.name}, row {k}'), 'file'
         if column is None:
             raise SpeechLossError(f'row {k} of {path} names no file, its columns are {", ".join(map(str, row))}: '
                                   'give a column enhanced, file or path')
-        name, other = Path(str(row[column])), row.get('clean')
-        found.append((name, Job(path_text(name), path.parent / name, path.parent / str(other) if other else None,
+        name, other = _path_of(row[column]), row.get('clean')
+        found.append((name, Job(path_text(name), path.parent / name, path.parent / _path_of(other) if other else None,
                                 {n: v for n, v in row.items() if n not in (column, *TABLE_COLUMNS)})))
     if not found: raise SpeechLossError(f'{path} has no rows: name a file a row')
     return _with_partners(found, clean)

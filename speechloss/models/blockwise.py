@@ -6,6 +6,7 @@
 __all__ = ['BLOCK_SECONDS', 'CONTEXT_SECONDS', 'FADE_SECONDS', 'enhance_wave', 'enhance_file']
 
 # %% ../../nbs/models/blockwise.ipynb #c8c13532
+import errno
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from ..common.errors import AudioError, SpeechLossError
 from ..common.files import atomic
 from ..signal.audio import info, load, resample
-from ..signal.opening import coding_for, container_of, write_samples
+from ..signal.opening import coding_for, container_of, name_for_library, write_samples
 
 BLOCK_SECONDS = 20.    # length of a block without its context
 CONTEXT_SECONDS = 2.   # enhanced and dropped before and after it
@@ -138,13 +139,19 @@ def enhance_file(
                 write_samples(file, piece.T.numpy())
     except (soundfile.SoundFileError, ValueError, OSError) as error:
         if isinstance(error, SpeechLossError): raise
-        cure = 'free some space, or choose another place' if isinstance(error, OSError) else 'end its name in .wav'
-        raise AudioError(f'{target} cannot be written ({error}): {cure}') from None
+        raise AudioError(f'{target} cannot be written ({getattr(error, "strerror", None) or error}): '
+                         f'{_cure(error)}') from None
     finally:
         model.train(training)
     return target
 
 
+def _cure(error: Exception) -> str:
+    if not isinstance(error, OSError): return 'end its name in .wav'
+    full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    return 'free some space, or choose another place' if full else 'choose another place'
+
+
 def _writer(part: Path, header, target: Path) -> soundfile.SoundFile:
-    return soundfile.SoundFile(str(part), 'w', header.sample_rate, header.channels,
+    return soundfile.SoundFile(name_for_library(part), 'w', header.sample_rate, header.channels,
                                coding_for(target, header.subtype), format=container_of(target)[0])

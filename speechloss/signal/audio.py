@@ -21,7 +21,8 @@ from ..common.errors import AudioError
 from ..common.files import atomic, is_broken_link, walk_files
 from ..common.libraries import extra
 from .opening import SUFFIXES, UNREAD_SUFFIXES, container_of
-from .opening import go_to, known_frames, open_audio, read_samples, true_frames, write_samples
+from .opening import (
+    go_to, known_frames, name_for_library, open_audio, read_samples, true_frames, write_samples)
 
 SAMPLE_RATE = 16_000  # Hz, the rate of the corpora and of the models
 
@@ -118,7 +119,8 @@ def save(
     try:
         with atomic(path) as part:
             channels, coding = 1 if x.ndim == 1 else len(x), subtype or coding
-            with soundfile.SoundFile(str(part), 'w', int(sample_rate), channels, coding, format=name) as file:
+            place = name_for_library(part)
+            with soundfile.SoundFile(place, 'w', int(sample_rate), channels, coding, format=name) as file:
                 write_samples(file, x.numpy().T)
     except (soundfile.SoundFileError, ValueError, TypeError, OSError) as e:
         reason = str(e).split(': ')[-1].strip().rstrip('.') or type(e).__name__
