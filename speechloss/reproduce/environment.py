@@ -51,12 +51,12 @@ def version(package: str) -> str | None:
 
 
 def code_commit() -> str | None:
-    "Return the commit of the clone that this package runs from, None where it is installed otherwise"
+    "Return the commit of the clone that this package runs from, with '-dirty' where files differ; else None"
     root = Path(speechloss.__file__).resolve().parents[1]
     if not (root / '.git').exists(): return None
     try:
-        found = subprocess.run(['git', '-C', str(root), 'rev-parse', 'HEAD'], capture_output=True, text=True,
-                               timeout=10)
+        found = subprocess.run(['git', '-C', str(root), 'describe', '--always', '--dirty', '--abbrev=40',
+                                '--exclude=*'], capture_output=True, text=True, timeout=10)
     except (OSError, subprocess.TimeoutExpired):
         return None
     return found.stdout.strip() or None

@@ -245,11 +245,13 @@ def verdict_on(
 
 
 def _corrected(verdicts: list[Verdict]) -> list[Verdict]:
-    "Return the verdicts of a paper, those that were asked corrected for each other"
+    "Return the verdicts of a paper, corrected for all that its scale asks; what turned out inadequate has a p of 1"
     verdicts = list(verdicts)
     for roles, method, said in ((('primary',), holm, 'after Holm'), (('secondary', 'ours'), q_values, 'as a q-value')):
-        asked = [k for k, v in enumerate(verdicts) if v.claim.role in roles and v.corrected is not None]
-        for k, p in zip(asked, method([verdicts[k].p or 0. for k in asked])):
+        family = [k for k, v in enumerate(verdicts) if v.claim.role in roles and not v.verdict.startswith('needs')]
+        judged = {k for k in family if verdicts[k].corrected is not None}
+        for k, p in zip(family, method([(verdicts[k].p or 0.) if k in judged else 1. for k in family])):
+            if k not in judged: continue
             found = verdicts[k] = replace(verdicts[k], corrected=p)
             if p >= _ALPHA and found.verdict != 'undecided':
                 verdicts[k] = replace(found, verdict='undecided', reason=f'p = {found.p:.2g}, {p:.2g} {said}.')
