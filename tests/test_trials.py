@@ -10,6 +10,7 @@ from helpers import waves
 from speechloss.cli.app import app
 from speechloss.common.errors import SpeechLossError
 from speechloss.losses import Loss, build
+from speechloss.metrics import paired_interval
 from speechloss.trials import (
     CANDIDATES, Candidate, Scorer, optimise, phase_sensitive, run_trials, trial_clips, trial_table)
 from speechloss.trials import experiment, listeners
@@ -144,3 +145,18 @@ def test_key_follows_the_enhancer_where_there_is_one():
     one = CANDIDATES['snr']
     through = replace(one, needs_model=True)
     assert one.key('a') == one.key('b') and through.key('a') != through.key('b')
+
+
+def test_table_takes_noises_as_random_and_means_over_clips_that_both_have():
+    rng = np.random.default_rng(0)
+    noisy = [dict(loss='noisy', id=f'c{k}', speaker=f's{k % 12}', noise=f'n{k // 12}', snr=0, pesq=float(rng.normal()))
+             for k in range(36)]
+    own = [row | dict(loss='a', pesq=row['pesq'] + k // 12 + float(rng.normal()) / 9) for k, row in enumerate(noisy)]
+    own[5] = {k: v for k, v in own[5].items() if k != 'pesq'}
+    row = next(row for row in trial_table([*noisy, *own]) if row['loss'] == 'a')
+    kept = [k for k in range(36) if k != 5]
+    a, b = (np.array([rows[k]['pesq'] for k in kept]) for rows in (own, noisy))
+    who, noise = ([noisy[k][name] for k in kept] for name in ('speaker', 'noise'))
+    wanted, alone = paired_interval(a, b, cluster=who, noise=noise), paired_interval(a, b, cluster=who)
+    assert row['mean'] == pytest.approx(a.mean()) and row['gain'] == pytest.approx((a - b).mean())
+    assert row['low'] == pytest.approx(wanted.low) and wanted.high - wanted.low > 2 * (alone.high - alone.low)

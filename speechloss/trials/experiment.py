@@ -49,7 +49,7 @@ def trial_clips(
     split: str = 'test',      # of the manifest
     seconds: float = _SECONDS,   # of each; a shorter utterance is followed by silence
     snr: Sequence[float] = SNRS, # dB, dealt out in turn
-) -> list[dict]:              # id, speaker, snr, noisy and clean (T,)
+) -> list[dict]:              # id, speaker, noise, snr, noisy and clean (T,)
     "Return the clips on which losses are tried, the same for every loss; more of them begin with the fewer"
     grid, size = Mixtures.grid(manifest, split, snr=snr, limit=count), int(seconds * SAMPLE_RATE)
     clips = []
@@ -57,8 +57,8 @@ def trial_clips(
         item = grid[k]
         at = _loudest(item['clean'], size)
         noisy, clean = (F.pad(w, (0, max(0, size - len(w))))[at:at + size] for w in (item['noisy'], item['clean']))
-        clips.append(dict(id=f'{item["id"]}@{item["snr"]:g}', speaker=item['speaker'], snr=item['snr'],
-                          noisy=noisy, clean=clean))
+        clips.append(dict(id=f'{item["id"]}@{item["snr"]:g}', speaker=item['speaker'], noise=item['noise'],
+                          snr=item['snr'], noisy=noisy, clean=clean))
     return clips
 
 # %% ../../nbs/trials/experiment.ipynb #aeca48c1
@@ -82,7 +82,7 @@ class _Folder:
     def row(self, key: str, clip: dict) -> dict: return self.journal.rows.get(f'{key} {clip["id"]}', {})
 
     def add(self, key: str, name: str, clip: dict, **values) -> None:
-        given = {k: clip[k] for k in ('id', 'speaker', 'snr')}
+        given = {k: clip[k] for k in ('id', 'speaker', 'noise', 'snr') if k in clip}
         self.journal.add(f'{key} {clip["id"]}', dict(loss=name, **given) | self.row(key, clip) | values)
 
     def save_gains(self, key: str, clip: dict, gains: Tensor) -> None:
@@ -260,7 +260,7 @@ def _values(rows: Sequence[dict], judge: str) -> np.ndarray:
 def trial_table(
     rows: Sequence[dict],     # of `run_trials`
 ) -> list[dict]:              # a row for each loss and judge
-    """Return means and paired gains over the noisy clips, with 95 % intervals over speakers.
+    """Return means and paired gains over the noisy clips, with 95 % intervals over speakers and noises.
 
     `converged` is the share of the clips that were optimised with twice the steps at which that changed the fall of
     the loss by less than a hundredth.
@@ -272,6 +272,7 @@ def trial_table(
         shared = [clip for clip in found if clip in noisy and not JUDGES.keys().isdisjoint(found[clip])]
         own, base = [found[clip] for clip in shared], [noisy[clip] for clip in shared]
         changes = [row['change'] for row in own if 'change' in row]
+        noises = [str(row['noise']) for row in own] if all(row.get('noise') for row in own) else None
         about = dict(loss=name, clips=len(own), speakers=len({row['speaker'] for row in own}),
                      converged=sum(c < CONVERGED for c in changes) / len(changes) if changes else None,
                      checked=len(changes), seconds=_mean([row['seconds'] for row in own if 'seconds' in row]))
@@ -279,7 +280,7 @@ def trial_table(
             values, before = _values(own, judge), _values(base, judge)
             counted = np.isfinite(values - before)     # the same clips for the mean and the gain
             if not counted.any(): continue
-            gap = paired_interval(values, before, cluster=[row['speaker'] for row in own])
+            gap = paired_interval(values, before, cluster=[row['speaker'] for row in own], noise=noises)
             table.append(about | dict(judge=judge, better='higher' if better else 'lower',
                                       mean=float(values[counted].mean()), gain=gap.mean, low=gap.low, high=gap.high))
     return table

@@ -122,7 +122,7 @@ def _compared(judged: Judged) -> Compared | None:
     "Return the losses and the oracle masks against the noisy clips, clip by clip; None where nothing was tried"
     columns = [j for j in JUDGES if j != 'wer']
     names = ['noisy', *judged.losses, 'ideal_ratio', 'phase_sensitive']
-    tables = {name: [{k: v for k, v in row.items() if k in ('id', 'speaker', *columns)} for row in judged.rows
+    tables = {name: [{k: v for k, v in row.items() if k in ('id', 'speaker', 'noise', *columns)} for row in judged.rows
                      if row['loss'] == name and not set(columns).isdisjoint(row)] for name in names}
     tables = {name: rows for name, rows in tables.items() if rows}
     if 'noisy' not in tables or not set(judged.losses) & tables.keys(): return None
@@ -135,7 +135,9 @@ def _trials(judged: Judged) -> str:
     said = [f'{html.escape(name)}: twice the steps change the fall of the loss by less than 1 % at '
             f'{row["converged"]:.0%} of {row["checked"]} clips.' for name, row in summed.items()
             if row.get('converged') is not None]
-    over = 'speakers' if compared.comparisons[0].interval.clustered_by == 'cluster' else 'clips, since speakers are few'
+    first = compared.comparisons[0].interval
+    over = 'speakers' if first.clustered_by == 'cluster' else 'clips, since speakers are few'
+    over += ' and noises' if first.noises > 1 else ''
     return (f'<section><h2>What it wants</h2><p>A mask of 64 bands a frame is optimised against the loss on '
             f'{len(compared.matched["noisy"])} noisy clips, each by itself, with nothing to learn and no seed. These '
             f'are differences from the noisy clips, with 95 % intervals over {over}; <i>ideal_ratio</i> and '
