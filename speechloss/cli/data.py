@@ -8,6 +8,7 @@ __all__ = ['data', 'data_list', 'data_get', 'data_make', 'data_show', 'data_chec
 # %% ../../nbs/cli/data.ipynb #54add770
 import contextlib
 import json
+import os
 import sys
 from datetime import datetime
 from pathlib import Path
@@ -67,12 +68,15 @@ def data_make(
     quiet: Quiet = False,
 ):
     "Make a corpus of folders of your own, recognised by their layout, with no speaker in two splits."
+    from speechloss.common.errors import SpeechLossError
     from speechloss.common.progress import bar, forecast
     from speechloss.corpora.download import notify
     from speechloss.corpora.folders import (
         make_manifest, missing_parts, name_speakers, refuse_doubtful_speakers, speaker_finder, split_rows)
     manifest, folders = _manifest_and_folders(paths or [], (speech, clean))
+    if manifest.is_dir(): raise SpeechLossError(f'{manifest} is a folder: name a manifest to write')
     if manifest.exists() and not force: _refuse_to_overwrite(manifest)
+    manifest.parent.mkdir(parents=True, exist_ok=True)      # what is wrong with the place shows now
     if split: choose('split', split, ('train', 'valid', 'test'))
     if speaker: speaker_finder(speaker)    # is it one?
     sources = _surveyed(folders, speech, noise, clean, noisy, layout, bool(speaker))
@@ -120,6 +124,9 @@ def _surveyed(folders, speech, noise, clean, noisy, layout, speaker: bool) -> li
     "Return the surveys of all folders that were named"
     from speechloss.common.errors import SpeechLossError
     from speechloss.corpora.folders import survey_all, survey_pairs
+    for one, other in ((speech, noise), (clean, noisy)):
+        if one and other and os.path.realpath(one) == os.path.realpath(other):
+            raise SpeechLossError(f'{one} is given for both sides: name two folders')
     if bool(clean) != bool(noisy): raise SpeechLossError('pairs need both: --clean FOLDER and --noisy FOLDER')
     pairs = [survey_pairs(clean, noisy, layout='pairs' if speaker and layout is None else layout)] if clean else []
     if not (folders or speech or noise): return pairs

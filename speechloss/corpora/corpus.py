@@ -14,7 +14,7 @@ from typing import Callable
 
 from ..common import files
 from ..common.errors import AudioError, CorpusError, choose
-from ..common.files import lock
+from ..common.files import lock, same_letters
 from .desk import desk
 from .download import open_corpus, notify
 from .folders import measure_file
@@ -126,7 +126,7 @@ def _scanned(folder, what: str) -> list[Path]:
 
 def _speaker_by_path(paths: list[Path], folder: Path) -> Callable[[Path], str]:
     "Return who finds the speaker of these files; those that lie in no folder share the name of the whole"
-    names = {p: p.relative_to(folder).as_posix() for p in paths}
+    names = {p: same_letters(p.relative_to(folder).as_posix()) for p in paths}
     speaker, _ = speakers_of(names.values())
     return lambda path: speaker[names[path]] or folder.name
 
@@ -152,7 +152,7 @@ def _read(path: Path, folder: Path, kind: str, licence: str, speaker) -> Recordi
     measured, wave = measure_file(path)
     if not wave.any():
         raise AudioError(f'{path} is silent from end to end: remove it')
-    return Recording(path.relative_to(folder).with_suffix('').as_posix(), str(path.absolute()),
+    return Recording(same_letters(path.relative_to(folder).with_suffix('').as_posix()), str(path.absolute()),
                      kind, 'train', speaker(path) if speaker else '', measured.frames,
                      measured.sample_rate, measured.sha256, licence=licence, source=folder.name)
 

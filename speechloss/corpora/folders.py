@@ -21,7 +21,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from ..common.errors import AudioError, CorpusError, SpeechLossError, choose
-from ..common.files import is_broken_link, sha256, walk_files
+from ..common.files import is_broken_link, same_letters, sha256, walk_files
 from .download import notify
 from .layouts import FileRole, Recognised, doubt_speakers, is_noise, plain, recognise, split_word
 from .manifest import RECORDING_KINDS, SPLITS, Manifest, Recording
@@ -80,7 +80,11 @@ def _audio_below(folder: Path) -> tuple[dict[str, Path], dict[str, str]]:
     "Return the audio below a folder by relative path, and what sounds and cannot be read"
     if not folder.is_dir(): raise CorpusError(f'{folder} is not a folder: give a folder of audio files')
     files = [p for p in walk_files(folder) if not p.name.startswith('.')]
-    found = {p.relative_to(folder).as_posix(): p for p in files if p.suffix.lower() in SUFFIXES}
+    found: dict[str, Path] = {}
+    for path in files:
+        if path.suffix.lower() not in SUFFIXES: continue
+        name = same_letters(own := path.relative_to(folder).as_posix())
+        found[own if name in found else name] = path
     if not found: raise CorpusError(f'{folder} holds no audio: put {", ".join(SUFFIXES[:5])} files in it')
     return found, {p.relative_to(folder).as_posix(): why for p in files if (why := _why_unread(p))}
 

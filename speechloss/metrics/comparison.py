@@ -16,8 +16,9 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 
 from ..common.errors import SpeechLossError
+from ..common.files import same_letters
 from .cards import COLUMNS
-from .partners import found_by, pairs_but_for_a_word, same_letters
+from .partners import found_by, pairs_but_for_a_word
 from .stats import Interval, paired_interval, seed_of, share_seeds
 from .verdicts import SMALLEST_EFFECTS, difference_verdict
 
