@@ -162,6 +162,16 @@ def test_what_is_read_is_not_written_over(tmp_path):
     assert read_table(tmp_path/'b.csv')[0]['file'] == '1.wav'
 
 
+def test_a_table_that_was_written_in_is_scored_anew_there(tmp_path):
+    for k in range(2): put(tmp_path/f'e/{k}.wav', wave(k))
+    out = tmp_path/'s.csv'
+    rows = score_files(jobs_of([tmp_path/'e']), out=out, workers=1)
+    out.write_text(out.read_text().replace(str(rows[0]['vqscore']), 'good'))
+    assert score_files(jobs_of([tmp_path/'e']), out=out, workers=1, resume=True) == rows
+    (tmp_path/'notes.csv').write_text('what I wanted to say')
+    assert 'is not ours' in refused('score', tmp_path/'e', '--out', tmp_path/'notes.csv', '--resume')
+
+
 def test_a_folder_against_itself_is_told():
     rows = [dict(file='e/a.wav', clean='e/a.wav', delay_ms=0., cut_ms=0., resampled=None)]
     assert '1 of 1 pairs are one file twice' in pair_sentences(rows)[0]
@@ -208,3 +218,48 @@ def test_a_place_that_cannot_be_written_is_told_once(tmp_path, model):
         for option, place in (('--html', '/proc/r.html'), ('--out', '/proc/r.csv')):
             code, _, err = run('compare', tmp_path/'2.csv', tmp_path/'3.csv', option, place)
             assert code == 2 and '/proc' in err and 'cannot be found' in err
+
+
+# ---- corpora
+
+APART, JOINED = (unicodedata.normalize(form, 'é') for form in ('NFD', 'NFC'))
+
+
+def test_accents_apart_or_joined_are_one_speaker_and_one_name(tmp_path):
+    from speechloss.corpora import Manifest, from_pairs
+    for k in range(4):
+        put(tmp_path/f'sp/{(APART, JOINED)[k % 2]}/{k}.wav', wave(k, 1.))
+        put(tmp_path/f'no/{k}.wav', wave(k + 20, 1.))
+        put(tmp_path/f'clean/p{k}/{JOINED}.wav', wave(k, 1.))
+        put(tmp_path/f'noisy/p{k}/{APART}.wav', wave(k, 1.) + .1 * wave(k + 9, 1.))
+    for k in range(2): put(tmp_path/f'sp/b{k}/a.wav', wave(k + 40, 1.))
+    code, _, err = run('data', 'make', tmp_path/'m.jsonl', '--speech', tmp_path/'sp', '--noise', tmp_path/'no', '-q')
+    speech = [r for r in Manifest.load(tmp_path/'m.jsonl') if r.kind == 'speech']
+    assert code == 0 and len(speech) == 6 and {r.speaker for r in speech} == {JOINED, 'b0', 'b1'}, err
+    assert len({r.split for r in speech if r.speaker == JOINED}) == 1
+    sides = tmp_path/'clean', tmp_path/'noisy'
+    code, _, err = run('data', 'make', tmp_path/'p.jsonl', '--clean', sides[0], '--noisy', sides[1], '-q')
+    assert code == 0 and len(Manifest.load(tmp_path/'p.jsonl')) == len(from_pairs(*sides)) == 4, err
+
+
+def test_a_corpus_of_odd_files_and_places(tmp_path):
+    for k in range(3): put(tmp_path/f'sp/s{k}/u.wav', wave(k, 1.)), put(tmp_path/f'no/n{k}.wav', wave(k + 9, 1.))
+    spoilt = wave()
+    spoilt[3] = np.nan
+    for name, x in dict(zero=wave(seconds=0), silent=0 * wave(), nan=spoilt).items():
+        put(tmp_path/f'sp/s0/{name}.wav', x, subtype='FLOAT')
+    (tmp_path/'sp/s0/text.wav').write_text('no sound')
+    (tmp_path/'sp/s0/x.wav').mkdir()
+    for name, to in (('loop', '..'), ('self.wav', 'self.wav')): (tmp_path/'sp/s0'/name).symlink_to(to)
+    os.mkfifo(tmp_path/'sp/s0/pipe.wav')
+    folders = '--speech', tmp_path/'sp', '--noise', tmp_path/'no', '-q'
+    code, _, err = run('data', 'make', tmp_path/'m.jsonl', *folders)
+    assert code == 0 and err.count('left out: ') == 5 and 'Traceback' not in err, err
+    assert run('data', 'check', tmp_path/'m.jsonl', '-q')[0] == 0
+    (tmp_path/'d.jsonl').mkdir()
+    (tmp_path/'file').write_text('')
+    for place, said in (('d.jsonl', 'is a folder'), ('file/m.jsonl', 'cannot be written')):
+        assert said in refused('data', 'make', tmp_path/place, *folders, '--force')
+    for sides in (('--speech', '--noise'), ('--clean', '--noisy')):
+        args = [part for side in sides for part in (side, tmp_path/'sp')]
+        assert 'is given for both sides' in refused('data', 'make', tmp_path/'q.jsonl', *args)

@@ -96,6 +96,8 @@ def _is_valid(row: dict, fingerprint: str) -> bool:
 
 def _read_written(out: Path, columns: list[str]) -> list[dict]:
     rows = read_table(out)
+    if not rows and out.suffix.lower() != '.parquet' and out.read_bytes().strip():
+        raise SpeechLossError(f'{out} holds no rows of scores: it is not ours, choose another output')
     if rows and (lost := [c for c in ('file', *columns, 'error', 'fingerprint') if c not in rows[0]]):
         raise SpeechLossError(f'{out} has no column {lost[0]}: it is of other metrics or not ours, choose '
                               'another output')
@@ -137,15 +139,19 @@ class _Table:
         for job in self.jobs:
             row = by_name.get((job.file, _identity(job).get('clean')))
             if row is None or not _is_valid(row, self.fingerprints[job.key]): continue
-            about = dict(seconds=float(row['seconds']), sample_rate=int(float(row['sample_rate'])))
-            scores: dict = dict(resampled=row.get('resampled') or None) if self._is_paired(job) else {}
-            scores |= {c: _read_number(row.get(c)) for c in PAIR_COLUMNS[1:] if scores}
-            for card in self.cards:
-                scores |= {c: float(row[c]) for c in card.columns}
-                scores |= {c: row[c] if c == card.kind else int(float(row[c])) for c in card.notes
-                           if row.get(c) not in (None, '')}
-            known[job.key] = _identity(job) | about | scores | dict(error=None) | self._made(job)
+            try: known[job.key] = self._restored(job, row)
+            except (TypeError, ValueError): continue       # somebody has written in it: it is scored anew
         return known
+
+    def _restored(self, job: Job, row: dict) -> dict:
+        about = dict(seconds=float(row['seconds']), sample_rate=int(float(row['sample_rate'])))
+        scores: dict = dict(resampled=row.get('resampled') or None) if self._is_paired(job) else {}
+        scores |= {c: _read_number(row.get(c)) for c in PAIR_COLUMNS[1:] if scores}
+        for card in self.cards:
+            scores |= {c: float(row[c]) for c in card.columns}
+            scores |= {c: row[c] if c == card.kind else int(float(row[c])) for c in card.notes
+                       if row.get(c) not in (None, '')}
+        return _identity(job) | about | scores | dict(error=None) | self._made(job)
 
     def _is_paired(self, job: Job) -> bool:
         return bool(job.clean and self.rules and any(card.reference for card in self.cards))
