@@ -8,6 +8,7 @@ where they are shown (`nbs/guides/default_enhancer.ipynb`).
 """
 import argparse
 import csv
+import json
 from pathlib import Path
 
 import torch
@@ -39,13 +40,15 @@ def score_rows(model: str) -> list[dict]:
 
 def curve_rows(runs: list[Path]) -> list[dict]:
     "Return a row for each validation of the trainings, in their order; steps count on from one to the next"
-    rows, before = [], 0
+    rows, last = [], 0
     for run in runs:
         log = read_log(run / 'log.jsonl')
+        # what goes on from a trunk counts its steps already
+        before = 0 if json.loads((run / 'recipe.json').read_text(encoding='utf-8')).get('trunk') else last
         rows += [dict(training=run.name, step=before + row['step'], lr=f"{row['lr']:.2g}",
                       si_sdr=f"{row['valid']['si_sdr']:.3f}", gain=f"{row['valid']['gain']:.3f}")
                  for row in log if 'valid' in row]
-        before += log[-1]['step']
+        last = before + log[-1]['step']
     return rows
 
 

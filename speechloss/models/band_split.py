@@ -231,6 +231,8 @@ class BandSplitEnhancer(BandSplitSteps, MaskedSpectrum, PyTorchModelHubMixin, li
     >>> model(torch.randn(2, 4000) / 10).shape
     torch.Size([2, 4000])
     """
+    _kind = 'band_split'
+
     def __init__(
         self, *, n_fft: int = 512, hop_length: int = 256, channels: int = 48, blocks: int = 3, across: int = 16,
         hidden: int = 64, floor_db: float = -60., causal: bool = False, memory: float | None = None,

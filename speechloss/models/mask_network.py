@@ -8,7 +8,9 @@ __all__ = ['LEAST_POWER', 'erb_bands', 'spectrum', 'frame_total', 'mean_so_far',
            'SpectralModel', 'MaskedSpectrum', 'apply_mask', 'SpectralSteps', 'SpectralEnhancer']
 
 # %% ../../nbs/models/mask_network.ipynb #1b92d48c
+import json
 import math
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -327,6 +329,23 @@ class SpectralModel(nn.Module):
 # %% ../../nbs/models/mask_network.ipynb #f2b3f956
 class MaskedSpectrum(SpectralModel):
     "Enhance waves by what a subclass makes of their spectrum in `_enhance`"
+    _kind = 'enhancer'   # in config.json; one without any is the first that there was
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, **model_kwargs):
+        """Load a model of this class from a folder, the hub, or 'default', which comes with the package.
+
+        `SpeechLossError` for a folder of another class.
+        """
+        name = pretrained_model_name_or_path       # the name that the hub's own has
+        folder = SHIPPED.get(str(name), name)
+        config = Path(folder) / 'config.json'
+        if config.is_file():
+            kind = json.loads(config.read_text(encoding='utf-8')).get('kind', 'enhancer')
+            if kind != cls._kind: raise SpeechLossError(f'{name} is a model of kind {kind!r}: open it by load_enhancer')
+        # the mixin of the hub comes after this class; without strict another's weights would leave this one random
+        return super().from_pretrained(folder, **{'strict': True} | model_kwargs)   # type: ignore[misc]
+
     def forward(
         self,
         noisy: Tensor,                  # (B, T) or (T,)
@@ -401,8 +420,8 @@ class SpectralEnhancer(SpectralSteps, MaskedSpectrum, PyTorchModelHubMixin, libr
 
     `model(noisy, lengths=None)` takes waves `(T,)` or `(B, T)` at `sample_rate`, nominal range [-1, 1], and returns
     the same shape. Twice the input gives twice the output. `encode(wave)` returns the bottleneck,
-    `(B, frames, channels)`. `save_pretrained(folder)` saves, `from_pretrained(folder_or_hub_id)` loads, also
-    'default', which comes with the package; a causal one has `step(frame, state)`. All options are keywords:
+    `(B, frames, channels)`. `save_pretrained(folder)` saves, `from_pretrained(folder_or_hub_id)` loads; a
+    causal one has `step(frame, state)`. All options are keywords:
 
     - `n_fft`: samples of a frame, even
     - `hop_length`: samples between frames, at most n_fft // 2
@@ -436,10 +455,6 @@ class SpectralEnhancer(SpectralSteps, MaskedSpectrum, PyTorchModelHubMixin, libr
         self.register_buffer('bands', erb_bands(bands, n_fft, sample_rate), persistent=False)
         self.encoder = SpectralEncoder(bands, channels, layers, kernel, floor_db, causal, decay)
         self.decoder = SpectralDecoder(bands, channels, layers, causal)
-
-    @classmethod
-    def from_pretrained(cls, name, **options):   # type: ignore[override]  # the hub's has more names, passed on
-        return super().from_pretrained(SHIPPED.get(str(name), name), **options)
 
     def _encode(self, spec: Tensor, frames: Tensor | None) -> list[Tensor]:
         return self.encoder(self._band_power(spec.real, spec.imag), frames)
