@@ -219,7 +219,7 @@ figure { margin: .75rem 0 } figcaption { font-size: .9rem }
 def _introduction(compared: Compared) -> str:
     first = compared.comparisons[0]
     over = f'{first.interval.clusters} speakers' if first.interval.clustered_by == 'cluster' else \
-        'files, whose speakers are not known or two at most'
+        'files, whose speakers are not known or two at most: it holds for these'
     if first.interval.noises > 1: over += f' and {first.interval.noises} noises'
     many = len(compared.comparisons)
     words = (f'{len(compared.matched[compared.reference])} files in common. Each line is the mean difference from '
