@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from speechloss.common.errors import SpeechLossError
-from speechloss.metrics import METRICS, score_one
+from speechloss.metrics import METRICS, score_one, summary_of
 from speechloss.metrics import opinions
 from speechloss.metrics.cards import metric_cards
 
@@ -79,6 +79,10 @@ def test_nisqa_is_that_of_torchmetrics(tmp_path, monkeypatch):
             values, reasons = score_one(wave(1.), None, 'nisqa', rate)
             want = theirs.non_intrusive_speech_quality_assessment(wave(1.), rate).tolist()
             assert not reasons and [values[c] for c in opinions.NISQA_COLUMNS] == pytest.approx(want, abs=1e-4)
+        rows = [dict(zip(METRICS['nisqa'].columns, [3.] * 5), nisqa_rate=f'{rate} Hz') for rate in (RATE, 48_000, RATE)]
+        assert opinions.nisqa_row(wave(1.), RATE)['nisqa_rate'] == '16000 Hz'
+        found = {(line['kind'], line['files']) for line in summary_of(rows, ['nisqa'])}
+        assert found == {('16000 Hz', 2), ('48000 Hz', 1)}
         for seconds, words in ((.1, 'too short.: score longer clips'), (60., 'cut it into pieces')):
             with pytest.raises(SpeechLossError, match=words): opinions.nisqa(wave(seconds), RATE)
     finally:

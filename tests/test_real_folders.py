@@ -321,11 +321,11 @@ def test_words_against_a_text_and_against_what_is_heard_are_two_means(tmp_path, 
     assert lines['cer_pocketsphinx', 'text']['files'] == 3 and lines['lsd', None]['files'] == 5
     assert lines['wer_pocketsphinx', 'text']['mean'] == pytest.approx(1 / 3)
     said, = [line for line in err.splitlines() if 'wer_pocketsphinx' in line]
-    assert '2 kinds, 2 against heard, 3 against text (column against_pocketsphinx)' in said
+    assert '2 kinds, heard: 2, text: 3 (column against_pocketsphinx)' in said
     assert table('a', {0: a, 1: a, 2: a}, '--resume')[:2] == (0, out)
     assert table('b', {0: b, 1: b, 3: b}, '--strict')[0] == 0
     code, out, err = run('compare', tmp_path/'a.csv', tmp_path/'b.csv', '--json')
     found = {row['column']: row for row in json.loads(out)}
     assert code == 0 and found['wer_pocketsphinx']['files'] == 3 and found['lsd']['files'] == 5
-    assert 'wer_pocketsphinx: 2 of 5 files are scored against two things' in err
-    assert 'over files of 2 kinds, 1 against heard, 2 against text' in err
+    assert 'wer_pocketsphinx: 2 of 5 files are scored in two ways' in err
+    assert 'over files of 2 kinds, heard: 1, text: 2' in err

@@ -153,7 +153,7 @@ def _short(value) -> str:
 
 
 def _sentence(line: dict) -> str:
-    name = f'{line["column"]}, against {line["kind"]}' if line.get('kind') else line['column']
+    name = f'{line["column"]} ({line["kind"]})' if line.get('kind') else line['column']
     if line['mean'] is None: return f'{name}: no file has it'
     around = '' if line['low'] is None else f' [{line["low"]:.4g}, {line["high"]:.4g}]'
     return f'{name}: mean {line["mean"]:.4g}{around} over {line["files"]} files'

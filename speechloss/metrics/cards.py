@@ -24,9 +24,9 @@ from ..common.libraries import extra
 from ..common.tables import as_markdown
 from .composite import composite, llr, seg_snr, wss
 from .distances import lsd, mcd, nmr, si_sdr, wave_snr
-from speechloss.metrics.opinions import (
+from .opinions import (  # noqa: F401 (for users)
     NISQA_COLUMNS, NISQA_CURE, NISQA_WEIGHTS, SQUIM_COLUMNS, SQUIM_CURE, SQUIM_WEIGHTS, check_nisqa, check_squim,
-    distillmos, nisqa, squim)
+    distillmos, nisqa, nisqa_row, squim)
 from .packaged import (  # noqa: F401 (for users)
     dnsmos, dnsmos_fast, estoi, pesq_nb, pesq_row, pesq_wb, stoi, visqol, visqol_row)
 from .vqscore import vq_score
@@ -108,9 +108,9 @@ METRICS: dict[str, Metric] = {card.name: card for card in (
     _dnsmos_card('dnsmos_fast', dnsmos_fast),
     Metric('distillmos', ('distillmos',), distillmos, (.5, 5.5), 'higher', 'MOS', 'Stahl & Gamper 2025; distillmos',
            reference=False, needs=('distillmos',), extra='mos', variant='variant 7'),
-    Metric('nisqa', NISQA_COLUMNS, nisqa, (.5, 5.5), 'higher', 'MOS', 'Mittag et al. 2021; torchmetrics',
+    Metric('nisqa', NISQA_COLUMNS, nisqa_row, (.5, 5.5), 'higher', 'MOS', 'Mittag et al. 2021; torchmetrics',
            sample_rate=None, reference=False, needs=('torchmetrics', 'librosa', 'requests'), check=check_nisqa,
-           weights=NISQA_WEIGHTS, cure=NISQA_CURE,
+           weights=NISQA_WEIGHTS, cure=NISQA_CURE, notes=('nisqa_rate',), kind='nisqa_rate',
            variant='NISQA v2.0, your weights nisqa.tar, at the rate of the file'),
     Metric('squim', SQUIM_COLUMNS, squim, (-math.inf, math.inf), 'higher', 'as the metric',
            'Kumar et al. 2023; torchaudio', reference=False, needs=('torchaudio',), extra='ssl', check=check_squim,

@@ -168,9 +168,9 @@ def _of_one_kind(matched: Mapping[str, dict[str, Rows]], column: str) -> tuple[n
     ways = [set().union(*(_kinds(rows[key], kind) for rows in matched.values())) for key in files]
     apart, counts = sum(len(way) > 1 for way in ways), Counter(min(way) for way in ways if len(way) == 1)
     said = []
-    if apart: said.append(f'{column}: {apart} of {len(files)} files are scored against two things ({kind}), left out')
+    if apart: said.append(f'{column}: {apart} of {len(files)} files are scored in two ways ({kind}), left out')
     if len(counts) > 1:
-        each = ', '.join(f'{count} against {way}' for way, count in sorted(counts.items()))
+        each = ', '.join(f'{way}: {count}' for way, count in sorted(counts.items()))
         said.append(f'{column}: the means are over files of {len(counts)} kinds, {each} ({kind})')
     return np.array([len(way) < 2 for way in ways]), said
 

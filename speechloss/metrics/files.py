@@ -281,7 +281,7 @@ def kind_sentences(
     for card in metric_cards(tuple(metrics)):
         counts = Counter(_kind_of(card, row) for row in rows)
         if len(kinds := _kinds(card, rows)) < 2: continue
-        counted = ', '.join(f'{counts[kind]} against {kind}' for kind in kinds)
+        counted = ', '.join(f'{kind}: {counts[kind]}' for kind in kinds)
         said.append(f'{", ".join(card.columns)} have rows of {len(kinds)} kinds, {counted} (column {card.kind}): each '
                     'kind has a mean of its own')
     return said

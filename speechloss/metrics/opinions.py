@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['NISQA_WEIGHTS', 'NISQA_CURE', 'NISQA_COLUMNS', 'SQUIM_COLUMNS', 'SQUIM_WEIGHTS', 'SQUIM_CURE', 'distillmos_network',
-           'distillmos', 'check_nisqa', 'nisqa', 'check_squim', 'squim']
+           'distillmos', 'check_nisqa', 'nisqa', 'nisqa_row', 'check_squim', 'squim']
 
 # %% ../../nbs/metrics/opinions.ipynb #35c23225
 import contextlib
@@ -92,6 +92,14 @@ def nisqa(
         raise SpeechLossError(f'NISQA has no answer to {len(wave) / sample_rate:.2f} s '
                               f'({str(error).splitlines()[0].rstrip(".")[:100]}): {cure}') from None
     return dict(zip(NISQA_COLUMNS, found.double().tolist()))
+
+
+def nisqa_row(
+    enhanced: Tensor | np.ndarray,   # (T,) or (1, T)
+    sample_rate: int,                # Hz
+) -> dict[str, float | str]:         # NISQA_COLUMNS, and 'nisqa_rate', such as '16000 Hz'
+    "Return what `nisqa` does as columns of a table, with the rate that it was heard at: at another it is another ruler"
+    return {**nisqa(enhanced, sample_rate), 'nisqa_rate': f'{sample_rate} Hz'}
 
 # %% ../../nbs/metrics/opinions.ipynb #425460ab
 SQUIM_COLUMNS = ('squim_stoi', 'squim_pesq', 'squim_si_sdr')
