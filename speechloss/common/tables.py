@@ -65,7 +65,7 @@ def write_table(
             parquet.write_table(arrow.table({c: _of_one_kind([row[c] for row in whole]) for c in columns}), part)
     return path
 
-
+# %% ../../nbs/common/tables.ipynb #d55b21aa
 def _of_csv(text: str) -> list[dict]:
     "Return the rows of a CSV; spreadsheets of half the world write semicolons, and some tabs"
     header = text.partition('\n')[0]

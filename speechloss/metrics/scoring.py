@@ -230,7 +230,7 @@ def _run_one_by_one(suspects: dict, task: _Task) -> Iterator:  # (index, result)
     finally:
         apart.close()
 
-
+# %% ../../nbs/metrics/scoring.ipynb #7fd5b003
 def _run_until_broken(pool, jobs: Iterator, waiting: dict, task, cards, most: int) -> Iterator:
     "Yield (index, result) as they come; `waiting` holds what the pool has not given back"
     running: dict[Future, list[int]] = {}

@@ -92,7 +92,7 @@ def environ(**variables: str) -> Iterator[None]:
         for name, value in before.items():
             os.environ.pop(name, None) if value is None else os.environ.update({name: value})
 
-
+# %% ../../nbs/reproduce/notebooks.ipynb #1f84663a
 def execute(
     notebook: Any,           # as read
     path: Path,              # where the executed cells go, one after the other
