@@ -17,6 +17,7 @@ def enhance_pipe(
     source: BinaryIO,         # raw 16-bit little-endian PCM; `read` may give less than it is asked for
     sink: BinaryIO,           # the same comes out, each piece as soon as it is ready
     block: int,               # samples to read at once at most, from 1
+    limit_db: float | None = None,   # nothing is lowered by more; None: no limit
 ) -> int:                     # bytes at the end that are half a sample, and were left out: 0 or 1
     """Enhance sound from `source` to `sink` until it ends, in memory that does not grow.
 
@@ -24,11 +25,16 @@ def enhance_pipe(
     """
     import numpy as np
     import torch
+    from speechloss.models.blockwise import noisy_share
     from speechloss.models.streaming import Stream
-    stream, odd = Stream(net), b''
+    stream, odd, share = Stream(net), b'', noisy_share(limit_db)
+    waiting = torch.zeros(0)                       # came in, not yet gone out
     Stream(net)(torch.zeros(net.hop_length))       # a first step is slow: not when sound waits for it
 
     def write(samples: torch.Tensor) -> None:
+        nonlocal waiting
+        samples = samples + share * (waiting[:len(samples)] - samples)
+        waiting = waiting[len(samples):]
         data = memoryview((samples * 32768).round().clamp(-32768, 32767).numpy().astype('<i2').tobytes())
         while data: data = data[sink.write(data):]
         sink.flush()
@@ -37,7 +43,9 @@ def enhance_pipe(
         piece = odd + piece
         whole = len(piece) // 2 * 2
         odd = piece[whole:]
-        write(stream(torch.from_numpy(np.frombuffer(piece[:whole], '<i2').astype('float32') / 32768)))
+        samples = torch.from_numpy(np.frombuffer(piece[:whole], '<i2').astype('float32') / 32768)
+        waiting = torch.cat([waiting, samples])
+        write(stream(samples))
     write(stream.flush())
     return len(odd)
 
@@ -47,6 +55,7 @@ def stream_command(
     block: float | None,      # ms to read at once at most; None: a hop
     device: str,              # of torch
     quiet: bool,              # say nothing on stderr
+    limit_db: float | None = None,   # nothing is lowered by more; None: no limit
 ) -> None:
     """Enhance stdin to stdout, and print on stderr what is expected.
 
@@ -72,5 +81,5 @@ def stream_command(
         if not quiet:
             complain(f'ready for 16-bit little-endian mono PCM at {net.sample_rate} Hz; the sound comes '
                      f'{late:g} ms late')
-        if enhance_pipe(net, source, sink, size):    # type: ignore[arg-type]  # a raw file is one, but for its type
+        if enhance_pipe(net, source, sink, size, limit_db):    # type: ignore[arg-type]  # a raw file is one, but for its type
             complain('the input ended in half a sample, which was left out')
