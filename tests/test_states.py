@@ -7,8 +7,8 @@ from speechloss.common.errors import SpeechLossError
 from speechloss.features import GammatoneFeatures, MelFeatures, RandomFeatures, SSLFeatures
 from speechloss.features.codebook import Codebook
 from speechloss.losses import (
-    CompressedComplexLoss, ContrastiveRegularization, Curriculum, Loss, MelLoss, Objective, SISDRLoss, SNRLoss,
-    SSLLoss, VQLoss, build)
+    CARDS, CompressedComplexLoss, ContrastiveRegularization, Curriculum, Loss, MelLoss, Objective, PESQLoss, SISDRLoss,
+    SNRLoss, SSLLoss, VQLoss, build)
 from speechloss.losses.balance import Balancer
 from speechloss.metrics import VQScore
 
@@ -77,6 +77,7 @@ def stateful():
     yield 'ssl', SSLLoss(balance='mean', layers='conv')
     yield 'contrastive', ContrastiveRegularization(features, curriculum=dict(level='dataset', others=1))
     yield 'mel', MelLoss(sample_rate=16000)
+    yield 'pesq', PESQLoss()
 
 
 @pytest.mark.parametrize('name', [name for name, _ in stateful()])
@@ -85,6 +86,13 @@ def test_moves_to_a_device_without_float64(name):
     loss._apply(without_float64)
     assert not [b for b in loss.buffers() if b.dtype == torch.float64]
     assert loss(e, c, noisy=e + c, negatives=dict(other=e - c)).isfinite()
+
+
+def test_every_loss_moves_to_a_device_without_float64():
+    for name in CARDS:
+        if name == 'model_as_loss': continue       # its network is that of the user
+        loss = build(name)._apply(without_float64)
+        assert not [name for name, b in loss.named_buffers() if b.dtype == torch.float64], name
 
 
 @pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16])
@@ -96,8 +104,8 @@ def test_running_means_and_filters_keep_their_precision(dtype):
 
 
 @pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize('make', [VQLoss, SSLLoss, lambda: build('codec'), lambda: MelLoss(sample_rate=16000)],
-                         ids=['vq', 'ssl', 'codec', 'mel'])
+@pytest.mark.parametrize('make', [VQLoss, SSLLoss, lambda: build('codec'), lambda: MelLoss(sample_rate=16000),
+                                  PESQLoss], ids=['vq', 'ssl', 'codec', 'mel', 'pesq'])
 def test_losses_in_half_precision(make, dtype):
     e, c = waves()
     torch.testing.assert_close(make().to(dtype)(e, c), make()(e, c), rtol=1e-2, atol=1e-3)

@@ -9,12 +9,17 @@ __all__ = ['PESQLoss', 'pesq_distance']
 from torch import Tensor
 
 from ..common.errors import SpeechLossError
-from ..features.base import resample_waves
+from ..features.base import KeepsPrecision, resample_waves
 from .base import Loss, prepare
 from ..signal.audio import SAMPLE_RATE
 from ..signal.loudness import LoudnessModel
 
 # %% ../../nbs/losses/pesq.ipynb #1a104b09
+class _PreciseLoudness(KeepsPrecision, LoudnessModel):
+    "The same in a model of half precision, and on a device without float64"
+    precise = ('weights', 'threshold', 'exponent', 'width', 'window')
+
+
 class PESQLoss(Loss):
     """Measure 4.5 less wide-band PESQ, before its last mapping and without its alignment in time; 0 at identity.
 
@@ -36,7 +41,7 @@ class PESQLoss(Loss):
     def __init__(self, *, sample_rate: int = SAMPLE_RATE, reduction: str = 'mean'):
         if sample_rate is None: raise SpeechLossError('sample_rate is None: give the Hz of the waves')
         super().__init__(reduction=reduction, sample_rate=sample_rate)
-        self.rate, self.model = sample_rate, LoudnessModel()
+        self.rate, self.model = sample_rate, _PreciseLoudness()
 
     def values(self, waves):
         rate, lengths = self.rate, waves.lengths

@@ -31,13 +31,14 @@ def _as_listened(wave: Tensor, samples: Tensor) -> Tensor:   # (N, T), (N,) vali
     size = wave.shape[-1]
     n = max(1 << (size + _TAIL).bit_length(), 2 ** 16)    # so fine that the slopes of the gain are seen
     spectrum = torch.fft.rfft(wave, n)
-    hz = torch.linspace(0, SAMPLE_RATE / 2, n // 2 + 1, dtype=torch.float64, device=wave.device)
+    device = wave.device if wave.device.type != 'mps' else 'cpu'      # which has no float64
+    hz = torch.linspace(0, SAMPLE_RATE / 2, n // 2 + 1, dtype=torch.float64, device=device)
     gain = 10. ** -torch.maximum(350 - hz, .2 * (hz - 3250)).clamp(0, 30)
     energy = 2 / n * (spectrum.real.square() + spectrum.imag.square()) @ gain.to(wave)
     scale = (_TARGET_POWER / (energy / (samples + _PADDING) + _SILENT_POWER)).sqrt()
-    top, bottom = (torch.fft.rfft(torch.tensor(part, dtype=torch.float64, device=wave.device), n)
+    top, bottom = (torch.fft.rfft(torch.tensor(part, dtype=torch.float64, device=device), n)
                    for part in _INPUT_FILTER)
-    heard = torch.fft.irfft(spectrum * (top / bottom).to(spectrum.dtype), n)[:, :size] * scale[:, None]
+    heard = torch.fft.irfft(spectrum * (top / bottom).to(spectrum), n)[:, :size] * scale[:, None]
     return torch.where(frame_mask(samples, size), heard, 0)     # what rings on is cut at the end of each
 
 # %% ../../nbs/signal/loudness.ipynb #3992dbf9
