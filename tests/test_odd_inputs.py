@@ -76,6 +76,20 @@ def test_names_of_any_kind_are_scored_and_enhanced(tmp_path, model):
     assert code == 0 and json.loads(out)[0]['files'] == names + 2, err
 
 
+def test_linked_folders_count_once_and_under_their_first_name(tmp_path, model):
+    put(tmp_path/'enh/p1/a.wav')
+    put(tmp_path/'pool/p2/b.wav', wave(1))
+    (tmp_path/'enh/p2').symlink_to('../pool/p2')
+    (tmp_path/'enh/p3').symlink_to('p1')
+    for source in ('enh', 'enh/**/*.wav'):
+        jobs = jobs_of([f'{tmp_path}/{source}'])
+        assert [Path(job.file).name for job in jobs] == ['a.wav', 'b.wav']
+    assert run('enhance', tmp_path/'enh', tmp_path/'o', '--model', model, '-q')[1].count('.wav') == 2
+    (tmp_path/'base').mkdir()
+    (tmp_path/'base/z.wav').symlink_to(tmp_path/'enh/p1/a.wav')
+    assert [Path(job.file).name for job in jobs_of([tmp_path/'enh/p1', tmp_path/'base'])] == ['a.wav']
+
+
 # ---- sound
 
 def test_sound_of_any_kind_is_a_row_or_a_sentence(tmp_path, model):
