@@ -572,6 +572,9 @@ def test_metrics_say_whether_their_weights_are_here(tmp_path, monkeypatch):
     assert {name for name, (word, _) in here().items() if word == 'unfetched'} == outside
     assert here()['visqol'] == ('no', extra('visqol')) and here()['pesq'] == ('yes', '')
     assert all(here()[name][1] == METRICS[name].cure for name in outside)
+    with mock.patch('speechloss.cli.app._columns', lambda rows, short: short):       # a narrow terminal
+        said = speechloss('metrics').stderr
+        assert said.count('\n') == 3 and METRICS['squim'].cure in said
     with pytest.raises(SpeechLossError, match='the hub is out of reach: run hf download'):
         METRICS['wer_whisper_tiny_en'].check()
     for path in (tmp_path / 'home/.torchmetrics/NISQA/nisqa.tar', opinions._squim_file(),

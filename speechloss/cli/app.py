@@ -254,7 +254,10 @@ def metrics(as_json: Json = False):
     unfetched where those are there and the weights of its network are not; cure says how to get what is missing.
     """
     rows = [card | dict(zip(('here', 'cure'), _presence(card.pop('weights'), card))) for card in _kept_cards('metrics')]
-    show(rows, _columns(rows, ('name', 'range', 'better', 'reference', 'here', 'cure')), as_json)
+    columns = _columns(rows, ('name', 'range', 'better', 'reference', 'extra', 'here'))
+    show(rows, columns, as_json)
+    for row in rows if 'cure' not in columns and not as_json else []:      # a table would break the commands
+        if row['here'] == 'unfetched': complain(f'{row["name"]}: {row["cure"]}')
 
 
 def _presence(weights: str, card: dict) -> tuple[str, str]:
