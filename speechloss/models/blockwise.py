@@ -80,7 +80,7 @@ def _pieces(read, total: int, model, sample_rate: int, seconds: float, context: 
         yield block[..., :stop - start]
         tail = block[..., stop - start:]
 
-
+# %% ../../nbs/models/blockwise.ipynb #6f13dfe5
 def _check_options(seconds: float, context: float) -> None:
     if seconds <= 0 or context < 0:
         raise SpeechLossError(f'seconds is {seconds} and context {context}: give a positive '
