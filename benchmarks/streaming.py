@@ -3,8 +3,8 @@
     python -m benchmarks.streaming [--seconds S]        -> benchmarks/streaming.csv
 
 One thread. `step`: one hop after the other in torch; `Stream`: pieces of 16 ms; `onnxruntime`: the exported step;
-`whole file`: the wave at once, for comparison. Untrained models of the presets on noise; time does not depend on the
-weights.
+`whole file`: the wave at once, for comparison. The enhancer that comes with the package, and untrained models of the
+presets, on noise; time does not depend on the weights.
 The real-time factor is the time of the work over that of the sound: below one it keeps up. Times are of the processor,
 so that what waits does not count; a machine with nothing else to do gives the best. The providers take turns.
 """
@@ -24,11 +24,11 @@ import numpy as np
 import onnxruntime
 import torch
 
-from speechloss.models import SpectralEnhancer, Stream, enhancer, export_onnx
+from speechloss.models import SpectralEnhancer, Stream, enhancer, export_onnx, load_enhancer
 
 from .common import ROOT, machine
 
-PRESETS = ('tiny', 'small', 'base')
+MODELS = ('default', 'tiny', 'small', 'base')
 BLOCK = .016         # s, of the pieces that a stream gets
 TURNS = 3            # through the sound, for each provider, after a short one that is not counted
 COLUMNS = ('model', 'weights', 'provider', 'latency_ms', 'hop_ms', 'ms_p50', 'ms_p99', 'rtf', 'seconds', 'cpu', 'torch',
@@ -89,23 +89,23 @@ def times(run: Run, wave: torch.Tensor) -> list[float]:
     return found
 
 
-def measure(preset: str, seconds: float) -> list[dict]:
+def measure(name: str, seconds: float) -> list[dict]:
     "The rows of a model"
     torch.manual_seed(0)
-    model = enhancer({'preset': preset, 'causal': True}).eval()
+    model = load_enhancer() if name == 'default' else enhancer({'preset': name, 'causal': True}).eval()
     hops = round(seconds * model.sample_rate / model.hop_length)
     wave = .1 * torch.randn(1, hops * model.hop_length)
-    runs, found = {name: make(model) for name, make in PROVIDERS.items()}, {name: [] for name in PROVIDERS}
+    runs, found = {each: make(model) for each, make in PROVIDERS.items()}, {each: [] for each in PROVIDERS}
     for turn in range(TURNS + 1):
-        for name, run in runs.items():
-            if turn: found[name].append(times(run, wave))
+        for provider, run in runs.items():
+            if turn: found[provider].append(times(run, wave))
             else: times(run, wave[:, :50 * model.hop_length])
     rows, where, length = [], machine(), wave.shape[-1] / model.sample_rate
-    for name, turns in found.items():
+    for provider, turns in found.items():
         p50, p99 = np.percentile(np.concatenate(turns), (50, 99))
         rows.append(dict(
-            model=preset, weights=sum(p.numel() for p in model.parameters()), provider=name,
-            latency_ms='' if name == 'whole file' else 1e3 * model.n_fft / model.sample_rate,
+            model=name, weights=sum(p.numel() for p in model.parameters()), provider=provider,
+            latency_ms='' if provider == 'whole file' else 1e3 * model.n_fft / model.sample_rate,
             hop_ms=1e3 * model.hop_length / model.sample_rate, ms_p50=p50, ms_p99=p99,
             rtf=float(np.median([sum(turn) for turn in turns])) / 1e3 / length, seconds=length, cpu=where['gpu'],
             torch=torch.__version__, onnxruntime=version('onnxruntime'), date=where['date']))
@@ -118,7 +118,7 @@ def main() -> None:
     given = parser.parse_args()
     if given.seconds < 1: parser.error('--seconds must be 1 or more')
     torch.set_num_threads(1)
-    rows = [row for preset in PRESETS for row in measure(preset, given.seconds)]
+    rows = [row for name in MODELS for row in measure(name, given.seconds)]
     with open(ROOT / 'benchmarks/streaming.csv', 'w', newline='', encoding='utf-8') as file:
         writer = csv.DictWriter(file, COLUMNS, lineterminator='\n')
         writer.writeheader()
