@@ -191,7 +191,7 @@ def _side(dtype: torch.dtype) -> int:
 def _both(queries: Tensor, keys: Tensor) -> Tensor:
     "Queries and keys under one another, each with zeros up to multiples of `_side`, in a new tensor"
     (pairs, dims), count = queries.shape, keys.shape[0]
-    side = _side(queries.dtype)
+    side = _side(working_dtype(queries, keys))
     if pairs % side or count % side:
         zeros = queries.new_zeros(side, dims)
         both = torch.cat((queries, zeros[:-pairs % side], keys, zeros[:-count % side]))

@@ -358,6 +358,14 @@ def test_mixed_dtypes_keep_their_own():
     assert info_nce(q.double(), k).dtype == torch.float64
 
 
+def test_doubles_among_other_dtypes_widen_all():
+    tensors, _ = example(21, 6, extra=5)
+    wide = [x.detach().double() for x in tensors]
+    for k in range(3):
+        mixed = [w if j == k else x for j, (x, w) in enumerate(zip(tensors, wide))]
+        torch.testing.assert_close(call(mixed, {}), call(wide, {}))
+
+
 # ------------------------------------------------------------------------------- Triton
 
 DEVICES = [pytest.param('cpu', marks=pytest.mark.interpreted), pytest.param('cuda', marks=pytest.mark.cuda)]
