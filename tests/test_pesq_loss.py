@@ -5,6 +5,7 @@ import torch
 from speechloss.common.errors import SpeechLossError
 from speechloss.corpora import get
 from speechloss.losses import PESQLoss
+from speechloss.losses.functional import masking, pesq_distance
 from speechloss.signal import load
 
 RATE = 16_000
@@ -80,6 +81,14 @@ def test_other_rates_are_resampled(rate, speech):
     loss = PESQLoss(sample_rate=rate)
     assert loss(*up, lengths=lengths) == pytest.approx(float(loss(*(wave[:, :-999] for wave in up))), rel=2e-3)
     if rate > RATE: assert loss(*up) == pytest.approx(float(PESQLoss()(noisy, clean)), abs=.1)
+
+
+@pytest.mark.parametrize('function', [pesq_distance, masking])
+def test_functions_ignore_autocast(function):
+    draw = torch.Generator().manual_seed(0)
+    clean, added = .1 * torch.randn(2, 1, 8000, generator=draw)
+    with torch.autocast('cpu', torch.bfloat16): inside = function(clean + .1 * added, clean)
+    assert inside.equal(function(clean + .1 * added, clean))
 
 
 def test_holds_no_state_and_says_what_is_wanted():

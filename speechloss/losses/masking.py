@@ -8,7 +8,7 @@ __all__ = ['MaskingLoss', 'masking']
 # %% ../../nbs/losses/masking.ipynb #89c52564
 from torch import Tensor
 
-from .base import Loss, masked_mean, prepare
+from .base import Loss, full_precision, masked_mean, prepare
 from ..signal.audio import SAMPLE_RATE
 from ..signal.masking import MaskingModel
 from ..signal.spectra import frame_count
@@ -63,4 +63,4 @@ def masking(
     """
     loss = MaskingLoss(sample_rate=sample_rate, n_fft=n_fft, hop_length=hop_length, full_scale_db=full_scale_db)
     waves = prepare(enhanced, clean, lengths=lengths)
-    return waves.unfold(loss.total(waves))
+    with full_precision(enhanced): return waves.unfold(loss.total(waves))

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..common.errors import SpeechLossError
 from ..features.base import KeepsPrecision, resample_waves
-from .base import Loss, prepare
+from .base import Loss, full_precision, prepare
 from ..signal.audio import SAMPLE_RATE
 from ..signal.loudness import LoudnessModel
 
@@ -25,8 +25,7 @@ class PESQLoss(Loss):
 
     `loss(enhanced, clean)` takes waves `(T,)`, `(B, T)` or `(B, C, T)` in [-1, 1] at `sample_rate` and gives a scalar
     of 0 or more, about 4.5 for noise alone. Levels do not matter, so it needs another loss beside it, such as
-    `CompressedComplexLoss`.
-    Utterances should last a second or more.
+    `CompressedComplexLoss`. Utterances should last a second or more. A second derivative may be NaN.
 
     - `sample_rate`: of the waves in Hz; other rates than 16 kHz are resampled
     - `reduction`: 'mean' or 'sum' over the batch, or 'none' for one value per utterance, `(B,)`
@@ -65,4 +64,5 @@ def pesq_distance(
     tensor([0.])
     """
     waves = prepare(enhanced, clean, lengths=lengths)
-    return waves.unfold(PESQLoss(sample_rate=sample_rate).to(enhanced.device).total(waves))
+    loss = PESQLoss(sample_rate=sample_rate).to(enhanced.device)
+    with full_precision(enhanced): return waves.unfold(loss.total(waves))
