@@ -146,7 +146,7 @@ def test_a_table_of_any_spreadsheet_is_a_manifest(tmp_path, content):
 
 @pytest.mark.parametrize('name, content, said', [
     ('m.csv', b'', 'has no rows'), ('m.csv', b'file,clean\n', 'has no rows'), ('m.csv', b'a|b\n1|2\n', 'are a|b: give'),
-    ('m.csv', b'file,file\na,b\n', 'column file stands there twice'),
+    ('m.csv', b'file,file\na,b\n', 'two columns are named file'),
     ('m.csv', b'file\n\xe9.wav\n', 'save it as UTF-8'), ('m.jsonl', b'[1]\n', 'is no object')])
 def test_a_table_that_is_no_manifest_is_one_sentence(tmp_path, name, content, said):
     (tmp_path/name).write_bytes(content)
@@ -188,7 +188,7 @@ def test_a_table_that_was_written_in_is_scored_anew_there(tmp_path):
 
 def test_a_folder_against_itself_is_told():
     rows = [dict(file='e/a.wav', clean='e/a.wav', delay_ms=0., cut_ms=0., resampled=None)]
-    assert '1 of 1 pairs are one file twice' in pair_sentences(rows)[0]
+    assert '1 of 1 pairs are a file with itself' in pair_sentences(rows)[0]
 
 
 # ---- comparisons

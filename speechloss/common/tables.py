@@ -67,13 +67,13 @@ def write_table(
 
 # %% ../../nbs/common/tables.ipynb #d55b21aa
 def _of_csv(text: str) -> list[dict]:
-    "Return the rows of a CSV; spreadsheets of half the world write semicolons, and some tabs"
+    "Return the rows of a CSV; many spreadsheets write semicolons, and some tabs"
     header = text.partition('\n')[0]
     sign = ',' if ',' in header else max(',;\t', key=header.count)
     table = csv.DictReader(io.StringIO(text, newline=''), delimiter=sign)
     names = [name.strip() for name in table.fieldnames or []]
     if twice := next((name for name in names if name and names.count(name) > 1), None):
-        raise ValueError(f'its column {twice} stands there twice')
+        raise ValueError(f'two columns are named {twice}')
     return [row for row in table if any(row.values())]      # spreadsheets leave rows of nothing but commas
 
 

@@ -357,7 +357,7 @@ def pair_sentences(
     delays = sorted(row['delay_ms'] for row in pairs if row['delay_ms'])
     said = []
     if own := sum(row.get('clean') == row.get('file') for row in pairs):
-        said.append(f'{own} {of} are one file twice: a perfect score of nothing, so give another --ref')
+        said.append(f'{own} {of} are a file with itself, whose scores say nothing: give another --ref')
     if resampled: said.append(f'{len(resampled)} {of} had two rates: the higher was resampled (column resampled)')
     if cut:
         said.append(f'{len(cut)} {of} had two lengths: the longer was cut, by {max(cut):g} ms at most (column cut_ms)')

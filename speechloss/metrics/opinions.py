@@ -98,7 +98,7 @@ def nisqa_row(
     enhanced: Tensor | np.ndarray,   # (T,) or (1, T)
     sample_rate: int,                # Hz
 ) -> dict[str, float | str]:         # NISQA_COLUMNS, and 'nisqa_rate', such as '16000 Hz'
-    "Return what `nisqa` does as columns of a table, with the rate that it was heard at: at another it is another ruler"
+    "Return what `nisqa` does as columns of a table, with the rate of the file: scores of two rates do not compare"
     return {**nisqa(enhanced, sample_rate), 'nisqa_rate': f'{sample_rate} Hz'}
 
 # %% ../../nbs/metrics/opinions.ipynb #425460ab
