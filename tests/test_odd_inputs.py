@@ -256,6 +256,13 @@ def test_accents_apart_or_joined_are_one_speaker_and_one_name(tmp_path):
     assert code == 0 and len(Manifest.load(tmp_path/'p.jsonl')) == len(from_pairs(*sides)) == 4, err
 
 
+def test_a_name_written_both_ways_in_one_folder_is_two_files(tmp_path):
+    from speechloss.corpora.folders import survey
+    for name in (APART, JOINED): put(tmp_path/f'{name}.wav', wave(seconds=1.))
+    if len(os.listdir(tmp_path)) < 2: pytest.skip('this file system holds one of them')
+    assert {path.name for path in survey(tmp_path, kind='speech').files.values()} == {f'{APART}.wav', f'{JOINED}.wav'}
+
+
 def test_a_corpus_of_odd_files_and_places(tmp_path):
     for k in range(3): put(tmp_path/f'sp/s{k}/u.wav', wave(k, 1.)), put(tmp_path/f'no/n{k}.wav', wave(k + 9, 1.))
     spoilt = wave()

@@ -80,11 +80,11 @@ def _audio_below(folder: Path) -> tuple[dict[str, Path], dict[str, str]]:
     "Return the audio below a folder by relative path, and what sounds and cannot be read"
     if not folder.is_dir(): raise CorpusError(f'{folder} is not a folder: give a folder of audio files')
     files = [p for p in walk_files(folder) if not p.name.startswith('.')]
+    by_own = {p.relative_to(folder).as_posix(): p for p in files if p.suffix.lower() in SUFFIXES}
     found: dict[str, Path] = {}
-    for path in files:
-        if path.suffix.lower() not in SUFFIXES: continue
-        name = same_letters(own := path.relative_to(folder).as_posix())
-        found[own if name in found else name] = path
+    for own, path in by_own.items():
+        taken = (name := same_letters(own)) in found or name in by_own      # by the same letters, written otherwise
+        found[own if taken else name] = path
     if not found: raise CorpusError(f'{folder} holds no audio: put {", ".join(SUFFIXES[:5])} files in it')
     return found, {p.relative_to(folder).as_posix(): why for p in files if (why := _why_unread(p))}
 
