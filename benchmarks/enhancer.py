@@ -44,7 +44,7 @@ def curve_rows(runs: list[Path]) -> list[dict]:
     for run in runs:
         log = read_log(run / 'log.jsonl')
         # what goes on from a trunk counts its steps already
-        before = 0 if json.loads((run / 'recipe.json').read_text(encoding='utf-8')).get('trunk') else last
+        before = 0 if json.loads((run / 'recipe.json').read_text(encoding='utf-8'))['recipe'].get('trunk') else last
         rows += [dict(training=run.name, step=before + row['step'], lr=f"{row['lr']:.2g}",
                       si_sdr=f"{row['valid']['si_sdr']:.3f}", gain=f"{row['valid']['gain']:.3f}")
                  for row in log if 'valid' in row]
