@@ -68,6 +68,8 @@ def test_noises_are_a_factor_crossed_with_speakers():
     assert found.df < paired_interval(cells.ravel(), 0., cluster=who).df
     alone = paired_interval(cells.ravel(), 0., cluster=who, noise=np.arange(60))              # one a file: no factor
     assert alone == paired_interval(cells.ravel(), 0., cluster=who)
+    nested = paired_interval(cells.ravel(), 0., cluster=who, noise=noise // 3 + 2 * who)        # each of one speaker
+    assert nested == paired_interval(cells.ravel(), 0., cluster=who) == alone
     with pytest.raises(SpeechLossError, match='noise has shape'): paired_interval(cells.ravel(), 0., noise=[1, 2])
     clips = [dict(speaker=str(s), noise=f'n{k}') for s, k in zip(who, noise)]
     assert difference(cells.ravel(), 0., clips).se == pytest.approx(found.se)
@@ -254,6 +256,14 @@ def test_tables_are_paired_by_seed_by_mixture_and_count_their_noises():
            for k in range(9) for snr in (0, 5, 10, 15)] for name, gain in (('noisy', 0.), ('out', .2))]
     found = compare_tables(dict(noisy=of[0], out=of[1])).of('out', 'pesq').interval
     assert (found.n, found.seeds) == (36, 1) and found.mean == pytest.approx(.2)
+
+
+def test_files_named_by_seed_are_paired_by_clean():
+    noisy = [dict(file=f'n/{k}.wav', clean=f'c/{k}.wav', pesq=1 + k / 9) for k in range(4)]
+    named = [dict(file=f'o/{k}_{seed}.wav', clean=f'c/{k}.wav', seed=seed, pesq=2 + k / 9 + seed)
+             for seed in (0, 1) for k in range(4)]
+    found = compare_tables(dict(noisy=noisy, named=named)).comparisons[0].interval
+    assert (found.n, found.seeds) == (4, 2) and found.mean == pytest.approx(1.5)
 
 
 def test_small_effects_are_visible():

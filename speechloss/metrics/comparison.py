@@ -47,9 +47,10 @@ def _rename(keys: list[str], known: set[str]) -> list[str]:
 
 
 def _has_mixtures(rows: Rows) -> bool:
-    "Return whether a clean file has rows of files of several names: other noises or levels, and not other seeds"
-    names: dict[str, set[str]] = {}
-    for row in rows: names.setdefault(str(row['clean']), set()).add(PurePosixPath(str(row['file'])).name)
+    "Return whether a clean file has files of several names in one seed: other noises or levels"
+    names: dict[tuple, set[str]] = {}
+    for row in rows:
+        names.setdefault((str(row['clean']), seed_of(row)), set()).add(PurePosixPath(str(row['file'])).name)
     return any(len(found) > 1 for found in names.values())
 
 

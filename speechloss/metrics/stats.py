@@ -39,7 +39,7 @@ class Interval:
     - `df`: degrees of freedom of `se`
     - `skew`: `a` of Hall's transformation
     - `seeds`: trainings behind the mean, a second random factor if there are several
-    - `noises`: noise recordings, a third one if there are several; 1: they were not asked for
+    - `noises`: noise recordings, a third one if there are several; 1: they are no factor
 
     `excludes_zero` says whether the interval lies on one side of zero; `str()` gives a line for a table.
 
@@ -205,11 +205,12 @@ def combined_interval(
 
 # %% ../../nbs/metrics/stats.ipynb #0380bc6e
 def _crossed(unit: np.ndarray, noise: np.ndarray, kept: np.ndarray) -> np.ndarray | None:
-    "Return the noise of each file that is kept, None where noises are too few or one a file"
+    "Return the noise of each file that is kept, None where they are too few, or each is of one unit alone"
     if noise.shape != kept.shape:
         raise SpeechLossError(f'noise has shape {noise.shape} for {len(kept)} files: give one name a file')
     names, index = np.unique(noise[kept], return_inverse=True)
-    return index if MIN_CLUSTERS <= len(names) < len(unit) else None
+    met = np.unique(np.stack([unit, index]), axis=1).shape[1]      # units that meet noises
+    return index if MIN_CLUSTERS <= len(names) < met else None
 
 
 def _of_factors(
@@ -245,9 +246,9 @@ def paired_interval(
 ) -> Interval:                           # of a - b
     """Return the mean paired difference and its interval, with speakers, training seeds and noises as random factors.
 
-    Noises count where there are three or more, and some are in several files. As many seeds in `a` as in `b` are paired
-    in their order, unless `same_seeds` is False. A file with NaN or infinity in any seed of `a` or `b` is dropped from
-    both. The interval of a single file is infinite. `SpeechLossError` on unequal shapes, or no file left.
+    Noises count where there are three or more, and some meet several speakers. As many seeds in `a` as in `b` are
+    paired in their order, unless `same_seeds` is False. A file with NaN or infinity in any seed of `a` or `b` is
+    dropped from both. The interval of a single file is infinite. `SpeechLossError` on unequal shapes, or no file left.
 
     >>> print(paired_interval([2.1, 2.4, 1.9, 2.6], [2.0, 2.2, 1.9, 2.3]))
     +0.15 [-0.0554, +0.355] (n=4, by file)
