@@ -412,7 +412,7 @@ class Difference(Interval):
         if self.seeds > 1 or len(self.by_seed) < 2 or not math.isfinite(self.se): return
         count = len(self.by_seed)
         of_seeds = float(np.var(self.by_seed, ddof=1)) / count
-        units = round(self.df) + 1 if self.df < 1e6 else self.n
+        units = self.df + 1 if self.df < 1e6 else self.n
         wide = combined_interval(self.mean, (self.se ** 2, of_seeds, 0.), units, count, skew=self.skew,
                                  level=self.level, n=self.n, clusters=self.clusters)
         for name in ('low', 'high', 'se', 'df', 'skew', 'seeds'): object.__setattr__(self, name, getattr(wide, name))
