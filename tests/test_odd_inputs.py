@@ -256,6 +256,15 @@ def test_accents_apart_or_joined_are_one_speaker_and_one_name(tmp_path):
     assert code == 0 and len(Manifest.load(tmp_path/'p.jsonl')) == len(from_pairs(*sides)) == 4, err
 
 
+@pytest.mark.parametrize('pattern', [APART, JOINED])
+@pytest.mark.parametrize('name', [APART, JOINED])
+def test_a_pattern_finds_both_spellings_of_its_accents(pattern, name):
+    from speechloss.corpora.folders import speaker_finder
+    from speechloss.metrics.partners import compile_pattern, found_by
+    assert found_by(compile_pattern('--match', f'{pattern}[0-9]'), f'x/{name}7.wav') == f'{JOINED}7'
+    assert speaker_finder(f'{pattern}[0-9]')(f'x/{name}7.wav') == f'{JOINED}7'
+
+
 def test_a_name_written_both_ways_in_one_folder_is_two_files(tmp_path):
     from speechloss.corpora.folders import survey
     for name in (APART, JOINED): put(tmp_path/f'{name}.wav', wave(seconds=1.))

@@ -99,12 +99,12 @@ def speaker_finder(
     pattern: str,                 # regular expression
 ) -> Callable[[str], str]:        # path relative to its folder -> speaker
     "Return who finds the speaker in a path; a path without a match is an `AudioError`, so that the file is left out"
-    try: compiled = re.compile(pattern)
+    try: compiled = re.compile(same_letters(pattern))
     except re.error as error:
         raise SpeechLossError(f'--speaker {pattern!r} is no regular expression: {error}') from None
 
     def speaker(path: str) -> str:
-        found = compiled.search(str(path))
+        found = compiled.search(same_letters(str(path)))
         if found and (who := found[1 if compiled.groups else 0]): return who
         raise AudioError(f'{path} has a name in which --speaker {pattern!r} finds nothing')
     return speaker

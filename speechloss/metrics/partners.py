@@ -31,7 +31,7 @@ def compile_pattern(
 ) -> re.Pattern:
     "Return a regular expression; `SpeechLossError` where it is none"
     try:
-        return re.compile(pattern)
+        return re.compile(same_letters(pattern))     # as the names are in which it is searched
     except re.error as error:
         raise SpeechLossError(f'{option} {pattern!r} is no regular expression ({error}): mend it') from None
 
