@@ -31,9 +31,9 @@ def exit_message(error: BaseException) -> tuple[str, int] | None:
     if isinstance(error, NotebookError):
         return str(error), 1
     if isinstance(error, OSError) and error.errno in _FILE_SYSTEM:
-        return (f'{error.filename or "the output"} cannot be {"found" if error.errno == errno.ENOENT else "written"} '
-                f'({error.strerror}): '
-                'choose another place or make room'), 2
+        what, cure = ('found', 'name a place that is there') if error.errno == errno.ENOENT else \
+            ('written', 'choose another place or make room')
+        return f'{error.filename or "the output"} cannot be {what} ({error.strerror}): {cure}', 2
     if isinstance(error, ModuleNotFoundError) and not (error.name or '').startswith('speechloss'):
         from speechloss.common.libraries import extra
         return f'this needs {error.name}: {extra("reproduce")}', 2
