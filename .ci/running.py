@@ -30,6 +30,8 @@ def run(path):
 
 def drawn(page):
     "Run a page into `build/drawn`: its seconds, and what went wrong"
+    # what pytest.raises throws is no Exception, and no pool can send it
+    from _pytest.outcomes import OutcomeException as Outcome
     from execnb.nbio import write_nb
     start, path = time.monotonic(), ROOT/page
     try:
@@ -37,7 +39,7 @@ def drawn(page):
         (DRAWN/page).parent.mkdir(parents=True, exist_ok=True)
         write_nb(nb, DRAWN/page)
         (DRAWN/page).touch()    # what has not changed is not written
-    except Exception as error:
+    except (Exception, Outcome) as error:
         return page, time.monotonic() - start, ''.join(traceback.format_exception(error))
     return page, time.monotonic() - start, ''
 

@@ -55,7 +55,7 @@ class _Bands(NamedTuple):
 
 
 def _read_bands() -> _Bands:
-    text = files('speechloss').joinpath('data/p862_bands.csv').read_text(encoding='utf-8')
+    text = files('speechloss').joinpath('data/loudness/p862_bands.csv').read_text(encoding='utf-8')
     table = torch.tensor([[float(v) for v in row] for row in list(csv.reader(text.splitlines()))[1:]]).double()
     bins, centre, width, density, threshold = table.T
     ends = bins.cumsum(0)
