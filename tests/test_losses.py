@@ -308,6 +308,7 @@ def test_more_noise_is_worse(name, seed):
     clean, noisy = ladder(seed)
     # a network may take a little noise for speech: 20 dB a step
     if name in ('model_as_loss', 'ssl', 'vq'): clean, noisy = clean[::2], noisy[::2]
+    if name == 'pesq': clean, noisy = clean[:4], noisy[:4]     # in louder noise nothing else is heard, however loud
     options = dict(dither_db=-60.) if name == 'ssl' else {}               # its pauses are digital silence
     worst = noisy[-1:].expand_as(noisy)     # what a loss that pushes away pushes away from
     value = make(name, reduction='none', **options)(noisy, clean, noisy=worst)

@@ -103,7 +103,7 @@ def test_what_a_run_leaves(complete):
     results = load_results(folder)
     assert results['numbers']['answer'] == dict(
         value=42., low=None, high=None, n=3, clusters=None, clustered_by=None, dropped=None, level=None,
-        se=None, df=None, skew=None, by_seed=None, seeds=[5], unit='dB', note='')
+        se=None, df=None, skew=None, by_seed=None, noises=None, seeds=[5], unit='dB', note='')
     assert results['tables'] == dict(arms=[dict(arm='base', pesq=2.)])
     assert results['data'] == dict(mini=dict(hash='abc')) and results['corpus'] == 'mini'
     for kind in ('figures', 'audio'):
