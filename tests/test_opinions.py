@@ -101,3 +101,12 @@ def test_judges_are_metrics_on_demand():
     assert -1 <= values['speaker_resemblyzer'] <= 1
     assert math.isnan(values['wer_pocketsphinx']) == ('wer_pocketsphinx' in reasons)
     assert np.isfinite(values['wer_pocketsphinx']) or 'hears no word' in reasons['wer_pocketsphinx']
+
+
+def test_the_same_metrics_of_a_module_loaded_again_are_no_others():
+    import importlib
+
+    from speechloss.judges import scores
+    scores.register_judges()
+    importlib.reload(scores).register_judges()      # as a chapter does, whose cells are the module
+    assert METRICS['wer_whisper_tiny_en'].check is not scores._check_whisper
