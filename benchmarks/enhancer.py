@@ -2,6 +2,7 @@
 
     python -m benchmarks.enhancer scores [--model FOLDER]   test mixtures of desk  -> benchmarks/enhancer.csv
     python -m benchmarks.enhancer curve RUN [RUN ...]       logs of its trainings  -> benchmarks/enhancer_curve.csv
+    python -m benchmarks.enhancer recordings FOLDER         DNSMOS of noisy files  -> benchmarks/enhancer_recordings.csv
 
 The mixtures are those of `benchmarks.yardsticks`. One process, one thread. Means and intervals are drawn from the rows
 where they are shown (`nbs/guides/default_enhancer.ipynb`).
@@ -9,19 +10,21 @@ where they are shown (`nbs/guides/default_enhancer.ipynb`).
 import argparse
 import csv
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 
 from speechloss.metrics import score
 from speechloss.models import load_enhancer
+from speechloss.signal import load, scan
 from speechloss.training import read_log
 
 from .common import ROOT
 from .yardsticks import evaluation_set
 
 METRICS = ('pesq', 'estoi', 'stoi', 'si_sdr', 'dnsmos_fast_ovrl')
-SCORES, CURVE = ROOT / 'benchmarks' / 'enhancer.csv', ROOT / 'benchmarks' / 'enhancer_curve.csv'
+SCORES, CURVE, RECORDINGS = (ROOT / 'benchmarks' / f'enhancer{what}.csv' for what in ('', '_curve', '_recordings'))
 
 
 def score_rows(model: str) -> list[dict]:
@@ -52,6 +55,17 @@ def curve_rows(runs: list[Path]) -> list[dict]:
     return rows
 
 
+def recording_rows(folder: Path, model: str) -> Iterator[dict]:
+    "Yield a row for each noisy file: DNSMOS of its first 9 s before and after; there is no clean one"
+    net = load_enhancer(model)
+    for path in scan(folder):
+        wave = load(path, sample_rate=net.sample_rate)[0]
+        with torch.inference_mode(): waves = wave, net(wave)
+        found = score([dict(enhanced=one, sample_rate=net.sample_rate) for one in waves], ['dnsmos_fast'], workers=1)
+        before, after = (row['dnsmos_fast_ovrl'] for row in found)
+        yield dict(file=path.name, dnsmos_fast_ovrl_noisy=f'{before:.4f}', dnsmos_fast_ovrl_enhanced=f'{after:.4f}')
+
+
 def write(path: Path, rows: list[dict]) -> None:
     with open(path, 'w', newline='', encoding='utf-8') as file:
         writer = csv.DictWriter(file, rows[0])
@@ -61,14 +75,15 @@ def write(path: Path, rows: list[dict]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('what', choices=('scores', 'curve'))
+    parser.add_argument('what', choices=('scores', 'curve', 'recordings'))
     parser.add_argument('runs', nargs='*', type=Path)
     parser.add_argument('--model', default='default')
     given = parser.parse_args()
     torch.set_num_threads(1)
     if given.what == 'scores': write(SCORES, score_rows(given.model))
-    elif given.runs: write(CURVE, curve_rows(given.runs))
-    else: parser.error('name the folders of its trainings')
+    elif not given.runs: parser.error('name the folders of its trainings, or that of the recordings')
+    elif given.what == 'curve': write(CURVE, curve_rows(given.runs))
+    else: write(RECORDINGS, list(recording_rows(given.runs[0], given.model)))
 
 
 if __name__ == '__main__': main()
