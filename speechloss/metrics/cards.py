@@ -129,8 +129,7 @@ def register_metric(
     """
     known = METRICS.get(card.name)
     # a partial equals only itself, and so does a function of a module that is loaded again
-    same = known and replace(card, function=known.function, by_text=known.by_text, check=known.check) == known
-    if same: return
+    if known and replace(card, function=known.function, by_text=known.by_text, check=known.check) == known: return
     if taken := [name for name in (card.name, *card.columns, *card.notes) if name in METRICS or name in COLUMNS]:
         raise SpeechLossError(f'{taken[0]!r} is taken by another metric: choose another name')
     METRICS[card.name] = card
