@@ -101,9 +101,9 @@ def enhance(
 
     Each file is written whole or not at all. Exits with 1 when some files of a folder failed.
     """
+    _check_places(source, target, stream, block, skip_existing)
     from speechloss.models.blockwise import enhance_file, noisy_share
     noisy_share(limit_db)                          # says what is wrong with it before anything is opened
-    _check_places(source, target, stream, block, skip_existing)
     if stream:
         from speechloss.cli.pipe import stream_command
         return stream_command(model, block, torch_device(device or 'cpu'), quiet, limit_db)   # steps are small

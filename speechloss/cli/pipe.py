@@ -33,8 +33,9 @@ def enhance_pipe(
 
     def write(samples: torch.Tensor) -> None:
         nonlocal waiting
-        samples = samples + share * (waiting[:len(samples)] - samples)
-        waiting = waiting[len(samples):]
+        if share:
+            samples = samples + share * (waiting[:len(samples)] - samples)
+            waiting = waiting[len(samples):]
         data = memoryview((samples * 32768).round().clamp(-32768, 32767).numpy().astype('<i2').tobytes())
         while data: data = data[sink.write(data):]
         sink.flush()
@@ -44,7 +45,7 @@ def enhance_pipe(
         whole = len(piece) // 2 * 2
         odd = piece[whole:]
         samples = torch.from_numpy(np.frombuffer(piece[:whole], '<i2').astype('float32') / 32768)
-        waiting = torch.cat([waiting, samples])
+        if share: waiting = torch.cat([waiting, samples])
         write(stream(samples))
     write(stream.flush())
     return len(odd)

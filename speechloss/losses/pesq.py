@@ -9,7 +9,7 @@ __all__ = ['PESQLoss', 'pesq_distance']
 from torch import Tensor
 
 from ..common.errors import SpeechLossError
-from ..features.base import KeepsPrecision, resample_waves
+from ..features.base import AtOwnRate, KeepsPrecision
 from .base import Loss, full_precision, prepare
 from ..signal.audio import SAMPLE_RATE
 from ..signal.loudness import LoudnessModel
@@ -40,13 +40,11 @@ class PESQLoss(Loss):
     def __init__(self, *, sample_rate: int = SAMPLE_RATE, reduction: str = 'mean'):
         if sample_rate is None: raise SpeechLossError('sample_rate is None: give the Hz of the waves')
         super().__init__(reduction=reduction, sample_rate=sample_rate)
-        self.rate, self.model = sample_rate, _PreciseLoudness()
+        self.rates, self.model = AtOwnRate(sample_rate=sample_rate), _PreciseLoudness()
 
     def values(self, waves):
-        rate, lengths = self.rate, waves.lengths
-        enhanced, clean = (resample_waves(wave, rate, SAMPLE_RATE) for wave in (waves.enhanced, waves.clean))
-        if lengths is not None and rate != SAMPLE_RATE: lengths = -(-lengths.long() * SAMPLE_RATE // rate)
-        disturbed, added = self.model(enhanced, clean, lengths)
+        enhanced, clean = map(self.rates.resampled, (waves.enhanced, waves.clean))
+        disturbed, added = self.model(enhanced, clean, self.rates.heard(waves.lengths))
         return dict(symmetric=.1 * disturbed, asymmetric=.0309 * added)
 
 
