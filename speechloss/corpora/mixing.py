@@ -103,6 +103,14 @@ def _by_speaker(recordings: Sequence[Recording]) -> dict[str, list[Recording]]:
     return found
 
 
+def _by_kind(noises: Sequence[Recording | str]) -> list[list[Recording | str]]:
+    "Return the recordings of each kind together, and each generated noise by itself"
+    found: dict[str, list[Recording | str]] = {}
+    for r in noises:
+        if isinstance(r, Recording): found.setdefault(r.noise or r.group or r.id, []).append(r)
+    return [*found.values(), *([n] for n in noises if isinstance(n, str))]
+
+
 def _in_turn(by_speaker: dict, rng) -> list[tuple[Recording, int, int]]:
     "(recording, turn, seat): one utterance of every speaker, then a second of every speaker, ..."
     speakers = [list(by_speaker[s]) for s in rng.permutation(sorted(by_speaker))]
@@ -160,6 +168,7 @@ class _Sounds(_Cuts):
     reverb: float
     target: str
     noises: list[Recording | str]
+    kinds: list[list[Recording | str]] | None   # drawn from first; None: all noises alike
     talkers: dict[str, list[Recording]]
     rooms: dict[int | str, tuple[np.ndarray, np.ndarray]]
     responses: list[Recording]
@@ -169,8 +178,11 @@ class _Sounds(_Cuts):
         clean, drawn = rng.random() < self.clean_fraction, _level(self.snr, rng)
         snr = drawn if snr is None else snr
         if clean or not self.noises: return math.inf, '', None
-        noise = self.noises[int(rng.integers(len(self.noises))) if which is None else which]
+        noise = self._drawn_noise(rng) if which is None else self.noises[which]
         return snr, *self._one_noise(noise, record, size, rng)
+
+    def _drawn_noise(self, rng) -> Recording | str:
+        return _one(self.noises if self.kinds is None else _one(self.kinds, rng), rng)
 
     def _one_noise(self, noise: Recording | str, record, size: int, rng) -> tuple[str, Tensor]:
         if isinstance(noise, Recording): return noise.id, torch.from_numpy(self._fill(noise, size, rng))
@@ -182,7 +194,7 @@ class _Sounds(_Cuts):
         "A noise with others under it, each up to 10 dB softer"
         size = noise.square().mean().sqrt()
         for _ in range(count - 1):
-            more, x = self._one_noise(_one(self.noises, rng), record, len(noise), rng)
+            more, x = self._one_noise(self._drawn_noise(rng), record, len(noise), rng)
             name = f'{name} + {more}'
             noise = noise + x * (size * 10 ** (rng.uniform(-10, 0) / 20) / (x.square().mean().sqrt() + 1e-9))
         return name, noise
@@ -294,6 +306,7 @@ class _Items(_Sounds):
         if self.seed < 0 or (self.samples is not None and self.samples < 1):
             raise CorpusError(f'seed={self.seed} and seconds={self.seconds}: the seed must not be '
                               'negative, and the seconds must be positive or None')
+        choose('noise_draw', self.noise_draw, ('recording', 'kind'), error=CorpusError)
         choose('target', self.target, ('early', 'reverberant'), error=CorpusError)
 
 # %% ../../nbs/corpora/mixing.ipynb #2e0cc273
@@ -320,6 +333,7 @@ class Mixtures(_Items):
         reverb: float = 0.,                        # probability of a room
         target: str = 'early',                     # clean target in a room: or 'reverberant'
         extra_noise: Sequence[str] = (),           # 'babble', or kinds of `acoustics.generated`
+        noise_draw: str = 'recording',             # what comes alike often: each 'recording', or each 'kind' of noise
         augment: Augmentation | dict | None = None,  # microphones, bands, codecs, several noises, see there
         level: str = 'rms',                        # level of the SNR: or 'active' (P.56)
         sample_rate: int = SAMPLE_RATE,
@@ -336,6 +350,7 @@ class Mixtures(_Items):
                                    for rs in (manifest.speech(split), manifest.pairs(split)))
         self.noises: list[Recording | str] = [
             *sorted(manifest.noise(split), key=lambda r: r.id), *extra_noise]
+        self.noise_draw, self.kinds = noise_draw, _by_kind(self.noises) if noise_draw == 'kind' else None
         self.waves, self.rooms = WaveCache(sample_rate), {}
         self.responses = sorted(manifest.rooms(split), key=lambda r: r.id)
         self._check()

@@ -17,6 +17,7 @@ from torch import nn
 from ..common.errors import SpeechLossError, TrainingError
 from ..common.processes import available_cores, end_with_parent, keep_gpu, visible_gpus
 from ..corpora.corpus import get
+from ..corpora.manifest import Manifest
 from ..corpora.mixing import Mixtures
 from ..losses import build_objective
 from ..models.catalogue import enhancer, load_enhancer
@@ -28,14 +29,24 @@ from .task import Parts, TrainingTask, run_training
 def data_of(recipe: Recipe):
     "Return the training stream, the validation set and the manifest of a recipe"
     manifest = get(recipe.corpus, from_dir=recipe.corpus_dir)
-    train = Mixtures(manifest, 'train', seconds=recipe.seconds, snr=recipe.snr,
-                     clean_fraction=recipe.clean_fraction, gain_db=recipe.gain_db,
-                     reverb=recipe.reverb, extra_noise=recipe.extra_noise, augment=recipe.augment, seed=recipe.seed)
+    heard = _with_noise_of(recipe.noise_corpus, manifest) if recipe.noise_corpus else manifest
+    train = Mixtures(heard, 'train', seconds=recipe.seconds, snr=recipe.snr,
+                     clean_fraction=recipe.clean_fraction, gain_db=recipe.gain_db, reverb=recipe.reverb,
+                     extra_noise=recipe.extra_noise, noise_draw=recipe.noise_draw, augment=recipe.augment,
+                     seed=recipe.seed)
     train[0]   # what is wrong with the data shows here, before anything is written
     # the same validation mixtures for every seed and recipe of a corpus
     valid = Mixtures.grid(manifest, 'valid', seconds=recipe.seconds, limit=recipe.valid_size,
                           seed=0)
-    return train, valid, manifest
+    return train, valid, heard
+
+
+def _with_noise_of(name: str, manifest: Manifest) -> Manifest:
+    "Return a manifest with the training noise of another corpus; validation and test keep their own"
+    other = get(name)
+    more = [replace(r, id=f'{other.name or "noise"}/{r.id}') for r in other.noise('train')]
+    if not more: raise TrainingError(f'noise_corpus {name!r} has no noise to train with: give a corpus that has')
+    return manifest + Manifest(more, f'noise of {other.name}')
 
 
 def model_of(recipe: Recipe) -> nn.Module:

@@ -30,7 +30,7 @@ BASE = dict(terms=dict(spectrum=dict(name='compressed_complex', hop_length=256),
             weights=dict(wave=.05))
 KEY_FORMAT = 1
 #: Fields that are younger than `KEY_FORMAT`, in the key where they are not at their default
-_LATER = dict(augment=None, decay=.2)
+_LATER = dict(augment=None, decay=.2, noise_corpus='', noise_draw='recording')
 NOT_IN_KEY = ('corpus_dir', 'save_every', 'log_every', 'threads', 'workers', 'device', 'init', 'trunk')
 
 # %% ../../nbs/training/recipe.ipynb #5e7e7a11
@@ -47,6 +47,8 @@ class Recipe:
     gain_db: tuple | list | None = None  # low and high of a random gain
     reverb: float = 0.                 # share of items in a room
     extra_noise: tuple | list = ()     # generated noises beside the corpus, see `Mixtures`
+    noise_corpus: str = ''             # another corpus, by name or manifest, whose training noise comes in too
+    noise_draw: str = 'recording'      # noises that come alike often: each 'recording', or each 'kind'
     augment: dict | None = None        # options of `corpora.augmentation.Augmentation`
     steps: int = 2000                  # of the optimiser
     steps_per_epoch: int = 250         # an epoch, for losses that refresh by the epoch
@@ -123,7 +125,7 @@ def recipe_fields() -> list[dict[str, str]]:  # field, default, meaning
 def _check(recipe: Recipe) -> None:
     "Raise `TrainingError` for the first field whose value no training takes"
     choices = dict(schedule=('cosine', 'constant', 'decay'), device=('auto', 'cpu', 'cuda', 'mps'),
-                   precision=('no', 'bf16'))
+                   precision=('no', 'bf16'), noise_draw=('recording', 'kind'))
     for name, allowed in choices.items():
         choose(name, getattr(recipe, name), allowed, error=TrainingError)
     for name in ('steps', 'steps_per_epoch', 'batch_size', 'eval_every', 'valid_size', 'save_every',
