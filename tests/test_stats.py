@@ -70,9 +70,14 @@ def test_noises_are_a_factor_crossed_with_speakers():
     assert alone == paired_interval(cells.ravel(), 0., cluster=who)
     nested = paired_interval(cells.ravel(), 0., cluster=who, noise=noise // 3 + 2 * who)        # each of one speaker
     assert nested == paired_interval(cells.ravel(), 0., cluster=who) == alone
-    with pytest.raises(SpeechLossError, match='noise has shape'): paired_interval(cells.ravel(), 0., noise=[1, 2])
+    with pytest.raises(SpeechLossError, match='noise has 2 names for 60'):
+        paired_interval(cells.ravel(), 0., noise=[1, 2])
     clips = [dict(speaker=str(s), noise=f'n{k}') for s, k in zip(who, noise)]
     assert difference(cells.ravel(), 0., clips).se == pytest.approx(found.se)
+    for gap in (None, ''):                                    # a file whose noise nobody knows: noise is no factor
+        assert paired_interval(cells.ravel(), 0., cluster=who, noise=[gap, *noise[1:]]) == alone
+        clips[7]['noise'] = gap
+        assert difference(cells.ravel(), 0., clips).se == pytest.approx(alone.se)
 
 
 def test_seeds_and_speakers_are_the_mean_squares_of_a_crossed_design():

@@ -206,11 +206,10 @@ def _speakers(matched: Mapping[str, dict[str, Rows]], pattern: re.Pattern | None
     return None if None in named else [str(name) for name in named]
 
 
-def _noises(matched: Mapping[str, dict[str, Rows]]) -> list[str] | None:
-    "Return the noise recording of each file by the column `noise`, None where one of them has none"
-    named = [next((row['noise'] for rows in matched.values() for row in rows[key] if row.get('noise')), None)
-             for key in next(iter(matched.values()))]
-    return None if None in named else [str(name) for name in named]
+def _noises(matched: Mapping[str, dict[str, Rows]]) -> list[str | None]:
+    "Return the noise recording of each file by the column `noise`, None for one that has none"
+    return [next((row['noise'] for rows in matched.values() for row in rows[key] if row.get('noise')), None)
+            for key in next(iter(matched.values()))]
 
 # %% ../../nbs/metrics/comparison.ipynb #9a82c7e9
 def compare_tables(

@@ -8,7 +8,7 @@ __all__ = ['MIN_CLUSTERS', 'Interval', 'combined_interval', 'paired_interval', '
 
 # %% ../../nbs/metrics/stats.ipynb #681f60ce
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -204,11 +204,12 @@ def combined_interval(
     return found.at(level)
 
 # %% ../../nbs/metrics/stats.ipynb #0380bc6e
-def _crossed(unit: np.ndarray, noise: np.ndarray, kept: np.ndarray) -> np.ndarray | None:
-    "Return the noise of each file that is kept, None where they are too few, or each is of one unit alone"
-    if noise.shape != kept.shape:
-        raise SpeechLossError(f'noise has shape {noise.shape} for {len(kept)} files: give one name a file')
-    names, index = np.unique(noise[kept], return_inverse=True)
+def _crossed(unit: np.ndarray, noise: Sequence | None, kept: np.ndarray) -> np.ndarray | None:
+    "Return the noise of each file that is kept, None where one is unknown, they are too few, or each of one unit alone"
+    if noise is None or any(name is None or name == '' for name in noise): return None
+    if len(noise) != len(kept):
+        raise SpeechLossError(f'noise has {len(noise)} names for {len(kept)} files: give one a file')
+    names, index = np.unique(np.array([str(name) for name in noise])[kept], return_inverse=True)
     met = np.unique(np.stack([unit, index]), axis=1).shape[1]      # units that meet noises
     return index if MIN_CLUSTERS <= len(names) < met else None
 
@@ -240,7 +241,7 @@ def paired_interval(
     b: ArrayLike,                        # of the same files, (n,) or (seeds, n) with its own seeds; or a number
     *,
     cluster: ArrayLike | None = None,    # (n,) speaker of each file; None: every file stands for itself
-    noise: ArrayLike | None = None,      # (n,) noise recording of each file; None: it is no factor
+    noise: Sequence | None = None,       # noise recording of each file; None, or one without a name: it is no factor
     same_seeds: bool = True,             # whether seed k of `a` and seed k of `b` belong together, if both have as many
     level: float = .95,                  # confidence, in (0, 1)
 ) -> Interval:                           # of a - b
@@ -261,7 +262,7 @@ def paired_interval(
     unit, speakers, by_speaker = _units(names[kept])
     paired = same_seeds and len(a) == len(b) or min(len(a), len(b)) == 1
     gap = _gap(a, b) if paired else _gap(a.mean(0, keepdims=True), b.mean(0, keepdims=True))
-    crossed = None if noise is None else _crossed(unit, np.asarray(noise), kept)
+    crossed = _crossed(unit, noise, kept)
     of_units, of_both, of_seeds, units, skew = _of_factors(gap, unit, crossed)
     if not paired: of_seeds = _seed_spread(a) + _seed_spread(b)
     seeds = len(gap) if paired else min(len(a), len(b))
@@ -389,7 +390,7 @@ def compare(
     left, right = (np.array([rows[k] for k in ids]).T for rows in (a, b))      # (seeds, files)
     noises = {row[key]: row.get(noise) for row in candidate}
     return paired_interval(left, right, cluster=[str(groups[k]) for k in ids], level=level,
-                           noise=None if None in noises.values() else [str(noises[k]) for k in ids],
+                           noise=[noises[k] for k in ids],
                            same_seeds=share_seeds(candidate, reference))
 
 # %% ../../nbs/metrics/stats.ipynb #9eae5b32
@@ -431,9 +432,8 @@ def difference(
     >>> gap.mean, gap.by_seed
     (1.0, (0.5, 1.5))
     """
-    noises = [clip.get('noise') for clip in clips]
     interval = paired_interval(a, b, cluster=[clip['speaker'] for clip in clips],
-                               noise=None if None in noises else [str(name) for name in noises])
+                               noise=[clip.get('noise') for clip in clips])
     return Difference(**vars(interval), by_seed=_seed_means(a, b))
 
 
