@@ -13,7 +13,7 @@ from speechloss.features.vqvae import VQVAE
 from speechloss.losses import (
     CARDS, CodecLoss, CompressedComplexLoss, ContrastiveRegularization, FeatureDistance,
     MaskingLoss, MelLoss, ModelAsLoss, MultiResolutionSTFTLoss, Objective, PESQLoss, SISDRLoss, SNRLoss,
-    SSLLoss, STFTLoss, VQLoss, WaveL1Loss, WaveL2Loss, preset)
+    SSLLoss, STFTLoss, STOILoss, VQLoss, WaveL1Loss, WaveL2Loss, preset)
 from speechloss.models import enhancer
 
 # A magnitude knows no direction at exact silence.
@@ -73,6 +73,10 @@ SPECTRA = [
     Case('masking', MaskingLoss),
     Case('masking-loud', partial(MaskingLoss, full_scale_db=110., hop_length=128)),
     Case('pesq', PESQLoss, blind=SCALE_FREE),
+    # a band 80 dB under the others counts as they do, and its envelope in float32 is off by a thousandth
+    Case('stoi', STOILoss, blind=SCALE_FREE, rounding=30.),
+    Case('estoi', partial(STOILoss, extended=True), blind=SCALE_FREE, rounding=30.),
+    Case('stoi-all', partial(STOILoss, remove_silence=False), blind=SCALE_FREE, rounding=30.),
     Case('stft', STFTLoss, compiles='aot_eager', blind=MAGNITUDE),
     Case('stft-lin', partial(STFTLoss, n_fft=400, hop_length=100, win_length=321,
                              terms=dict(lin_l1=2.), window='hamming'), blind=MAGNITUDE),

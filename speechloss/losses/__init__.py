@@ -6,8 +6,9 @@
 __all__ = ['Balancer', 'CARDS', 'CodecLoss', 'CompressedComplexLoss', 'ConsistencyLoss', 'ContrastiveRegularization',
            'Curriculum', 'FeatureDistance', 'Hooks', 'Loss', 'MaskingLoss', 'MelLoss', 'ModelAsLoss',
            'MultiResolutionSTFTLoss', 'Objective', 'OutsideLoss', 'PESQLoss', 'PRESETS', 'SISDRLoss', 'SNRLoss',
-           'SSLLoss', 'STFTLoss', 'SpectralLoss', 'VQLoss', 'WaveL1Loss', 'WaveL2Loss', 'build', 'build_objective',
-           'cards', 'curriculum_weights', 'from_auraloss', 'plot_curriculum', 'preset', 'pull_and_push']
+           'SSLLoss', 'STFTLoss', 'STOILoss', 'SpectralLoss', 'VQLoss', 'WaveL1Loss', 'WaveL2Loss', 'build',
+           'build_objective', 'cards', 'curriculum_weights', 'from_auraloss', 'plot_curriculum', 'preset',
+           'pull_and_push']
 
 # %% ../../nbs/losses/index.ipynb #d4499a01
 from .balance import Balancer
@@ -26,6 +27,7 @@ from .curriculum import Curriculum, curriculum_weights, plot_curriculum
 from .masking import MaskingLoss
 from .pesq import PESQLoss
 from .ssl import SSLLoss
+from .stoi import STOILoss
 from .vq import VQLoss
 from .waveform import SISDRLoss, SNRLoss, WaveL1Loss, WaveL2Loss
 
@@ -33,6 +35,7 @@ from .waveform import SISDRLoss, SNRLoss, WaveL1Loss, WaveL2Loss
 _all_ = ['Balancer', 'CARDS', 'CodecLoss', 'CompressedComplexLoss', 'ConsistencyLoss',
          'ContrastiveRegularization', 'Curriculum', 'FeatureDistance', 'Hooks', 'Loss',
          'MaskingLoss', 'MelLoss', 'ModelAsLoss', 'MultiResolutionSTFTLoss', 'Objective',
-         'OutsideLoss', 'PESQLoss', 'PRESETS', 'SISDRLoss', 'SNRLoss', 'SSLLoss', 'STFTLoss', 'SpectralLoss',
+         'OutsideLoss', 'PESQLoss', 'PRESETS', 'SISDRLoss', 'SNRLoss', 'SSLLoss', 'STFTLoss', 'STOILoss',
+         'SpectralLoss',
          'VQLoss', 'WaveL1Loss', 'WaveL2Loss', 'build', 'build_objective', 'cards',
          'curriculum_weights', 'from_auraloss', 'plot_curriculum', 'preset', 'pull_and_push']

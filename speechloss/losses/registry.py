@@ -33,6 +33,7 @@ from .pesq import PESQLoss
 from .spectral import (
     PRESETS, CompressedComplexLoss, MelLoss, MultiResolutionSTFTLoss, STFTLoss, preset)
 from .ssl import SSLLoss
+from .stoi import STOILoss
 from .vq import VQLoss
 from .waveform import SISDRLoss, SNRLoss, WaveL1Loss, WaveL2Loss
 
@@ -71,6 +72,9 @@ CARDS = {card.name: card for card in (
          'Zhen et al. 2020; ISO/IEC 11172-3', 'https://arxiv.org/abs/2101.00054', rate='told'),
     Card('pesq', PESQLoss, 'loudness in Bark bands', '0', 'no', 'no',
          'ITU-T P.862.2; Martín-Doñas et al. 2018', 'https://doi.org/10.1109/LSP.2018.2871419', rate='told'),
+    Card('stoi', STOILoss, 'envelopes in third octaves, over 0.4 s', '0', 'no', 'no',
+         'Taal et al. 2011; Jensen & Taal 2016', 'https://doi.org/10.1109/TASL.2011.2114881', largest='2',
+         rate='told'),
     Card('feature_distance', FeatureDistance, 'any features', '0', 'depends', 'depends',
          'Germain et al. 2019', 'https://arxiv.org/abs/1806.10522'),
     Card('model_as_loss', ModelAsLoss, "the enhancer's own encoder", '0', 'depends', 'depends',
