@@ -80,7 +80,7 @@ def _own() -> list[Candidate]:
             for name in CARDS]
 
 
-def _level(name: str) -> float: return .25 if name in ('si_sdr', 'pesq') else 1.     # blind to level: room to rise
+def _level(name: str) -> float: return .25 if name in ('si_sdr', 'pesq', 'stoi') else 1.  # blind to level: room to rise
 
 
 def _more() -> list[Candidate]:
