@@ -8,7 +8,7 @@ from speechloss.features import GammatoneFeatures, MelFeatures, RandomFeatures, 
 from speechloss.features.codebook import Codebook
 from speechloss.losses import (
     CARDS, CompressedComplexLoss, ContrastiveRegularization, Curriculum, Loss, MelLoss, Objective, PESQLoss, SISDRLoss,
-    SNRLoss, SSLLoss, VQLoss, build)
+    SNRLoss, STOILoss, SSLLoss, VQLoss, build)
 from speechloss.losses.balance import Balancer
 from speechloss.metrics import VQScore
 
@@ -105,7 +105,7 @@ def test_running_means_and_filters_keep_their_precision(dtype):
 
 @pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize('make', [VQLoss, SSLLoss, lambda: build('codec'), lambda: MelLoss(sample_rate=16000),
-                                  PESQLoss], ids=['vq', 'ssl', 'codec', 'mel', 'pesq'])
+                                  PESQLoss, STOILoss], ids=['vq', 'ssl', 'codec', 'mel', 'pesq', 'stoi'])
 def test_losses_in_half_precision(make, dtype):
     e, c = waves()
     torch.testing.assert_close(make().to(dtype)(e, c), make()(e, c), rtol=1e-2, atol=1e-3)

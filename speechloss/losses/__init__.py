@@ -36,6 +36,5 @@ _all_ = ['Balancer', 'CARDS', 'CodecLoss', 'CompressedComplexLoss', 'Consistency
          'ContrastiveRegularization', 'Curriculum', 'FeatureDistance', 'Hooks', 'Loss',
          'MaskingLoss', 'MelLoss', 'ModelAsLoss', 'MultiResolutionSTFTLoss', 'Objective',
          'OutsideLoss', 'PESQLoss', 'PRESETS', 'SISDRLoss', 'SNRLoss', 'SSLLoss', 'STFTLoss', 'STOILoss',
-         'SpectralLoss',
-         'VQLoss', 'WaveL1Loss', 'WaveL2Loss', 'build', 'build_objective', 'cards',
+         'SpectralLoss', 'VQLoss', 'WaveL1Loss', 'WaveL2Loss', 'build', 'build_objective', 'cards',
          'curriculum_weights', 'from_auraloss', 'plot_curriculum', 'preset', 'pull_and_push']

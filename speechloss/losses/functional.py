@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['compressed_complex', 'consistency', 'feature_distance', 'masking', 'mel', 'multi_resolution_stft', 'pesq_distance',
-           'si_sdr', 'snr', 'wave_l1', 'wave_l2']
+           'si_sdr', 'snr', 'stoi_distance', 'wave_l1', 'wave_l2']
 
 # %% ../../nbs/losses/functional.ipynb #3349353b
 from .distance import feature_distance
@@ -12,8 +12,9 @@ from .masking import masking
 from .pesq import pesq_distance
 from .spectral import (
     compressed_complex, consistency, mel, multi_resolution_stft)
+from .stoi import stoi_distance
 from .waveform import si_sdr, snr, wave_l1, wave_l2
 
 # %% ../../nbs/losses/functional.ipynb #599a4383
 _all_ = ['compressed_complex', 'consistency', 'feature_distance', 'masking', 'mel',
-         'multi_resolution_stft', 'pesq_distance', 'si_sdr', 'snr', 'wave_l1', 'wave_l2']
+         'multi_resolution_stft', 'pesq_distance', 'si_sdr', 'snr', 'stoi_distance', 'wave_l1', 'wave_l2']
