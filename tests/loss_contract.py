@@ -39,7 +39,6 @@ class Case:
     noisy: bool = False          # does it look at the noisy wave?
     blind: tuple = ()            # hard inputs, of HARD, on which its gradient may vanish
     atol: float = ATOL           # of a value
-    rounding: float = 1.         # times the usual difference between float32 and float64
 
     def __str__(self): return self.name
 
@@ -191,8 +190,8 @@ class LossContract:
         loss, (value, grad) = build(case), plain(case)
         exact, exact_grad = value_and_grad(case, build(case).double(), *waves(dtype=torch.float64))
         assert exact.dtype == torch.float64
-        close(case, value.double(), exact, RTOL * case.rounding)
-        close_grad(grad, exact_grad, 5e-4 * case.rounding)
+        close(case, value.double(), exact)
+        close_grad(grad, exact_grad)
         mixed, _ = value_and_grad(case, loss, waves()[0],
                                   *waves(dtype=torch.float64)[1:])
         assert mixed.dtype == torch.float64

@@ -19,7 +19,7 @@ from .base import Loss, full_precision, prepare
 from ..signal.audio import SAMPLE_RATE
 from ..signal.spectra import frame_mask
 
-# %% ../../nbs/losses/stoi.ipynb #4886c54e
+# %% ../../nbs/losses/stoi.ipynb #76c27080
 _RATE = 10_000              # Hz, of the definition
 _HOP, _N_FFT = 128, 512     # samples; a frame is two hops
 _SEGMENT, _BANDS = 30, 15   # frames, third octaves
@@ -28,7 +28,7 @@ _RANGE = 10 ** (40 / 10)    # power of the loudest frame over that of one which 
 _CLIP = 1 + 10 ** (15 / 20) # most that an enhanced envelope counts, over the clean one: -15 dB of signal to distortion
 _NO_POWER = 1e-24           # of an envelope: silence
 _FLOOR = 1e-20              # power, of envelopes of mean power 1
-_FAINT = 1e-9               # variance of a clean band, -90 dB, below which it does not count
+_FAINT = 2e-8               # variance of a clean band, -77 dB, below which it does not count
 _FLAT = 1e-10               # share of its power by which an envelope has to vary; less is rounding
 
 
@@ -166,7 +166,7 @@ def _folded(segments: Tensor) -> Tensor:   # (N, 15, 30, segments) -> (N, 15, fr
     moved = F.pad(segments, (0, rows)).flatten(-2)[..., :-rows].view(*shape, rows, size + rows - 1)
     return moved.sum(-2)
 
-# %% ../../nbs/losses/stoi.ipynb #7a95cdba
+# %% ../../nbs/losses/stoi.ipynb #9d906a85
 def _stoi(other: Tensor, x: Tensor, y: Tensor, flat: _Unit, weights: Tensor, wanted: bool):
     "Return the weighted sum of 1 less correlations of bands, `(N,)`, and its gradient by `other`, if wanted, or None"
     power = F.avg_pool1d(other.square(), _SEGMENT, 1)[:, :, None] + _FLOOR
@@ -203,7 +203,7 @@ class _Distances(torch.autograd.Function):
         # envelopes (N, 15, frames), weights (N, segments) -> (N,)
         x, y = (envelope.unfold(-1, weights.shape[1], 1) for envelope in (clean, other))     # (N, 15, 30, segments)
         flat, weights = _normalized(x, 2), weights[:, None, None]
-        counts = flat.variance.square() / (flat.variance.square() + _FAINT ** 2)
+        counts = 1 / (1 + (_FAINT / flat.variance.clamp_min(.001 * _FAINT)) ** 4)
         if extended: value, gradient = _estoi(y, flat, counts, weights, ctx.needs_input_grad[0])
         else: value, gradient = _stoi(other, x, y, flat, weights * counts, ctx.needs_input_grad[0])
         ctx.save_for_backward(gradient)
