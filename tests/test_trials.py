@@ -16,6 +16,7 @@ from speechloss.trials import (
 from speechloss.trials import experiment, listeners
 from speechloss.trials.masks import BandMask
 from speechloss.trials.optimise import convergence
+from speechloss.trials.page import Judged, leaderboard_rows
 
 FIVE_LINES = '''from speechloss.losses import Loss
 class Loudness(Loss):
@@ -138,6 +139,11 @@ def test_listening_test(tmp_path, monkeypatch):
     (tmp_path / 'ratings_formated_filtered.csv').write_text('\n'.join(lines))
     rows = listeners.compare_with_listeners(tmp_path, ['wave_l2', 'torch.nn:L1Loss'])
     assert all(row['by_stimulus'] > .9 and row['within_sentence'] == row['by_codec'] == 1 for row in rows)
+    both = listeners.compare_with_listeners(tmp_path, ['si_sdr'], metrics=['si_sdr'])   # of one name
+    assert sorted((row['name'], row['kind']) for row in both) == [('si_sdr', 'loss'), ('si_sdr', 'metric')]
+    told = [dict(row, by_stimulus=.5 if row['kind'] == 'loss' else -1.) for row in both]
+    (found,) = leaderboard_rows(Judged(costs=dict(si_sdr=dict(ms=1., mb=1.)), listeners=told))
+    assert found['by_stimulus'] == .5
     with pytest.raises(SpeechLossError, match='holds no ratings'): listeners.rated_stimuli(tmp_path / 'stim_0')
 
 

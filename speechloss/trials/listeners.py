@@ -157,21 +157,21 @@ def compare_with_listeners(
     "Return how well losses and metrics rank stimuli as people do; what cannot be had here is left out"
     stimuli = rated_stimuli(folder)
     ratings = _grid(stimuli, [s.rating for s in stimuli])
-    jobs: dict[str, Callable] = {}
     if metrics is None: metrics = LISTENER_METRICS if losses is None else ()
-    jobs |= {name: partial(metric_scores, name, stimuli) for name in metrics}
+    jobs: dict[tuple[str, str], Callable] = {}        # a metric and the loss that imitates it may share a name
+    jobs |= {('metric', name): partial(metric_scores, name, stimuli) for name in metrics}
     for one in CANDIDATES.values() if losses is None else losses:
         one = one if isinstance(one, Candidate) else candidate_of(one)
         if one.spec.get('name') == 'contrastive': continue       # pushes from a noisy wave, and there is none
-        jobs[one.name] = lambda one=one: loss_scores(one.make(model), stimuli)      # made when its turn comes
+        jobs['loss', one.name] = lambda one=one: loss_scores(one.make(model), stimuli)      # made when its turn comes
     rows = []
-    for done, (name, values) in enumerate(jobs.items()):
+    for done, ((kind, name), values) in enumerate(jobs.items()):
         if progress: progress(name, done, len(jobs))
         try: found = values()
         except SpeechLossError:
-            if losses is not None and name not in metrics: raise
+            if losses is not None and kind == 'loss': raise
             continue
-        kind, grid = 'metric' if name in metrics else 'loss', _grid(stimuli, found)
+        grid = _grid(stimuli, found)
         each = ' '.join(f'{spearman(r, v):.3f}' for r, v in zip(ratings, grid))
         rows.append(dict(name=name, kind=kind, **agreement(ratings, grid), sentences=each))
     return sorted(rows, key=lambda row: -row['by_stimulus'])

@@ -231,7 +231,7 @@ def leaderboard_rows(
     sources: Mapping[str, str] | None = None,   # by loss: where it is from
 ) -> list[dict]:    # a row a loss: promises kept, cost, gains with intervals, correlations, the primary verdicts
     "Return what is known about each loss as one flat row; numbers have four digits"
-    people = {row['name']: row for row in judged.listeners}
+    people = {row['name']: row for row in judged.listeners if row['kind'] == 'loss'}
     found = []
     for loss in judged.losses:
         contract = judged.contracts.get(loss)
