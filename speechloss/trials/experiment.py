@@ -272,7 +272,6 @@ def trial_table(
         shared = [clip for clip in found if clip in noisy and not JUDGES.keys().isdisjoint(found[clip])]
         own, base = [found[clip] for clip in shared], [noisy[clip] for clip in shared]
         changes = [row['change'] for row in own if 'change' in row]
-        noises = [str(row['noise']) for row in own] if all(row.get('noise') for row in own) else None
         about = dict(loss=name, clips=len(own), speakers=len({row['speaker'] for row in own}),
                      converged=sum(c < CONVERGED for c in changes) / len(changes) if changes else None,
                      checked=len(changes), seconds=_mean([row['seconds'] for row in own if 'seconds' in row]))
@@ -280,7 +279,8 @@ def trial_table(
             values, before = _values(own, judge), _values(base, judge)
             counted = np.isfinite(values - before)     # the same clips for the mean and the gain
             if not counted.any(): continue
-            gap = paired_interval(values, before, cluster=[row['speaker'] for row in own], noise=noises)
+            gap = paired_interval(values, before, cluster=[row['speaker'] for row in own],
+                                  noise=[row.get('noise') for row in own])
             table.append(about | dict(judge=judge, better='higher' if better else 'lower',
                                       mean=float(values[counted].mean()), gain=gap.mean, low=gap.low, high=gap.high))
     return table
