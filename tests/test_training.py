@@ -19,6 +19,7 @@ from torch import nn
 from speechloss.cli.train import overrides
 from speechloss.common.errors import SpeechLossError, CheckpointError, TrainingError
 from speechloss.common.weights import DATA
+from speechloss.corpora import Manifest
 from speechloss.features import STFTFeatures
 from speechloss.losses import ContrastiveRegularization, Hooks, Objective, SISDRLoss, SNRLoss, SSLLoss, build_objective
 from speechloss.losses.model_as_loss import feature_health
@@ -318,6 +319,38 @@ def test_a_run_goes_on_under_another_spelling(tmp_path, monkeypatch):
                          (replace(first, snr=(0, 20)), 'snr')):
         with pytest.raises(TrainingError, match=f'another run.*{field}'): is_finished(run, other, about)
     with pytest.raises(TrainingError): is_finished(run, replace(first, corpus='./m.jsonl'), dict(corpus_hash='other'))
+    noisy = replace(first, noise_corpus='n.jsonl')
+    write_recipe(run, noisy, about)
+    assert not is_finished(run, replace(noisy, corpus='./m.jsonl', noise_corpus=f'{tmp_path}/n.jsonl'), about)
+    for other in (first, replace(noisy, noise_corpus='mini')):
+        with pytest.raises(TrainingError, match='another run.*noise_corpus'): is_finished(run, other, about)
+    with pytest.raises(TrainingError, match="corpus 'm.jsonl' or 'n.jsonl'"):
+        is_finished(run, noisy, dict(corpus_hash='other'))
+
+
+def test_noise_of_another_corpus(recipe, corpus, tmp_path):
+    "What the corpus holds itself stays out; a corpus of speech alone is validated with noise of the other"
+    own = Manifest.load(corpus)
+    mine = [replace(r, group='g-' + r.split, noise='hum-' + r.split) for r in own.noise()]
+
+    def saved(name, *rows): return str(Manifest(rows, name).save(tmp_path / f'{name}.jsonl'))
+
+    def take(id, split='train', **what): return replace(mine[0], id=id, split=split, sha256=id, **what)
+
+    ours = saved('ours', *own.speech(), *mine)
+    other = saved('other', take('new', group='x', noise='dog'), take('take', group='g-train', noise='hum-train'),
+                  take('sound', group='g-test', noise='dog'), take('kind', group='y', noise='hum-valid'), mine[0],
+                  take('later', 'valid', group='z', noise='rain'))
+    heard = data_of(replace(recipe, corpus=ours, noise_corpus=other))[2]
+    assert {r.id for r in heard} - {r.id for r in own} == {'other/new', 'other/take'}
+    alone = data_of(replace(recipe, corpus=saved('talk', *own.speech()), noise_corpus=other))
+    assert alone[1][0]['noise'] == 'other/later' and len(alone[2].noise('train')) == 5
+    pair = replace(own.speech('train')[0], kind='pair', clean_path=own.speech('train')[0].path)
+    for wrong, words in ((dict(noise_corpus=ours), 'that the corpus does not have itself'),
+                         (dict(noise_corpus='mnii'), "noise_corpus: corpus 'mnii' is unknown: did you mean 'mini'"),
+                         (dict(noise_corpus=None), "noise_corpus is None: give a corpus by name or manifest, or ''"),
+                         (dict(corpus=saved('pairs', pair), noise_corpus=other), 'has real pairs')):
+        with pytest.raises(SpeechLossError, match=words): data_of(replace(recipe, **dict(corpus=ours) | wrong))
 
 
 def test_another_runs_folder(recipe, tmp_path):

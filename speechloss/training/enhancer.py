@@ -14,10 +14,10 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from ..common.errors import SpeechLossError, TrainingError
+from ..common.errors import CorpusError, SpeechLossError, TrainingError
 from ..common.processes import available_cores, end_with_parent, keep_gpu, visible_gpus
 from ..corpora.corpus import get
-from ..corpora.manifest import Manifest
+from ..corpora.manifest import Manifest, Recording
 from ..corpora.mixing import Mixtures
 from ..losses import build_objective
 from ..models.catalogue import enhancer, load_enhancer
@@ -36,17 +36,32 @@ def data_of(recipe: Recipe):
                      seed=recipe.seed)
     train[0]   # what is wrong with the data shows here, before anything is written
     # the same validation mixtures for every seed and recipe of a corpus
-    valid = Mixtures.grid(manifest, 'valid', seconds=recipe.seconds, limit=recipe.valid_size,
+    valid = Mixtures.grid(heard, 'valid', seconds=recipe.seconds, limit=recipe.valid_size,
                           seed=0)
     return train, valid, heard
 
 
 def _with_noise_of(name: str, manifest: Manifest) -> Manifest:
-    "Return a manifest with the training noise of another corpus; validation and test keep their own"
-    other = get(name)
-    more = [replace(r, id=f'{other.name or "noise"}/{r.id}') for r in other.noise('train')]
-    if not more: raise TrainingError(f'noise_corpus {name!r} has no noise to train with: give a corpus that has')
-    return manifest + Manifest(more, f'noise of {other.name}')
+    "Return a manifest with the training noise of another corpus that it does not hold itself, in any split"
+    if manifest.pairs('train'):
+        raise TrainingError('the corpus has real pairs, which keep the noise that they have: leave noise_corpus out, '
+                            'or give a corpus of clean speech')
+    try: other = get(name)
+    except CorpusError as error: raise CorpusError(f'noise_corpus: {error}') from None
+    there = {trace for r in manifest.noise() for trace in _traces(r, held_out=r.split != 'train')}
+    splits = ('train',) if manifest.noise('valid') else ('train', 'valid')     # a corpus of speech alone
+    more = [replace(r, id=f'{other.name or "noise"}/{r.id}') for split in splits for r in other.noise(split)
+            if there.isdisjoint(_traces(r, held_out=True))]
+    if not any(r.split == 'train' for r in more):
+        raise TrainingError(f'noise_corpus {name!r} has no noise to train with that the corpus does not have itself: '
+                            'give another, or leave it out')
+    return manifest + Manifest(tuple(more), f'noise of {other.name}')
+
+
+def _traces(r: Recording, held_out: bool) -> set[tuple[str, str]]:
+    "Return what tells a recording of noise: its file, and where it is held out, its group and kind too"
+    return {(name, getattr(r, name)) for name in ('sha256', *(('group', 'noise') if held_out else ()))
+            if getattr(r, name)}
 
 
 def model_of(recipe: Recipe) -> nn.Module:

@@ -94,8 +94,8 @@ class Recipe:
     def means_what(self, other: 'Recipe', *, same_corpus: bool) -> bool:
         "Return whether two recipes differ in spelling alone: 1 for 1.0, or the path of a manifest known to be the same"
         def content(recipe):
-            manifest = same_corpus and recipe.corpus.endswith('.jsonl')
-            return _floats(recipe._record() | (dict(corpus='a manifest') if manifest else {}))
+            paths = [name for name in ('corpus', 'noise_corpus') if getattr(recipe, name).endswith('.jsonl')]
+            return _floats(recipe._record() | (dict.fromkeys(paths, 'a manifest') if same_corpus else {}))
         return content(self) == content(other)
 
     def _record(self) -> dict:
@@ -128,6 +128,9 @@ def _check(recipe: Recipe) -> None:
                    precision=('no', 'bf16'), noise_draw=('recording', 'kind'))
     for name, allowed in choices.items():
         choose(name, getattr(recipe, name), allowed, error=TrainingError)
+    if not isinstance(recipe.noise_corpus, str):
+        raise TrainingError(f'noise_corpus is {recipe.noise_corpus!r}: give a corpus by name or manifest, '
+                            "or '' for none")
     for name in ('steps', 'steps_per_epoch', 'batch_size', 'eval_every', 'valid_size', 'save_every',
                  'log_every', 'lr', 'clip', 'seconds'):
         kinds = (int,) if name not in ('lr', 'clip', 'seconds') else (int, float)

@@ -40,8 +40,9 @@ def _check_same_run(record: Path, recipe: Recipe, about: dict) -> None:
             f'this one has {recipe.key[:12]}{_differing(there, recipe)}): choose another folder'
             f'{_as_trunk(there, recipe)}')
     if there.get('corpus_hash') != about.get('corpus_hash'):
+        corpora = ' or '.join(repr(name) for name in (recipe.corpus, recipe.noise_corpus) if name)
         raise TrainingError(f'{record.parent} holds a run on other recordings of the corpus '
-                            f'{recipe.corpus!r}: remove it or choose another folder')
+                            f'{corpora}: remove it or choose another folder')
 
 
 def write_recipe(
