@@ -92,6 +92,17 @@ def test_more_noise_costs_more_and_level_nothing(extended, pairs):
     assert abs(loss(1e-3 * clean + 1e-3 * noise(clean, 10), clean) - values[2]) < 1e-4
 
 
+def test_noise_alone_and_8_khz(pairs, measure):
+    "What its docstring and chapter say of both"
+    for k in (0, 4, 9):
+        clean = pairs[k][1].float()
+        hiss = noise(torch.ones_like(clean), 0, seed=k)
+        assert .4 < STOILoss()(hiss, clean) < .95 and .9 < STOILoss(extended=True)(hiss, clean) < 1.1
+        enhanced, clean = (resample_waves(wave, RATE, 8000) for wave in pairs[k])
+        wanted = measure(clean[0].numpy(), enhanced[0].numpy(), 8000)
+        assert abs(1 - STOILoss(sample_rate=8000)(enhanced, clean) - wanted) < .01
+
+
 @FORMS
 def test_identity_and_silence(extended):
     "Finite in float32, alone and beside speech; the value of silence is that of no error, or of nothing heard"
@@ -175,3 +186,4 @@ def test_a_recipe_takes_it_by_name(pairs):
 def test_holds_no_state_and_says_what_is_wanted():
     assert not STOILoss().state_dict() and not list(STOILoss().parameters())
     with pytest.raises(SpeechLossError, match='sample_rate is None: give the Hz'): STOILoss(sample_rate=None)
+    with pytest.raises(SpeechLossError, match='is 8000.5: give whole Hz above 0$'): STOILoss(sample_rate=8000.5)

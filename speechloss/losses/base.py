@@ -171,7 +171,7 @@ class Loss(Hooks, nn.Module):
         super().__init__()
         self.reduction = choose('reduction', reduction, REDUCTIONS)
         if sample_rate is not None and (type(sample_rate) is not int or sample_rate <= 0):
-            raise SpeechLossError(f'sample_rate is {sample_rate!r}: give whole Hz above 0, or None for any')
+            raise SpeechLossError(f'sample_rate is {sample_rate!r}: give whole Hz above 0')
         self.sample_rate = sample_rate
 
     def values(self, waves: Waves) -> dict[str, Tensor]:

@@ -220,10 +220,11 @@ class STOILoss(Loss):
     """Measure 1 less short-time objective intelligibility, STOI, or its extended form ESTOI; 0 at identity.
 
     `loss(enhanced, clean)` takes waves `(T,)`, `(B, T)` or `(B, C, T)` in [-1, 1] at `sample_rate` and gives a scalar
-    from 0 to 2, about 1 for noise alone. Neither level nor phase matters, so it needs another loss beside it, such as
-    `CompressedComplexLoss`. A network that was trained with it can no longer be judged by STOI or ESTOI alone. An
-    utterance with fewer than 31 frames that count (0.4 s) is repeated until it has them. A silent enhanced wave gives 1
-    and a silent clean one 0, both without a gradient. A second derivative is an error.
+    from 0 to 2; noise in place of speech has about 0.7, with `extended` about 1. Neither level nor phase matters, so it
+    needs another loss beside it, such as `CompressedComplexLoss`. A network that was trained with it can no longer be
+    judged by STOI or ESTOI alone. An utterance with fewer than 31 frames that count (0.4 s) is repeated until it has
+    them. A silent enhanced wave gives 1 and a silent clean one 0, both without a gradient. A second derivative is an
+    error.
 
     - `sample_rate`: of the waves in Hz; other rates than 10 kHz are resampled
     - `extended`: measure ESTOI, which also sees noise that comes and goes
