@@ -74,7 +74,7 @@ def test_noises_are_a_factor_crossed_with_speakers():
         paired_interval(cells.ravel(), 0., noise=[1, 2])
     clips = [dict(speaker=str(s), noise=f'n{k}') for s, k in zip(who, noise)]
     assert difference(cells.ravel(), 0., clips).se == pytest.approx(found.se)
-    for gap in (None, ''):                                    # a file whose noise nobody knows: noise is no factor
+    for gap in (None, '', np.nan):                            # a file whose noise nobody knows: noise is no factor
         assert paired_interval(cells.ravel(), 0., cluster=who, noise=[gap, *noise[1:]]) == alone
         clips[7]['noise'] = gap
         assert difference(cells.ravel(), 0., clips).se == pytest.approx(alone.se)

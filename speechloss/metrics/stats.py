@@ -206,7 +206,8 @@ def combined_interval(
 # %% ../../nbs/metrics/stats.ipynb #0380bc6e
 def _crossed(unit: np.ndarray, noise: Sequence | None, kept: np.ndarray) -> np.ndarray | None:
     "Return the noise of each file that is kept, None where one is unknown, they are too few, or each of one unit alone"
-    if noise is None or any(name is None or name == '' for name in noise): return None
+    unknown = ('', 'None', 'nan', '<NA>')     # the last two as pandas has them
+    if noise is None or any(str(name) in unknown for name in noise): return None
     if len(noise) != len(kept):
         raise SpeechLossError(f'noise has {len(noise)} names for {len(kept)} files: give one a file')
     names, index = np.unique(np.array([str(name) for name in noise])[kept], return_inverse=True)
