@@ -24,7 +24,7 @@ import torch
 from typer.testing import CliRunner
 
 from speechloss.__main__ import main
-from speechloss.cli.app import app, cards_in_code
+from speechloss.cli.app import _one_thread, app, cards_in_code
 from speechloss.common.errors import SpeechLossError
 from speechloss.common.weights import DATA
 
@@ -603,3 +603,14 @@ def test_one_long_item_says_that_it_goes_on(monkeypatch, capsys):
         time.sleep(.5)
     lines = capsys.readouterr().err.splitlines()
     assert lines[0] == 'score: scoring (0/1)' and len(lines) > 1 and all('so far' in line for line in lines[1:])
+
+
+def test_enhance_takes_one_core_unless_it_is_told_more(monkeypatch):
+    taken = []
+    monkeypatch.setattr(torch, 'set_num_threads', taken.append)
+    monkeypatch.setenv('OMP_NUM_THREADS', '2')
+    _one_thread()
+    assert not taken
+    monkeypatch.delenv('OMP_NUM_THREADS')
+    _one_thread()
+    assert taken == [1]
