@@ -192,6 +192,12 @@ def _array(rows: Mapping[str, Rows], column: str, table: str) -> np.ndarray:   #
     return np.array([[_number(row, column, table) for row in group] for group in rows.values()]).T
 
 
+def _names(matched: Mapping[str, dict[str, Rows]], column: str) -> list[str | None]:
+    "Return what a column says of each file in the first table that says anything, None for one of which none does"
+    return [next((row[column] for rows in matched.values() for row in rows[key] if row.get(column)), None)
+            for key in next(iter(matched.values()))]
+
+
 def _speakers(matched: Mapping[str, dict[str, Rows]], pattern: re.Pattern | None) -> list[str] | None:
     "Return the speaker of each file, None where one of them has none"
     keys = list(next(iter(matched.values())))
@@ -201,15 +207,8 @@ def _speakers(matched: Mapping[str, dict[str, Rows]], pattern: re.Pattern | None
             raise SpeechLossError(f'--speaker {pattern.pattern!r} finds nothing in {keys[found.index(None)]}: it is '
                                   'searched in the name of the file')
         return [str(name) for name in found]
-    named = [next((row['speaker'] for rows in matched.values() for row in rows[key] if row.get('speaker')), None)
-             for key in keys]
+    named = _names(matched, 'speaker')
     return None if None in named else [str(name) for name in named]
-
-
-def _noises(matched: Mapping[str, dict[str, Rows]]) -> list[str | None]:
-    "Return the noise recording of each file by the column `noise`, None for one that has none"
-    return [next((row['noise'] for rows in matched.values() for row in rows[key] if row.get('noise')), None)
-            for key in next(iter(matched.values()))]
 
 # %% ../../nbs/metrics/comparison.ipynb #9a82c7e9
 def compare_tables(
@@ -264,7 +263,7 @@ def _compared(matched, reference: str, system: str, column: str, speakers, alike
     counted = np.isfinite(gaps)
     if not counted.any(): return None
     rows = [[row for group in matched[name].values() for row in group] for name in (system, reference)]
-    gap = paired_interval(a, b, cluster=speakers, noise=_noises(matched), same_seeds=share_seeds(*rows))
+    gap = paired_interval(a, b, cluster=speakers, noise=_names(matched, 'noise'), same_seeds=share_seeds(*rows))
     narrow, smallest = gap.at(.9), SMALLEST_EFFECTS.get(column)
     verdict = difference_verdict((gap.low, gap.high), (narrow.low, narrow.high), smallest,
                                  direction=COLUMNS[column].direction)
